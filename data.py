@@ -1,0 +1,316 @@
+"""Records of the real data sets -> Sample -> Prompt: what the policy is asked, and what it is shown.
+
+    load_samples    Video-R1-260k / COT-165k, its evaluation files, Video-RTS's CG-Bench file, LongVideo-Reason -> Sample
+    load_media      a Sample's video, image or folder of frames -> Media: uint8 frames at the model's size, and their time
+    PromptBuilder   Sample + Media -> Prompt, by the checkpoint's own tokenizer and chat template; one wording for SFT,
+                    RL, test-time scaling and evaluation (Video-R1's release has five, slightly different)
+    patchify        frames -> the patch rows of the vision tower
+Nothing is replaced and nothing is truncated: what cannot be used raises DataError, naming file and record.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer
+
+from rewards import PROBLEM_TYPES, choice_letter, extract_answer
+from video import MERGE, PATCH, VideoError, frame_indices, read_video, resize, smart_resize
+
+__all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "patchify", "normalize",
+           "frame_indices", "read_video", "smart_resize"]
+
+FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
+
+
+class DataError(ValueError):
+    """A record or medium that cannot be used: names the file, the record, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one medium. `answer` is the text inside <answer>; `reasoning` that inside <think>, "" if none."""
+    id: str
+    question: str
+    options: list[str]  # with their letters, "A. text" or "A) text"; [] for other problem types
+    problem_type: str  # one of rewards.PROBLEM_TYPES
+    data_type: str  # "video", "image" or "frame", a folder of frames
+    path: str
+    answer: str
+    reasoning: str = ""
+    source: str = ""
+    fps: float = FOLDER_FPS  # of a folder of frames
+
+
+# ---- records
+
+def load_samples(path, *, media_root=None, skipped=None):
+    """Reads a .json (a list of objects) or .jsonl file -> list[Sample], in the file's order.
+
+    media_root: what the records' relative paths start from; the folder of the file unless told.
+    skipped: a list that receives a message for every bad record, which is then left out; without it the first one raises.
+    Raises DataError: no such file, not JSON, an empty file, a bad record.
+    """
+    path = Path(path)
+    root = Path(media_root) if media_root else path.parent
+    samples = []
+    for where, record in _records(path):
+        try:
+            samples.append(_sample(record, where, root, path.stem))
+        except DataError as e:
+            if skipped is None:
+                raise
+            skipped.append(str(e))
+    if not samples:
+        raise DataError(f"{path}: holds no usable record" + (f", first problem: {skipped[0]}" if skipped else ""))
+    return samples
+
+
+def _records(path):
+    """(where, object) for every record; `where` names file and record."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read: {e}") from e
+    if not text.strip():
+        raise DataError(f"{path}: is empty")
+    try:
+        if path.suffix == ".jsonl":
+            records = []
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    records.append((f"{path}, line {number}", json.loads(line)))
+        else:
+            records = json.loads(text)
+            if not isinstance(records, list):
+                raise DataError(f"{path}: holds a JSON {type(records).__name__}, expected a list of records")
+            records = [(f"{path}, record {i}", r) for i, r in enumerate(records)]
+    except json.JSONDecodeError as e:
+        number = f", line {number}" if path.suffix == ".jsonl" else ""
+        raise DataError(f"{path}{number}: not JSON, or cut off: {e}") from e
+    return records
+
+
+def _sample(r, where, root, stem):
+    if not isinstance(r, dict):
+        raise DataError(f"{where}: a {type(r).__name__}, expected an object")
+    first = lambda *keys: next((r[k] for k in keys if r.get(k) not in (None, "")), None)
+    name = first("problem_id", "qid", "question_id", "id")
+    where = f"{where} (id {name})"
+
+    question, medium = first("problem", "question"), first("path", "video", "videos", "image")
+    if not isinstance(question, str):
+        raise DataError(f"{where}: no question ('problem')")
+    if not isinstance(medium, str):
+        raise DataError(f"{where}: no medium ('path', 'video' or 'videos')")
+    solution = first("solution", "answer")  # `solution` first: some evaluation files hold the option's text in `answer`
+    if solution is None:
+        raise DataError(f"{where}: no 'solution'")
+    answer = extract_answer(str(solution))
+    answer = str(solution).strip() if answer is None else answer
+    if not answer:
+        raise DataError(f"{where}: an empty solution {solution!r}")
+
+    options = first("options") or []
+    if not (isinstance(options, list) and all(isinstance(o, str) for o in options)):
+        raise DataError(f"{where}: 'options' is {options!r}, expected a list of strings")
+    kind = str(first("problem_type") or "multiple choice").lower()
+    if kind not in PROBLEM_TYPES and kind.replace("-", " ") in PROBLEM_TYPES:
+        kind = kind.replace("-", " ")
+    kind = next((k for k in PROBLEM_TYPES if k.lower() == kind), kind)
+    if kind not in PROBLEM_TYPES:
+        raise DataError(f"{where}: unknown problem type {r['problem_type']!r}, expected one of {', '.join(PROBLEM_TYPES)}")
+    if kind == "multiple choice":
+        if not options:  # Video-RTS and LongVideo-Reason write the options into the question, one a line
+            lines = question.strip().splitlines()
+            options = [line.strip() for line in lines if re.match(r"\s*\(?[A-Z][.):]", line)]
+            question = "\n".join(line for line in lines if line.strip() not in options)
+        if not any(re.match(r"\(?[A-Z][.):]", o) for o in options):
+            options = [f"{chr(65 + i)}. {o}" for i, o in enumerate(options)]
+        if not options:
+            raise DataError(f"{where}: multiple choice without options")
+        if choice_letter(answer, options) is None:
+            raise DataError(f"{where}: the answer {answer!r} is not among the options {', '.join(o[:20] for o in options)}")
+
+    data_type = first("data_type") or "video"
+    if data_type not in ("video", "image", "frame"):
+        raise DataError(f"{where}: data type {data_type!r}, expected video, image or frame")
+    reasoning = re.sub(r"</?think>", "", str(first("process", "reasoning") or "")).strip()
+    return Sample(id=str(name), question=question.strip(), options=options, problem_type=kind, data_type=data_type,
+                  path=str(root / medium), answer=answer, reasoning=reasoning, source=str(first("data_source") or stem),
+                  fps=float(first("fps") or FOLDER_FPS))
+
+
+# ---- media
+
+@dataclass(eq=False)  # a medium is itself, whatever its pixels are
+class Media:
+    """What the vision tower sees. frames: uint8 (T, 3, H, W), T even, or 1 for an image. One grid = 2 frames = 1 time step."""
+    frames: torch.Tensor
+    kind: str  # "video" or "image"
+    seconds_per_grid: float = 0.0
+
+    @property
+    def grid(self):
+        """(t, h, w): time steps, and patches down and across."""
+        T, _, H, W = self.frames.shape
+        return (T + 1) // 2, H // PATCH, W // PATCH
+
+    @property
+    def tokens(self):
+        t, h, w = self.grid
+        return t * h * w // MERGE**2
+
+    def frames_of(self, grid, n=1):
+        """The frames of n time steps from `grid` on."""
+        return self.frames[2 * grid : 2 * (grid + n)]
+
+
+def load_image(path):
+    """An image file -> Pillow RGB, upright (EXIF), transparency on white. Raises DataError naming the file."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "P" or "A" in image.getbands():
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises SyntaxError for a broken PNG
+        raise DataError(f"{path}: cannot be read as an image: {e}") from e
+
+
+def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
+               image_max_pixels=256 * 28 * 28, decode_timeout=60.0):
+    """A Sample's file -> Media, at most max_frames frames of at most max_pixels. Raises DataError naming file and record."""
+    counts = dict(target_fps=fps, min_frames=min_frames, max_frames=max_frames)
+    try:
+        if sample.data_type == "image":
+            frames, seconds = resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0
+        elif sample.data_type == "video":
+            frames, seconds = read_video(sample.path, **counts, min_pixels=min_pixels, max_pixels=max_pixels, timeout=decode_timeout)
+        else:
+            frames, seconds = _read_folder(sample.path, sample.fps, counts, min_pixels, max_pixels)
+    except ValueError as e:  # VideoError and DataError are, and so are frame_indices' and smart_resize's
+        where = "" if sample.path in str(e) else f"{sample.path}: "
+        raise DataError(f"record {sample.id}: {where}{e}") from e
+    frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, 3, 1)))
+    return Media(frames, "image" if sample.data_type == "image" else "video", 2 * seconds)
+
+
+def _read_folder(path, fps, counts, min_pixels, max_pixels):
+    if not Path(path).is_dir():
+        raise VideoError(f"{path}: no such folder of frames")
+    natural = lambda file: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", file.name)]
+    files = sorted((f for f in Path(path).iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")), key=natural)
+    indices = frame_indices(len(files), fps, **counts)
+    frames = [resize(load_image(files[i]), min_pixels, max_pixels) for i in indices]
+    if len(shapes := {f.shape for f in frames}) > 1:
+        raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
+    return np.stack(frames), len(files) / fps / len(indices)
+
+
+def normalize(frames, dtype=torch.float32, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
+    """uint8 (T, 3, H, W) -> (x / 255 - mean) / std, with the statistics that all Qwen-VL vision towers share."""
+    column = lambda x: torch.tensor(x, dtype=dtype, device=frames.device).view(3, 1, 1)
+    return (frames.to(dtype) / 255 - column(mean)) / column(std)
+
+
+def patchify(frames):
+    """frames float (T, 3, H, W), T even or 1 -> (patches (t * h * w, 3 * 2 * 14 * 14), (t, h, w)).
+
+    The layout of transformers' Qwen2-VL processors: a patch holds (channel, frame of the grid, row, column), and patches
+    run over time, then over 2 x 2 blocks, so that 4 neighbouring rows merge into one visual token. An image counts twice.
+    """
+    T, C, H, W = frames.shape
+    if T == 1:
+        frames, T = frames.expand(2, -1, -1, -1), 2
+    t, h, w, m = T // 2, H // PATCH, W // PATCH, MERGE
+    if T % 2 or H % (m * PATCH) or W % (m * PATCH):
+        raise ValueError(f"{T} frames of {H} x {W}: expected an even number, sides in multiples of {m * PATCH}")
+    x = frames.reshape(t, 2, C, h // m, m, PATCH, w // m, m, PATCH)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, block row, block column, row, column, C, frame, y, x
+    return x.reshape(t * h * w, C * 2 * PATCH * PATCH), (t, h, w)
+
+
+# ---- prompts
+
+@dataclass(eq=False)
+class Prompt:
+    """A question as the policy gets it. ids: (P,) token ids, one video or image token per visual token of `media`."""
+    sample: Sample
+    ids: torch.Tensor
+    media: list[Media] = field(default_factory=list)
+
+    @property
+    def frames_x_pixels(self):
+        """Of the first medium: (frames, pixels of a frame). Most irreproducible numbers in this field come from here."""
+        T, _, H, W = self.media[0].frames.shape
+        return T, H * W
+
+
+INSTRUCTION = "Think inside <think> </think>, then answer inside <answer> </answer> "
+CLOSING = {
+    "multiple choice": "with the letter of one option.",
+    "numerical": "with one number.",
+    "OCR": "with the text as it is written.",
+    "free-form": "with a short text.",
+    "regression": "with one number.",
+}
+
+
+class PromptBuilder:
+    """Sample -> Prompt with a checkpoint's own tokenizer and chat template: medium first, then the text, one user turn.
+
+    folder: the checkpoint.  max_prompt: tokens; a longer prompt is refused, never cut.  media: load_media's keywords.
+    """
+
+    def __init__(self, folder, *, max_prompt=16384, **media):
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        template = Path(folder) / "chat_template.json"  # older checkpoints keep the multimodal template apart
+        if template.exists():
+            self.tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        if not self.tokenizer.chat_template:
+            raise DataError(f"{folder}: the tokenizer has no chat template")
+        self.max_prompt, self.media = max_prompt, media
+        self.pad = {kind: self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("video", "image")}
+        if None in self.pad.values():
+            raise DataError(f"{folder}: the tokenizer lacks <|video_pad|> or <|image_pad|>")
+
+    def __call__(self, sample, **media):
+        """Loads the medium and builds the prompt; `media` overrides the builder's, e.g. more frames. Raises DataError."""
+        return self.build(sample, [load_media(sample, **{**self.media, **media})])
+
+    def build(self, sample, media):
+        content = [{"type": m.kind} for m in media] + [{"type": "text", "text": self.text(sample)}]
+        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
+        counts = {self.pad[kind]: [m.tokens for m in media if m.kind == kind] for kind in self.pad}
+        for token, wanted in counts.items():
+            if ids.count(token) != len(wanted):  # a question that spells out a vision token, or a template for text only
+                raise DataError(f"record {sample.id}: {ids.count(token)} places for media in the prompt, expected {len(wanted)}")
+        counts = {token: iter(wanted) for token, wanted in counts.items()}
+        ids = [x for i in ids for x in ([i] * next(counts[i]) if i in counts else [i])]
+        if len(ids) > self.max_prompt:
+            raise DataError(f"record {sample.id}: {sample.path}: a prompt of {len(ids)} tokens "
+                            f"({sum(m.tokens for m in media)} visual), more than --max_prompt {self.max_prompt}")
+        return Prompt(sample, torch.tensor(ids), media)
+
+    def text(self, sample):
+        """The user's words."""
+        options = ["Options:", *sample.options] if sample.options else []
+        return "\n".join([sample.question, *options, INSTRUCTION + CLOSING[sample.problem_type]])
+
+    def target(self, sample):
+        """Token ids (R,) of a supervised response: reasoning, answer, end of turn. Raises DataError without reasoning."""
+        if not sample.reasoning:
+            raise DataError(f"record {sample.id}: no reasoning ('process') to learn from")
+        text = f"<think>{sample.reasoning}</think>\n<answer>{sample.answer}</answer>"
+        return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id])
+
+    def decode(self, ids):
+        """Token ids -> the response's text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,257 @@
+"""The policy: a Qwen2-VL or Qwen2.5-VL checkpoint that encodes a video once and scores responses that share a prompt.
+
+transformers' classes are the network. Around them, in the order of a training step:
+    Policy.load      a folder or hub name -> the policy;  Policy.save writes the same form back
+    mrope_positions  the three rotary position ids of every token, by the rule the checkpoints were trained with
+    Policy.encode    frames -> visual embeddings, once per step, whatever happens to them afterwards
+    Policy.forward   packed rows [prompt | o_1 ... o_G | prompt' ...] -> log-probs of the response tokens, fp32
+Everything a loss needs comes out of `forward`: DistributedDataParallel averages gradients of that call only.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import attention
+from data import normalize, patchify
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so a split is exact
+LOGITS_PER_CHUNK = 2**27  # fp32 numbers of one chunk of log-softmax: 512 MB
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used, and why."""
+
+
+def newest_checkpoint(run):
+    """The newest checkpoint-N of a run folder, or None."""
+    return max(Path(run).glob("checkpoint-??????"), default=None)
+
+
+def local_folder(name):
+    """A model folder for a folder, a run folder (its newest checkpoint) or a hub name.
+
+    Raises ModelError when it is none of them or holds no weights.
+    """
+    folder = newest_checkpoint(name) or Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
+            raise ModelError(f"{name}: no such model folder")
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(str(name)))
+        except OSError as e:
+            raise ModelError(f"{name}: neither a folder nor a model that the hub could deliver ({e})") from e
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json, so not a model folder")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no weights (*.safetensors) beside config.json")
+    return folder
+
+
+def mrope_positions(ids, media, *, video_token, image_token, merge=2, tokens_per_second=2):
+    """M-RoPE ids (temporal, height, width) of a prompt (Qwen2-VL, arXiv 2409.12191, section 2.1; Qwen2.5-VL, 2502.13923).
+
+    Text advances all three ids together. A medium that starts at s gets s + (floor(grid * seconds * tokens_per_second),
+    row, column); the text after it starts at the largest id of ALL THREE axes + 1. (transformers 5.23's get_rope_index
+    forgets the temporal axis there, which puts the question inside the time range of a video longer than some 10 s.)
+
+    ids: (P,) token ids with one video or image token per visual token.
+    media: [((t, h, w) in patches, seconds per 2-frame grid), ...] in order; seconds is ignored for images.
+    tokens_per_second: None for Qwen2-VL, whose temporal id is the index of the grid.
+    Returns positions (3, P) and the position of the next token. Raises ValueError when visual tokens and media disagree.
+    """
+    ids = torch.as_tensor(ids)
+    visual = (ids == video_token) | (ids == image_token)
+    positions, start, i = [], 0, 0
+    for (t, h, w), seconds in media:
+        n = t * (h // merge) * (w // merge)
+        text = int(visual[i:].to(torch.uint8).argmax()) if visual[i:].any() else 0
+        if not visual[i + text : i + text + n].all() or i + text + n > len(ids) or not visual[i:].any():
+            raise ValueError(f"a medium of grid {(t, h, w)} wants {n} visual tokens at {i + text} of a prompt of {len(ids)}")
+        positions.append(start + torch.arange(text).expand(3, -1))
+        start, i = start + text, i + text + n
+        per_grid = 1.0 if tokens_per_second is None or ids[i - 1] == image_token else seconds * tokens_per_second
+        grid = torch.meshgrid((torch.arange(t, dtype=torch.float64) * per_grid).long(),
+                              torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
+        positions.append(start + torch.stack(grid).flatten(1))
+        start = int(positions[-1].max()) + 1
+    if visual[i:].any():
+        raise ValueError(f"{int(visual[i:].sum())} visual tokens more than the media hold")
+    positions.append(start + torch.arange(len(ids) - i).expand(3, -1))
+    return torch.cat(positions, dim=1), start + len(ids) - i
+
+
+class Policy(nn.Module):
+    """The policy pi: see the module's first lines. folder: where the checkpoint, its tokenizer and its side files are."""
+
+    def __init__(self, net, folder):
+        super().__init__()
+        self.net, self.folder = net, Path(folder)
+        # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
+        self.side_files = {f.name: f.read_bytes() for f in self.folder.iterdir()
+                           if f.suffix in (".json", ".txt", ".jinja") and not f.name.endswith(".index.json") and f.name != "state.json"}
+        c = self.config = net.config
+        self.text = net.model.language_model
+        self.tokens_per_second = getattr(c.vision_config, "tokens_per_second", None) if c.model_type == "qwen2_5_vl" else None
+        self.merge = c.vision_config.spatial_merge_size
+        eos = getattr(net.generation_config, "eos_token_id", None) or c.text_config.eos_token_id
+        self.eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        # the policy must not speak in pixels: these are impossible in sampling and in scoring alike
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+        banned = {i for i in (getattr(c, name, None) for name in names) if i is not None}
+        self.register_buffer("banned", torch.tensor(sorted(banned)), persistent=False)
+
+    @classmethod
+    def load(cls, name, *, dtype=torch.float32, device="cpu", checkpointing=True):
+        """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
+
+        dtype: of the weights; fp32 master weights for training, computed in bf16 under torch.autocast.
+        checkpointing: recompute every layer's activations in the backward pass (in train mode only).
+        Raises ModelError: no folder, no weights, another architecture, missing weights.
+        """
+        folder = local_folder(name)
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type not in MODEL_TYPES:
+            raise ModelError(f"{folder}: model type {config.model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
+        net, info = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"}, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+        policy = cls(net.to(device), folder)
+        for module in net.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = checkpointing
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        return policy.eval()
+
+    def save(self, folder):
+        """Writes a folder that transformers and vLLM open: weights and config, tokenizer and processor files beside."""
+        folder = Path(folder)
+        self.net.save_pretrained(folder)
+        for name, content in self.side_files.items():
+            if not (folder / name).exists():
+                (folder / name).write_bytes(content)
+
+    @property
+    def device(self):
+        return self.banned.device
+
+    def freeze_vision(self):
+        """Keeps the vision tower as it is: no gradients, and embeddings of `encode` stay valid for the whole run."""
+        self.net.model.visual.requires_grad_(False)
+
+    # ---- prompt -> embeddings and positions
+
+    def encode(self, prompts):
+        """Visual embeddings of each prompt's media in order, [(V, D), ...]; V = sum of t * h * w / merge^2, (0, D) for text.
+
+        With gradients under torch.enable_grad, for a vision tower that is trained. Splits and batches of media at 2-frame
+        grids are exact: the tower attends within one grid only.
+        """
+        visual, V = self.net.model.visual, self.merge**2
+        grids = [(m, i) for p in prompts for m in p.media for i in range(m.grid[0])]  # every 2-frame grid of every medium
+        out, i = [], 0
+        while i < len(grids):
+            end, patches = i + 1, grids[i][0].grid[1] * grids[i][0].grid[2]
+            while end < len(grids) and patches + (more := grids[end][0].grid[1] * grids[end][0].grid[2]) <= PATCHES_PER_CALL:
+                end, patches = end + 1, patches + more
+            runs = []  # (medium, first grid, number of grids) of this call
+            for m, g in grids[i:end]:
+                if runs and runs[-1][0] is m and runs[-1][1] + runs[-1][2] == g:
+                    runs[-1][2] += 1
+                else:
+                    runs.append([m, g, 1])
+            pixels = torch.cat([patchify(normalize(m.frames_of(g, n).to(self.device), visual.dtype))[0] for m, g, n in runs])
+            sizes = torch.tensor([(n, *m.grid[1:]) for m, _, n in runs], device=self.device)
+            out.append(visual(pixels, grid_thw=sizes).pooler_output)
+            i = end
+        out = torch.cat(out) if out else torch.zeros(0, self.config.text_config.hidden_size, device=self.device, dtype=visual.dtype)
+        return list(out.split([sum(m.grid[0] * m.grid[1] * m.grid[2] // V for m in p.media) for p in prompts]))
+
+    def positions(self, prompt):
+        """(3, P) M-RoPE ids of a prompt and the id of its first response token."""
+        return mrope_positions(prompt.ids, [(m.grid, m.seconds_per_grid) for m in prompt.media], merge=self.merge,
+                               video_token=self.config.video_token_id, image_token=self.config.image_token_id,
+                               tokens_per_second=self.tokens_per_second)
+
+    def embed(self, ids, features=None):
+        """Token embeddings (S, D), the visual tokens replaced by `features` (V, D) in order."""
+        ids = ids.to(self.device)
+        x = self.text.embed_tokens(ids)
+        if features is not None and len(features):
+            visual = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
+            x = x.masked_scatter(visual[:, None], features.to(x.dtype))
+        return x
+
+    def run_text(self, x, positions, plan):
+        """The language model on embeddings x (N, S, D) at positions (3, N, S): last hidden states (N, S, D)."""
+        if torch.is_autocast_enabled(self.device.type):
+            x = x.to(torch.get_autocast_dtype(self.device.type))
+        return self.text(inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=None, use_cache=False, plan=plan).last_hidden_state
+
+    def logits(self, hidden):
+        """Next-token logits (..., vocabulary) in at least fp32, vision ids impossible. In full precision even under autocast:
+        in bf16 a logit is off by up to 0.06, too much for a ratio or a KL."""
+        with torch.autocast(self.device.type, enabled=False):
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            logits = F.linear(hidden.to(dtype), self.net.lm_head.weight.to(dtype))
+            return logits.index_fill(-1, self.banned, -1e30)
+
+    # ---- packed groups -> log-probs
+
+    def forward(self, prompts, responses, features=None, temperature=1.0):
+        """Log-probs of all response tokens of B groups, each prompt run once (shared prefix).
+
+        prompts: B prompts.  responses: B lists of token ids (R_i,).  features: what `encode` gave, or None to encode here,
+        with gradient. Returns log-probs and entropies (N, R) at `temperature`, N = all responses in order, R = the longest;
+        0 beyond a response's end. Parameters that took no part get a zero gradient, so that every rank of a
+        DistributedDataParallel group reduces the same set: also with no groups at all.
+        """
+        flat = [r.to(self.device) for group in responses for r in group]
+        lengths = [len(r) for r in flat]
+        untouched = [] if prompts else [p for p in self.parameters() if p.requires_grad]
+        if prompts:
+            if features is None:
+                features = self.encode(prompts)
+            if not any(len(f) for f in features) or not any(f.requires_grad for f in features):
+                untouched = [p for p in self.net.model.visual.parameters() if p.requires_grad]
+            logp, entropy = self._score(prompts, responses, features, temperature)
+        else:
+            logp = entropy = torch.zeros(0, device=self.device)
+        if untouched and torch.is_grad_enabled():
+            logp = logp + sum(p.flatten()[0] * 0 for p in untouched)
+        pad = lambda x: nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) if lengths else x.view(0, 0)
+        return pad(logp), pad(entropy)
+
+    def _score(self, prompts, responses, features, temperature):
+        x, positions, lengths, sources, start = [], [], [], [], 0
+        for prompt, group, feature in zip(prompts, responses, features, strict=True):
+            where, following = self.positions(prompt)
+            x += [self.embed(prompt.ids, feature), *(self.embed(r) for r in group)]
+            positions += [where, *((following + torch.arange(len(r))).expand(3, -1) for r in group)]
+            lengths.append((len(prompt.ids), [len(r) for r in group]))
+            last, start = start + len(prompt.ids) - 1, start + len(prompt.ids)
+            for r in group:  # token 0 of EVERY response is predicted by the last prompt token, token t by token t - 1
+                sources += [torch.tensor([last]), torch.arange(start, start + len(r) - 1)]
+                start += len(r)
+        plan = attention.PackedRow(lengths, self.device)
+        hidden = self.run_text(torch.cat(x)[None], torch.cat(positions, dim=1)[:, None], plan)[0]
+        hidden = hidden[torch.cat(sources).to(self.device)]  # (all response tokens, D): no logits for the prompt
+        targets = torch.cat([r for group in responses for r in group]).to(self.device)
+        chunk = max(1, LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
+        out = [checkpoint(self._log_softmax, h, t, temperature, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+        return tuple(torch.cat(column) for column in zip(*out))
+
+    def _log_softmax(self, hidden, targets, temperature):
+        logits = self.logits(hidden) / temperature  # (chunk, vocabulary), recomputed in the backward pass
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return logp.gather(-1, targets[:, None])[:, 0], entropy

@@ -1,0 +1,90 @@
+"""Rule rewards (Video-R1, arXiv 2503.21776, section 3.2) and the one answer normaliser that rewards, votes and evaluation share.
+
+A reward is a number for a whole response:
+    accuracy  in [0, 1], by problem type: is the text inside <answer> </answer> right?
+    format    0 or 1: one <think> block, one <answer> block, nothing else
+    length    a small bonus for a right answer of a wanted length
+Pure functions of strings: any response gives a number in range, never an exception.
+
+    >>> choice_letter("(b)", ["A. left", "B. right"]), choice_letter("A or B", ["A. left", "B. right"])
+    ('B', None)
+"""
+
+import math
+import re
+
+PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+RULED = ("multiple choice", "numerical", "regression")  # types that accuracy_reward can judge
+
+
+def extract_answer(response):
+    """The text inside the last <answer> </answer> block, stripped; None without one (which is never an answer)."""
+    blocks = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", response, re.DOTALL)
+    return blocks[-1].strip() if blocks else None
+
+
+def choice_letter(text, options):
+    """The option that an answer names, as its capital letter, or None if it names none, several, or one that is not there.
+
+    A single letter may carry brackets, a full stop, or the option's text after it: B, (B), b., "B. right", "B) right".
+    The text of an option alone names nothing: real data has options such as "A. C".
+    """
+    letters = {m[1]: o[m.end():] for o in options if (m := re.match(r"\s*\(?([A-Z])[.):]", o))}
+    match = re.fullmatch(r"\(?([A-Za-z])(\)?[.:]?)(?:\s+(.*))?", text.strip(), re.DOTALL)
+    if not match or (letters and match[1].upper() not in letters):
+        return None
+    letter, mark, rest = match[1].upper(), match[2], match[3] or ""
+    bare = lambda s: re.sub(r"[\W_]+", " ", s).strip().casefold()
+    if not rest or bare(rest) == bare(letters.get(letter, rest + "?")):
+        return letter
+    named = [word for word in re.findall(r"\b[A-Z]\b", rest) if word in letters and word != letter]
+    return letter if mark and letters and not named else None
+
+
+def parse_number(text):
+    """A number, or None. Thousands commas and a closing full stop are read; units and words are not: "3.5 m" is no number."""
+    text = text.strip().replace("\u2212", "-").removesuffix(".")
+    if not re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][+-]?\d{1,3})?", text) or not re.search(r"^\D{0,2}\d", text):
+        return None
+    value = float(text.replace(",", ""))
+    return value if math.isfinite(value) else None
+
+
+def normalize_answer(text, sample):
+    """What an answer says, in a form that compares with ==: a letter, a number, or text; None if it says nothing valid."""
+    if text is None:
+        return None
+    if sample.problem_type == "multiple choice":
+        return choice_letter(text, sample.options)
+    if sample.problem_type in ("numerical", "regression"):
+        number = parse_number(text)
+        return None if number is None else round(number, 2)
+    return " ".join(text.split()) or None
+
+
+def accuracy_reward(response, sample):
+    """Is the response's answer right? In [0, 1], by the sample's problem type; 0 for a response without a valid answer."""
+    answer, target = (normalize_answer(x, sample) for x in (extract_answer(response), sample.answer))
+    if answer is None or target is None:
+        return 0.0
+    if sample.problem_type == "regression":  # 1 - relative error
+        return max(0.0, 1.0 - abs(answer - target) / (abs(target) + 1e-9))
+    return float(answer == target)
+
+
+def format_reward(response):
+    """1 if the whole response is <think>...</think>, optional white space, <answer>...</answer>, each tag once; else 0."""
+    once = all(response.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    return float(once and re.fullmatch(r"<think>.*</think>\s*<answer>.*</answer>", response, re.DOTALL) is not None)
+
+
+def length_reward(num_tokens, accuracy, *, lo=320, hi=512, bonus=0.2):
+    """`bonus` for a right answer (accuracy > 0.1) of lo to hi tokens, else 0 (Video-R1's paper; its release also asks for a
+    second right answer in the group)."""
+    return bonus if accuracy > 0.1 and lo <= num_tokens <= hi else 0.0
+
+
+def mean_relative_accuracy(pred, target):
+    """MRA of VSI-Bench: the mean over thresholds 0.50, 0.55, ..., 0.95 of [relative error < 1 - threshold]."""
+    error = abs(pred - target) / abs(target) if target else float(pred != target)
+    return sum(error < 1 - (50 + 5 * i) / 100 for i in range(10)) / 10

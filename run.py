@@ -1,0 +1,120 @@
+"""A run: its ranks, its clock, and its folder of config, log, samples and checkpoints that survives a kill at any moment.
+
+    config.txt      the flags, as a flag file: `python train.py @RUN/config.txt --out NEW` is the same run again
+    log.jsonl       one object a step; what a killed run wrote after its last checkpoint is dropped when it resumes
+    samples.jsonl   some responses with their rewards
+    checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json beside
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from model import newest_checkpoint
+
+RANK, WORLD, LOCAL = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def gather(x):
+    """The objects of all ranks, as a list."""
+    if WORLD == 1:
+        return [x]
+    out = [None] * WORLD
+    dist.all_gather_object(out, x)
+    return out
+
+
+def say(text):
+    """Prints a line, on rank 0, above the progress bar."""
+    if RANK == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+seconds = {}  # of the phases of the step
+
+
+@contextlib.contextmanager
+def timed(phase):
+    """Adds the seconds of its body to the phase, the GPU's work included."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def append(path, objects):
+    """Appends objects to a .jsonl file, on rank 0."""
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(o) + "\n" for o in objects)
+
+
+def _rewind(path, step):
+    """Drops the entries after `step`, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def open_run(args):
+    """Opens the run folder args.out -> (folder, the checkpoint to go on from or None). Ends the program rather than write
+    over a run, or when the folder cannot be written."""
+    out = Path(args.out)
+    checkpoint = newest_checkpoint(out) if args.resume else None
+    gather(None)  # every rank has looked before rank 0 writes
+    if RANK:
+        return out, checkpoint
+    if (out / "log.jsonl").exists() and not args.resume:
+        raise SystemExit(f"error: {out} holds a run: --resume goes on with it, another --out starts a new one")
+    step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
+    flags = {k: v for k, v in vars(args).items() if v is not None and v is not False and k != "resume"}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = [f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in flags.items()]
+        (out / "config.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for name in ("log.jsonl", "samples.jsonl"):
+            _rewind(out / name, step)
+    except OSError as e:
+        raise SystemExit(f"error: the run folder {out} cannot be written: {e}") from e
+    return out, checkpoint
+
+
+def save(policy, optimizer, step, args):
+    """Writes checkpoint-N under another name and moves it into place, on rank 0: a checkpoint that has its name is whole."""
+    if RANK:
+        return
+    folder = Path(args.out) / f"checkpoint-{step:06d}"
+    partial = folder.with_suffix(".partial")
+    # all randomness is a function of (seed, step, position in the step): this is the state of every generator
+    state = {"step": step, "algo": args.algo, "rng": {"seed": args.seed, "step": step}, "data_position": step * args.prompts}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        policy.save(partial)
+        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        (partial / "state.json").write_text(json.dumps(state))
+        partial.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk is a RuntimeError in torch, the third in safetensors
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SystemExit(f"error: {folder} could not be written: {e}. "
+                         "The checkpoint before it is whole; --resume goes on from there.") from e
+    for old in sorted(folder.parent.glob("checkpoint-??????"))[: -args.keep]:
+        shutil.rmtree(old)

@@ -1,0 +1,66 @@
+"""python -m torch.distributed.run ... gradient_worker.py WORLD_FOLDER OUT ALGO [bypass]: one step's gradient in float64, by train.py's own functions.
+
+With `bypass` the loss goes through the module inside DistributedDataParallel instead of through its forward: the mistake
+whose gradients are never averaged.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+import train  # noqa: E402
+from data import PromptBuilder, load_samples  # noqa: E402
+from model import Policy  # noqa: E402
+
+world, out, algo, *bypass = sys.argv[1:]
+if train.WORLD > 1:
+    dist.init_process_group("gloo")
+args = train.parse_args(
+    [
+        "--model",
+        world,
+        "--data",
+        world,
+        "--algo",
+        algo,
+        "--prompts",
+        "5",
+        "--group",
+        "3",
+        "--max_new",
+        "12",
+        "--row_tokens",
+        "300",
+        "--train_vision",
+        "--beta",
+        "0.1",
+        "--w_format",
+        "0",
+        "--mask_truncated",
+    ]
+)
+policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in range(2))
+policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that groups are of unequal length
+with torch.no_grad():
+    reference.net.lm_head.weight.mul_(1.01)
+train.rewards.accuracy_reward = lambda text, sample: len(text) / 100  # a random model is never right: let long answers be
+wrapped = DistributedDataParallel(policy.train()) if train.WORLD > 1 else policy
+builder = PromptBuilder(f"{world}/model", min_pixels=784)
+samples = load_samples(f"{world}/cot.json")
+prompts = [(i, builder(samples[i])) for i in range(train.RANK, 5, train.WORLD)]
+if bypass:
+    wrapped.forward = lambda *a, **kw: policy(*a, **kw)
+entry = (
+    train.sft_step(wrapped, prompts, builder, args)[0]
+    if algo == "sft"
+    else train.grpo_step(wrapped, reference, prompts, builder, 0, args)[0]
+)
+grads = {name: p.grad for name, p in policy.named_parameters()}
+torch.save({"grads": grads, "entry": entry}, f"{out}.{train.RANK}")
+if train.WORLD > 1:
+    dist.destroy_process_group()

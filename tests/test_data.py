@@ -1,0 +1,299 @@
+"""Records, frames, pixels, patches, prompts; and everything that can be wrong with them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, needs_shared
+from PIL import Image
+
+import data
+import toy
+from data import DataError, Sample
+
+RECORD = dict(
+    problem_id=3,
+    problem="Which?",
+    options=["A. left", "B. right"],
+    data_type="video",
+    problem_type="multiple choice",
+    solution="<answer>B</answer>",
+    path="./v/x.mp4",
+    data_source="set",
+)
+
+
+def load(tmp_path, *records, name="r.json", **kw):
+    (tmp_path / name).write_text(json.dumps(list(records)) if name.endswith("json") else "\n".join(map(json.dumps, records)))
+    return data.load_samples(tmp_path / name, **kw)
+
+
+# ---- records
+
+
+def test_a_video_r1_record(tmp_path):
+    (sample,) = load(tmp_path, RECORD | {"process": "<think>it turns</think>"})
+    assert sample == Sample(
+        "3", "Which?", ["A. left", "B. right"], "multiple choice", "video", str(tmp_path / "v/x.mp4"), "B", "it turns", "set"
+    )
+
+
+def test_options_null_and_bracket_prefixes(tmp_path):
+    a, b, c = load(
+        tmp_path,
+        RECORD | {"options": None, "problem_type": "numerical", "solution": "<answer> 5 </answer>"},
+        RECORD | {"options": ["A) x", "B) y"]},
+        RECORD | {"options": ["x", "y"]},
+        media_root="/videos",
+    )
+    assert a.options == [] and a.answer == "5" and a.path == "/videos/v/x.mp4"
+    assert b.options == ["A) x", "B) y"] and c.options == ["A. x", "B. y"]
+
+
+def test_a_video_rts_record_has_its_options_in_the_question(tmp_path):
+    (sample,) = load(
+        tmp_path,
+        {"problem": "Why?\nA. so\nB. thus\n", "solution": "<answer>B.</answer>", "video": "/abs/x.mp4", "qid": 9},
+        name="r.jsonl",
+    )
+    assert (sample.id, sample.question, sample.options, sample.answer, sample.path) == (
+        "9",
+        "Why?",
+        ["A. so", "B. thus"],
+        "B.",
+        "/abs/x.mp4",
+    )
+
+
+def test_a_longvideo_reason_record(tmp_path):
+    (sample,) = load(
+        tmp_path,
+        {
+            "problem_id": 1,
+            "problem": "Why?\nA. so\nB. thus",
+            "data_type": "video",
+            "problem_type": "multiple choice",
+            "reasoning": "because",
+            "videos": "x.mp4",
+            "answer": "<answer>A</answer>",
+        },
+    )
+    assert (sample.answer, sample.reasoning, sample.options) == ("A", "because", ["A. so", "B. thus"])
+
+
+def test_solution_is_read_before_answer(tmp_path):
+    assert load(tmp_path, RECORD | {"solution": "A", "answer": "left"})[0].answer == "A"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"solution": None}, "no 'solution'"),
+        ({"solution": "<answer></answer>"}, "empty solution"),
+        ({"problem_type": "essay"}, "unknown problem type 'essay'"),
+        ({"solution": "<answer>C</answer>"}, "'C' is not among the options"),
+        ({"options": []}, "without options"),
+        ({"problem": None}, "no question"),
+        ({"path": ""}, "no medium"),
+        ({"data_type": "audio"}, "data type 'audio'"),
+        ({"options": "A. x"}, "expected a list of strings"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path, change, message):
+    with pytest.raises(DataError, match=f"r.json, record 1 .id 3.*{message}"):
+        load(tmp_path, RECORD, RECORD | change)
+    skipped = []
+    assert len(load(tmp_path, RECORD, RECORD | change, skipped=skipped)) == 1 and len(skipped) == 1
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.json", "", "is empty"),
+        ("a.json", '[{"problem": 1', "not JSON, or cut off"),
+        ("a.jsonl", '{"problem": "x"}\n{"pro', "line 2: not JSON"),
+        ("a.json", "{}", "expected a list"),
+        ("a.json", "[]", "no usable record"),
+        ("a.json", "[3]", "record 0: a int, expected an object"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=f"{name}.*{message}"):
+        data.load_samples(tmp_path / name)
+    with pytest.raises(DataError, match="nowhere.json: cannot be read"):
+        data.load_samples(tmp_path / "nowhere.json")
+
+
+@needs_shared
+def test_all_real_benchmark_records_load():
+    files = sorted((SHARED / "benchmarks").glob("*.json*"))
+    samples = [s for f in files for s in data.load_samples(f)]
+    assert len(samples) == 40 * len(files) and {s.data_type for s in samples} == {"video", "frame"}
+    assert all(s.options for s in samples if s.problem_type == "multiple choice")
+
+
+# ---- which frames, which size
+
+
+def test_frame_indices():
+    assert data.frame_indices(16, 2.0) == list(range(16))
+    assert data.frame_indices(491, 22.29, max_frames=4) == [0, 163, 327, 490]
+    assert len(data.frame_indices(1000, 25.0)) == 16 and len(data.frame_indices(100, 25.0)) == 8  # 4 s at 2 fps
+    assert len(data.frame_indices(25, 25.0)) == 4  # 1 s: at least min_frames
+    assert data.frame_indices(3, 30.0) == [0, 2] and data.frame_indices(5, 30.0, min_frames=16) == [
+        0,
+        1,
+        3,
+        4,
+    ]  # what there is, even
+    assert len(data.frame_indices(70, 10.0)) == 14
+    with pytest.raises(ValueError, match="1 frames .* at least 2"):
+        data.frame_indices(1, 30.0)
+
+
+def test_smart_resize():
+    resize = lambda h, w, lo=4 * 28 * 28, hi=128 * 28 * 28: data.smart_resize(h, w, min_pixels=lo, max_pixels=hi)
+    assert resize(360, 640) == (224, 420) and resize(56, 56) == (56, 56) and resize(28, 28) == (56, 56)
+    assert resize(10, 300) == (28, 308) and resize(100, 100, hi=28 * 28) == (28, 28)
+    with pytest.raises(ValueError, match="aspect ratio"):
+        resize(10, 2001)
+
+
+# ---- patches
+
+
+def test_patches_of_an_image_equal_transformers_processor():
+    """Its Pillow-based processor, which needs no torchvision: the same size, the same pixels, the same order."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (150, 211, 3), dtype=np.uint8))
+    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 100 * 28 * 28})(image, return_tensors="pt")
+    frames = torch.from_numpy(data.resize(image, 56 * 56, 100 * 28 * 28).copy()).permute(2, 0, 1)[None]
+    patches, grid = data.patchify(data.normalize(frames))
+    assert [list(grid)] == theirs["image_grid_thw"].tolist()
+    torch.testing.assert_close(patches, theirs["pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_patches_of_a_video_by_definition():
+    """Row (t, block, patch in block) holds [channel, frame of the grid, y, x] of that patch."""
+    frames = torch.arange(4 * 3 * 56 * 84, dtype=torch.float64).view(4, 3, 56, 84)
+    patches, grid = data.patchify(frames)
+    assert grid == (2, 4, 6)
+    row = 0
+    for t in range(2):
+        for block_y in range(2):
+            for block_x in range(3):
+                for y in (2 * block_y, 2 * block_y + 1):
+                    for x in (2 * block_x, 2 * block_x + 1):
+                        patch = frames[2 * t : 2 * t + 2, :, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14]
+                        assert torch.equal(patches[row].view(3, 2, 14, 14), patch.transpose(0, 1))
+                        row += 1
+    with pytest.raises(ValueError, match="3 frames"):
+        data.patchify(frames[:3])
+
+
+# ---- media
+
+
+def media(tmp_path, data_type="image", name="x.png", **kw):
+    return data.load_media(Sample("7", "?", [], "numerical", data_type, str(tmp_path / name), "1"), **kw)
+
+
+def test_images_of_every_mode(tmp_path):
+    """Transparency on white, palettes resolved, EXIF rotation applied."""
+    clear = Image.new("RGBA", (56, 56), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 28, 56))
+    clear.save(tmp_path / "x.png")
+    frames = media(tmp_path).frames
+    assert (
+        frames.shape == (1, 3, 56, 56)
+        and frames[0, :, 5, 5].tolist() == [0, 0, 255]
+        and frames[0, :, 5, 50].tolist() == [255] * 3
+    )
+    clear.convert("RGB").convert("P").save(tmp_path / "x.png")
+    assert media(tmp_path).frames[0, 2, 5, 5] > 200
+    Image.new("L", (56, 56), 9).save(tmp_path / "x.png")
+    assert media(tmp_path).frames.unique().tolist() == [9]
+    image = Image.new("RGB", (112, 56))
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was held upright
+    image.save(tmp_path / "x.jpg", exif=exif)
+    found = media(tmp_path, name="x.jpg")
+    assert found.frames.shape == (1, 3, 112, 56) and found.grid == (1, 8, 4) and found.tokens == 8 and found.seconds_per_grid == 0
+
+
+def test_a_video_keeps_its_time(tmp_path):
+    """16 frames at 2 fps are 8 s: shown as 8 frames, a grid of 2 spans 2 s."""
+    frames = np.zeros((16, 56, 56, 3), np.uint8)
+    frames[:, :, :, 1] = np.arange(16)[:, None, None] * 15
+    toy.write_y4m(tmp_path / "x.y4m", frames, fps=2)
+    m = media(tmp_path, "video", "x.y4m", max_frames=8)
+    assert m.frames.shape == (8, 3, 56, 56) and m.grid == (4, 4, 4) and m.seconds_per_grid == 2.0
+    expected = [data.frame_indices(16, 2.0, max_frames=8)[i] * 15 for i in range(8)]
+    assert (m.frames[:, 1, 5, 5].long() - torch.tensor(expected)).abs().max() <= 3  # YUV rounding
+    assert torch.equal(m.frames_of(1, 2), m.frames[2:6])
+
+
+def test_a_folder_of_frames(tmp_path):
+    (tmp_path / "f").mkdir()
+    for i in range(12):
+        Image.new("RGB", (56, 56), (i * 10, 0, 0)).save(tmp_path / "f" / f"{i}.png")  # 10.png after 9.png
+    m = media(tmp_path, "frame", "f", max_frames=4)
+    assert m.frames[:, 0, 0, 0].tolist() == [0, 40, 70, 110] and m.seconds_per_grid == pytest.approx(2.0)  # 12 frames at 3 fps
+    with pytest.raises(DataError, match="record 7: .*no such folder"):
+        media(tmp_path, "frame", "g")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\x00" * 40])
+def test_broken_images_are_named(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(DataError, match="record 7: .*x.png: cannot be read as an image"):
+        media(tmp_path)
+
+
+# ---- prompts
+
+
+def test_prompt_layout(world, builder):
+    sample = data.load_samples(world / "train.json")[1]
+    prompt = builder(sample)
+    tokens = builder.tokenizer.convert_ids_to_tokens(prompt.ids)
+    assert tokens.count("<|video_pad|>") == prompt.media[0].tokens == 8
+    assert tokens.index("<|vision_start|>") + 1 == tokens.index("<|video_pad|>") and tokens[-3:-1] == [
+        "<|im_start|>",
+        "assistant",
+    ]
+    text = builder.tokenizer.decode(prompt.ids)
+    assert text.index("<|video_pad|>") < text.index("Which way") < text.index("A. left\nB. right") < text.index("<think>")
+    assert prompt.frames_x_pixels == (16, 784)
+
+
+def test_target_is_what_the_rewards_ask_for(world, builder):
+    import rewards
+
+    sample = data.load_samples(world / "cot.json")[0]
+    target = builder.target(sample)
+    assert target[-1] == builder.tokenizer.eos_token_id
+    text = builder.decode(target)
+    assert rewards.format_reward(text) == 1 and rewards.accuracy_reward(text, sample) == 1
+    with pytest.raises(DataError, match="no reasoning"):
+        builder.target(data.load_samples(world / "train.json")[0])
+
+
+def test_a_prompt_over_the_limit_is_refused(world):
+    tight = data.PromptBuilder(world / "model", min_pixels=784, max_prompt=30)
+    with pytest.raises(
+        DataError, match=r"record 0: .*train_00000.y4m: a prompt of \d+ tokens \(8 visual\), more than --max_prompt 30"
+    ):
+        tight(data.load_samples(world / "train.json")[0])
+
+
+def test_a_question_that_spells_out_a_vision_token_is_refused(world, builder):
+    from dataclasses import replace
+
+    sample = data.load_samples(world / "train.json")[0]
+    with pytest.raises(DataError, match="2 places for media in the prompt, expected 1"):
+        builder(replace(sample, question="What is <|video_pad|>?"))

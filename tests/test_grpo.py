@@ -1,0 +1,109 @@
+"""Group advantages, KL and the clipped loss against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+import grpo
+
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 3.0, 0.0, 0.0]], dtype=torch.float64)
+
+
+def test_advantages_divide_by_the_unbiased_std_of_the_group():
+    a = grpo.group_advantages(REWARDS)
+    std0, std2 = math.sqrt(4 * 0.25 / 3), math.sqrt((2.25**2 + 3 * 0.75**2) / 3)
+    expected = [
+        [0.5 / (std0 + 1e-4) * s for s in (1, -1, -1, 1)],
+        [0.0] * 4,
+        [x / (std2 + 1e-4) for x in (-0.75, 2.25, -0.75, -0.75)],
+    ]
+    torch.testing.assert_close(a, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_advantages_none_only_subtracts_the_mean_and_batch_uses_one_std():
+    centred = [[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0], [-0.75, 2.25, -0.75, -0.75]]
+    torch.testing.assert_close(grpo.group_advantages(REWARDS, "none"), torch.tensor(centred, dtype=torch.float64))
+    std = math.sqrt((4 * 0.25 + 2.25**2 + 3 * 0.75**2) / 12)
+    torch.testing.assert_close(grpo.group_advantages(REWARDS, "batch"), torch.tensor(centred, dtype=torch.float64) / (std + 1e-4))
+    with pytest.raises(ValueError, match="norm 'max'"):
+        grpo.group_advantages(REWARDS, "max")
+
+
+def test_equal_rewards_give_exactly_zero():
+    rewards = torch.full((1, 7), 0.1)  # the mean of seven 0.1s is not 0.1 in fp32
+    assert grpo.group_advantages(rewards).abs().max() == 0
+    assert grpo.zero_std(REWARDS).tolist() == [False, True, False]
+    assert grpo.group_advantages(torch.tensor([[3.0]])).item() == 0
+
+
+def test_kl_estimators_by_hand():
+    logp, ref = torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([-1.5, -1.0, -100.0])
+    torch.testing.assert_close(grpo.kl_penalty(logp, ref, "k1"), torch.tensor([0.5, -1.0, 10.0]))  # the last is clamped
+    torch.testing.assert_close(grpo.kl_penalty(logp, ref, "k2"), torch.tensor([0.125, 0.5, 50.0]))
+    expected = torch.tensor([math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1, math.exp(-10) - 1 + 10])
+    torch.testing.assert_close(grpo.kl_penalty(logp, ref), expected)
+
+
+@pytest.mark.parametrize("estimator, direction", [("k1", None), ("k2", "pi||ref"), ("k3", "ref||pi")])
+def test_kl_gradients_are_the_ones_documented(estimator, direction):
+    """Expectation over the policy of the gradient of the penalty = zero, of KL(pi||ref), of KL(ref||pi)."""
+    logits = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.1, 0.5, -0.4], dtype=torch.float64).log_softmax(0)
+    logp = logits.log_softmax(0)
+    penalty = (
+        logp.detach().exp() * grpo.kl_penalty(logp, ref, estimator)
+    ).sum()  # tokens sampled from pi, sampling not differentiated
+    (got,) = torch.autograd.grad(penalty, logits)
+    logp = logits.log_softmax(0)
+    exact = {None: 0 * logp.sum(), "pi||ref": (logp.exp() * (logp - ref)).sum(), "ref||pi": (ref.exp() * (ref - logp)).sum()}[
+        direction
+    ]
+    torch.testing.assert_close(got, torch.autograd.grad(exact, logits)[0])
+
+
+def test_loss_by_hand_two_responses():
+    """rho = (1.5, 1) with A = 1: clipped to 1.2, and 1. rho = 0.5 with A = -2: clipped to 0.8. Padding counts nothing."""
+    old = torch.tensor([[-1.0, -2.0], [-1.0, 7.0]], dtype=torch.float64)
+    logp = old + torch.tensor([[math.log(1.5), 0.0], [math.log(0.5), 1e9]], dtype=torch.float64)
+    mask, A = torch.tensor([[1, 1], [1, 0]]), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    loss = lambda **kw: float(grpo.grpo_loss(logp, old, A, mask, **kw)[0])
+    assert loss() == pytest.approx((-(1.2 + 1) / 2 + 1.6) / 2)
+    assert loss(average="token") == pytest.approx((-1.2 - 1 + 1.6) / 3)
+    assert loss(average="constant", denominator=8) == pytest.approx((-1.2 - 1 + 1.6) / 8)
+    assert loss(clip_high=0.6) == pytest.approx((-(1.5 + 1) / 2 + 1.6) / 2)
+    assert loss(clip_low=0.6) == pytest.approx((-(1.2 + 1) / 2 + 1.0) / 2)
+    stats = grpo.grpo_loss(logp, old, A, mask)[1]
+    assert [float(stats[k]) for k in ("tokens", "ratio", "clipped")] == pytest.approx([3, 3.0, 2])
+    with pytest.raises(ValueError, match="denominator"):
+        loss(average="constant")
+
+
+def test_loss_adds_beta_times_kl():
+    logp, A = torch.tensor([[-1.0, -0.5]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    ref = torch.tensor([[-1.5, -0.5]], dtype=torch.float64)
+    loss, stats = grpo.grpo_loss(logp, logp, A, torch.ones(1, 2), ref_logp=ref, beta=0.1)
+    kl = math.exp(-0.5) - 1 + 0.5
+    assert float(loss) == pytest.approx(0.1 * kl / 2) and float(stats["kl"]) == pytest.approx(kl)
+
+
+def test_on_policy_gradient_is_reinforce():
+    """One update per rollout: rho = 1, the loss is -A whatever the clip, and its gradient is that of -A log pi."""
+    logp = torch.tensor([[-1.0, -2.0], [-0.3, -0.7]], dtype=torch.float64, requires_grad=True)
+    A, mask = torch.tensor([0.8, -1.3], dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    (got,) = torch.autograd.grad(grpo.grpo_loss(logp, logp.detach(), A, mask)[0], logp)
+    torch.testing.assert_close(got, -A[:, None] * mask / mask.sum(1, keepdim=True) / 2)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_parts_of_a_batch_add_up_with_global_denominators(average):
+    g = torch.Generator().manual_seed(0)
+    logp, old = (torch.randn(6, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    A, mask = torch.randn(6, generator=g, dtype=torch.float64), torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
+    whole = grpo.grpo_loss(logp, old, A, mask, average=average)[0]
+    denominator = 6 if average == "sequence" else int(mask.sum())
+    parts = [
+        grpo.grpo_loss(logp[i], old[i], A[i], mask[i], average=average, denominator=denominator)[0]
+        for i in (slice(0, 2), slice(2, 6))
+    ]
+    torch.testing.assert_close(sum(parts), whole)

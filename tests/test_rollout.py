@@ -1,0 +1,107 @@
+"""Rollouts against transformers' generate and against the log-probs of the training pass, in float64."""
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import data
+import model
+import rollout
+
+
+@pytest.fixture()
+def talkative(policy):
+    """A policy for which a tenth of the vocabulary ends the turn, so that lengths differ."""
+    policy.eos_ids = list(range(20, 66))
+    return policy
+
+
+def test_greedy_equals_transformers_generate(world, policy, prompts):
+    """transformers' cached greedy decoding with our positions is the oracle; several prompts of unequal length at once."""
+    net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
+    groups = rollout.generate(policy, prompts, 1, max_new=24, temperature=0)
+    for prompt, group in zip(prompts, groups):
+        (media,) = prompt.media
+        pixels, grid = data.patchify(data.normalize(media.frames, torch.float64))[0], torch.tensor([media.grid])
+        inputs = (
+            dict(pixel_values_videos=pixels, video_grid_thw=grid)
+            if media.kind == "video"
+            else dict(pixel_values=pixels, image_grid_thw=grid)
+        )
+        where = torch.cat([torch.arange(len(prompt.ids))[None], policy.positions(prompt)[0]])[:, None]  # text row, then M-RoPE
+        out = net.generate(
+            input_ids=prompt.ids[None],
+            attention_mask=torch.ones_like(prompt.ids)[None],
+            position_ids=where,
+            **inputs,
+            do_sample=False,
+            max_new_tokens=24,
+            suppress_tokens=policy.banned.tolist(),
+        )
+        assert group.responses[0].tolist() == out[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_the_sampler_are_those_of_the_scorer(talkative, prompts, temperature):
+    """Every token, the first included, through compaction and unequal lengths."""
+    groups = rollout.generate(talkative, prompts, 8, max_new=40, temperature=temperature, seeds=range(6))
+    logp, _ = talkative(prompts, [g.responses for g in groups], temperature=temperature)
+    sampled = [x for g in groups for x in g.logps]
+    assert len({len(x) for x in sampled}) > 5
+    for row, x in zip(logp, sampled):
+        torch.testing.assert_close(row[: len(x)], x, atol=1e-9, rtol=0)
+
+
+def test_a_rollout_does_not_depend_on_its_batch(talkative, prompts):
+    together = rollout.generate(talkative, prompts, 5, max_new=30, seeds=[10, 11, 12, 13, 14, 15])
+    reverse = rollout.generate(talkative, prompts[::-1], 5, max_new=30, seeds=[15, 14, 13, 12, 11, 10])[::-1]
+    alone = [rollout.generate(talkative, [p], 5, max_new=30, seeds=[10 + i])[0] for i, p in enumerate(prompts)]
+    for a, b, c in zip(together, reverse, alone):
+        assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses] == [x.tolist() for x in c.responses]
+    other = rollout.generate(talkative, prompts[:1], 5, max_new=30, seeds=[99])[0]
+    assert [x.tolist() for x in other.responses] != [x.tolist() for x in together[0].responses]
+
+
+def test_responses_end_with_eos_or_are_truncated(talkative, prompts):
+    groups = rollout.generate(talkative, prompts, 8, max_new=12, seeds=range(6))
+    for group in groups:
+        for r, logp, cut in zip(group.responses, group.logps, group.truncated):
+            assert 1 <= len(r) == len(logp) <= 12
+            assert not any(int(t) in talkative.eos_ids for t in r[:-1])
+            assert cut == (int(r[-1]) not in talkative.eos_ids) and (len(r) == 12 or not cut)
+            assert not torch.isin(r, talkative.banned).any()
+    assert any(any(g.truncated) for g in groups) and not all(all(g.truncated) for g in groups)
+
+
+def test_finished_rows_stop_costing(talkative, prompts, monkeypatch):
+    """The widths of the decode steps shrink: fewer rows are run than responses times steps."""
+    widths, run = [], model.Policy.run_text
+    monkeypatch.setattr(
+        model.Policy, "run_text", lambda self, x, *a: (widths.append(x.shape[0] * (x.shape[1] == 1)), run(self, x, *a))[1]
+    )
+    groups = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
+    assert max(widths) == 48 and min(w for w in widths if w) < 24
+    longest = max(len(r) for g in groups for r in g.responses)
+    assert sum(widths) < 0.75 * 48 * longest
+
+
+def test_sampling_follows_the_distribution():
+    """Inverse transform: u picks the first token whose cumulative probability exceeds it; top-p cuts the tail off."""
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().expand(5, 4)
+    u = torch.tensor([0.0, 0.0999, 0.11, 0.59, 0.999], dtype=torch.float64)
+    token, logp = rollout.sample(logits, u, 1.0, 1.0)
+    assert token.tolist() == [0, 0, 1, 2, 3]
+    torch.testing.assert_close(logp, torch.tensor([0.1, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log())
+    assert rollout.sample(logits, u, 1.0, 0.69)[0].tolist() == [2, 2, 2, 3, 3]  # 3/7 and 4/7 are left
+    assert rollout.sample(logits, u, 1.0, 0.3)[0].tolist() == [3] * 5
+    assert rollout.sample(logits, u, 0, 1.0)[0].tolist() == [3] * 5
+
+
+def test_no_prompts():
+    assert rollout.generate(None, [], 8) == []
+
+
+def test_training_mode_is_restored(policy, prompts):
+    policy.train()
+    rollout.generate(policy, prompts[:1], 2, max_new=2)
+    assert policy.training

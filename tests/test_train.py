@@ -1,0 +1,324 @@
+"""Whole runs, from files to files: several ranks, a kill in the middle, bad data, a full disk, the real tokenizer and video."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, needs_shared, run
+from safetensors.torch import load_file
+
+import data
+import toy
+import train
+
+TINY = ["--min_pixels", 784, "--max_new", 16, "--prompts", 4, "--group", 4, "--log_every", 1, "--train_vision"]
+
+
+def flags(world, out, algo="grpo", **extra):
+    records = "cot.json" if algo == "sft" else "train.json"
+    return [
+        "train.py",
+        "--algo",
+        algo,
+        "--model",
+        world / "model",
+        "--data",
+        world / records,
+        "--out",
+        out,
+        "--lr",
+        "1e-3",
+        *TINY,
+        *(x for k, v in extra.items() for x in ((f"--{k}",) if v is True else (f"--{k}", v))),
+    ]
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(entries):
+    return [{k: v for k, v in e.items() if k not in ("seconds", "tokens_per_second")} for e in entries]
+
+
+def weights(out, step):
+    return load_file(out / f"checkpoint-{step:06d}" / "model.safetensors")
+
+
+def test_cold_start_then_grpo_from_files_to_files(tmp_path, world):
+    run(*flags(world, tmp_path / "sft", "sft", steps=2, eval_data=world / "test.json"))
+    out = run(*flags(world, tmp_path / "rl", steps=2, eval_data=world / "test.json", model=tmp_path / "sft"))
+    assert "step     2" in out and "held-out accuracy" in out
+    first, *steps = log(tmp_path / "rl")
+    assert first["step"] == 0 and 0 <= first["eval_accuracy"] <= 1 and first["eval_questions"] == 12
+    expected = {
+        "step",
+        "reward",
+        "accuracy",
+        "format",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "lr",
+        "response_length",
+        "truncated",
+        "zero_std_groups",
+        "skipped_samples",
+        "frames",
+        "pixels",
+        "seconds",
+        "tokens_per_second",
+    }
+    assert [s["step"] for s in steps] == [1, 2] and all(expected <= set(s) for s in steps) and "eval_accuracy" in steps[-1]
+    assert {"data", "encode", "rollout", "train", "optimizer"} <= set(steps[0]["seconds"]) and steps[0]["pixels"] == 784
+    sample = json.loads((tmp_path / "rl" / "samples.jsonl").read_text().splitlines()[0])
+    assert {"response", "reward", "accuracy", "format", "path"} <= set(sample)
+    again = (tmp_path / "rl" / "config.txt").read_text()
+    assert "--lr 0.001" in again and train.parse_args([f"@{tmp_path}/rl/config.txt"]).prompts == 4
+
+
+@pytest.mark.parametrize("algo", ["sft", "grpo"])
+def test_gradients_are_the_same_on_one_two_and_three_ranks(tmp_path, world, algo):
+    """Same global batch: 5 prompts, unequal groups, several rows a rank, truncated responses masked, KL; in float64
+    (but for RMSNorm and RoPE, which transformers computes in fp32: hence 1e-5)."""
+    for ranks in (1, 2, 3):
+        run("tests/gradient_worker.py", world, tmp_path / f"{ranks}", algo, ranks=ranks)
+    one = torch.load(tmp_path / "1.0")
+    assert any(g.abs().max() > 1e-4 for g in one["grads"].values())
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            many = torch.load(tmp_path / f"{ranks}.{rank}")
+            for name, g in one["grads"].items():
+                torch.testing.assert_close(many["grads"][name], g, atol=1e-5 * float(g.abs().max()) + 1e-12, rtol=0, msg=name)
+            for key, value in one["entry"].items():
+                assert many["entry"][key] == pytest.approx(value, abs=1e-6), key
+
+
+def test_the_rank_test_catches_a_loss_that_bypasses_ddp(tmp_path, world):
+    """Through anything but the wrapped forward, gradients stay a rank's own, without any error: the test above sees it."""
+    run("tests/gradient_worker.py", world, tmp_path / "bad", "grpo", "bypass", ranks=2)
+    a, b = (torch.load(tmp_path / f"bad.{rank}")["grads"] for rank in (0, 1))
+    assert any((a[name] - b[name]).abs().max() > 1e-4 for name in a)
+
+
+def test_two_ranks_take_the_same_steps(tmp_path, world):
+    """The same command under torchrun: the same samples, the same figures."""
+    run(*flags(world, tmp_path / "one", steps=2, eval_data=world / "test.json"))
+    run(*flags(world, tmp_path / "two", steps=2, eval_data=world / "test.json"), ranks=2)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        for key in a.keys() - {"seconds", "tokens_per_second", "eval_by_source"}:
+            assert b[key] == pytest.approx(a[key], abs=1e-4), key
+
+
+def test_more_ranks_than_prompts(tmp_path, world):
+    run(*flags(world, tmp_path / "a", steps=1, prompts=1), ranks=2)
+    assert log(tmp_path / "a")[0]["step"] == 1
+
+
+def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world):
+    """SIGKILL after a step that no checkpoint holds yet; resumed, parameters and log are those of a run that was left alone."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    extra = dict(steps=7, save_every=2, eval_data=world / "test.json", eval_every=3)
+    run(*flags(world, whole, "sft", **extra))
+    command = [sys.executable, *map(str, flags(world, cut, "sft", **extra))]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (
+        (cut / "log.jsonl").exists() and len((cut / "log.jsonl").read_text().splitlines()) >= 4
+    ):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "checkpoint-000007").exists()
+    with open(cut / "log.jsonl", "a") as f:
+        f.write('{"step": 99, "lo')  # half a line, as a kill in mid-write leaves it
+    run(*flags(world, cut, "sft", **extra), "--resume")
+    assert without_times(log(cut)) == without_times(log(whole))
+    for name, tensor in weights(whole, 7).items():
+        assert torch.equal(tensor, weights(cut, 7)[name]), name
+    assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_run_is_not_written_over(tmp_path, world):
+    run(*flags(world, tmp_path / "a", "sft", steps=1))
+    assert "--resume goes on with it" in run(*flags(world, tmp_path / "a", "sft", steps=1), expect=1)
+
+
+def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
+    """A broken video, a missing one, a record without solution: the run goes on, nothing stands in for them."""
+    records = json.loads((world / "train.json").read_text())[:4]
+    (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
+    records[1]["path"], records[2]["path"] = str(tmp_path / "broken.y4m"), str(tmp_path / "nowhere.y4m")
+    records.append(records[0] | {"solution": None, "problem_id": 77})
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    out = run(
+        *flags(
+            world,
+            tmp_path / "a",
+            steps=2,
+            prompts=4,
+            data=tmp_path / "bad.json",
+            media_root=world,
+            eval_data=tmp_path / "held.json",
+        )
+        if (tmp_path / "held.json").write_text(json.dumps(records[:4]))
+        else ()
+    )
+    assert "skipped: " in out and "record 4 (id 77): no 'solution'" in out
+    assert "record 1: " in out and "broken.y4m" in out and "nowhere.y4m: no such file" in out
+    first, *steps = log(tmp_path / "a")
+    assert [s["skipped_samples"] for s in steps] == [2, 2]
+    assert first["eval_failures"] == 2 and first["eval_questions"] == 4  # a failure is a wrong answer, and is counted
+
+
+def test_a_step_with_no_sample_at_all_is_an_error(tmp_path, world):
+    records = json.loads((world / "train.json").read_text())[:2]
+    (tmp_path / "bad.json").write_text(json.dumps([r | {"path": "./nowhere.y4m"} for r in records]))
+    assert "none of its 4 samples could be loaded" in run(
+        *flags(world, tmp_path / "a", steps=1, data=tmp_path / "bad.json"), expect=1
+    )
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
+    out = run(*flags(world, tmp_path / "a", "sft", steps=3), "--lr", "1e30")
+    assert "update skipped" in out
+    assert [e["skipped_update"] for e in log(tmp_path / "a")] == [False, True, True]
+    assert all(torch.isfinite(x).all() for x in weights(tmp_path / "a", 3).values())
+
+
+def test_kl_length_bonus_and_the_other_flags_of_the_loss(tmp_path, world):
+    run(
+        *flags(
+            world,
+            tmp_path / "a",
+            steps=2,
+            beta=0.04,
+            norm="none",
+            average="constant",
+            len_bonus=0.2,
+            drop_zero_std=True,
+            mask_truncated=True,
+            schedule="cosine",
+            warmup=1,
+            no_checkpointing=True,
+            temperature=0.9,
+            top_p=0.95,
+        )
+    )
+    assert log(tmp_path / "a")[1]["kl"] >= 0
+
+
+def test_unwritable_run_folder_and_full_disk(tmp_path, world):
+    (tmp_path / "file").write_text("")
+    assert "run folder" in run(*flags(world, tmp_path / "file" / "a", steps=1), expect=1)
+    run(*flags(world, tmp_path / "a", "sft", steps=1))
+    command = [sys.executable, *map(str, flags(world, tmp_path / "a", "sft", steps=2)), "--resume"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # no file over 1 MB, as on a disk that is full
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
+    assert (
+        done.returncode
+        and "checkpoint-000002 could not be written" in done.stderr
+        and "checkpoint before it is whole" in done.stderr
+    )
+    assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-000001"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--data", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["--model", "./nowhere"], "no such model folder"),
+        (["--prompts", "0"], "--prompts 0: expected at least 1"),
+        (["--norm", "max"], "invalid choice"),
+    ],
+)
+def test_bad_flags_end_with_one_clear_line(tmp_path, world, change, message):
+    out = run(*flags(world, tmp_path / "a", steps=1), *change, expect=1)
+    assert message in out and "Traceback" not in out
+
+
+def test_packing_keeps_order_and_budget():
+    assert train.pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]] and train.pack("", [], 7) == []
+
+
+def test_every_sample_once_an_epoch_whatever_the_rank_count(world, monkeypatch):
+    samples, args = list(range(10)), train.parse_args(["--model", "m", "--data", "d", "--prompts", "4"])
+    loader = train.Loader(samples, None, args)
+    drawn = [loader.sample(step, i) for step in range(5) for i in range(4)]
+    assert sorted(drawn[:10]) == samples == sorted(drawn[10:]) and drawn[:10] != drawn[10:]
+    monkeypatch.setattr(train, "WORLD", 3)
+    ranks = []
+    for rank in range(3):
+        monkeypatch.setattr(train, "RANK", rank)
+        ranks += loader.positions()
+    assert sorted(ranks) == [0, 1, 2, 3]
+
+
+@needs_shared
+def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path):
+    """Qwen2.5-VL's own tokenizer files and chat template, a small random model of its architecture, Video-R1's example video."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
+        shutil.copyfile(SHARED / "qwen2_5_vl" / name, folder / name)
+    tokenizer = data.AutoTokenizer.from_pretrained(folder)
+    config = toy.tiny_config(tokenizer, hidden=32, layers=2, heads=2, kv_heads=1, vision_hidden=32)
+    real = json.loads((SHARED / "qwen2_5_vl" / "config.json").read_text())
+    assert (config.video_token_id, config.image_token_id) == (real["video_token_id"], real["image_token_id"])
+    config.text_config.vocab_size = real["vocab_size"]
+    torch.manual_seed(0)
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+    net = Qwen2_5_VLForConditionalGeneration(config)
+    net.generation_config = GenerationConfig(eos_token_id=[151645, 151643])
+    net.save_pretrained(folder)
+    record = dict(
+        problem_id=0,
+        problem="How does the video end?",
+        options=["A. well", "B. badly"],
+        data_type="video",
+        problem_type="multiple choice",
+        solution="<answer>A</answer>",
+        path="./video_r1_example.mp4",
+    )
+    (tmp_path / "r.json").write_text(json.dumps([record, record | {"path": "./image_10095.png", "data_type": "image"}]))
+    prompt = data.PromptBuilder(folder)(data.load_samples(tmp_path / "r.json", media_root=SHARED / "media")[0])
+    text = tokenizer.decode(prompt.ids)
+    assert text.startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
+    )
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n") and prompt.media[0].tokens == 8 * 8 * 15 == text.count(
+        "<|video_pad|>"
+    )
+    run(
+        "train.py",
+        "--model",
+        folder,
+        "--data",
+        tmp_path / "r.json",
+        "--media_root",
+        SHARED / "media",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--prompts",
+        2,
+        "--group",
+        2,
+        "--max_new",
+        8,
+        "--beta",
+        0.04,
+        "--train_vision",
+    )
+    (entry,) = log(tmp_path / "run")
+    assert entry["frames"] == 8.5 and entry["response_length"] == 8 and entry["mismatch"] < 1e-4

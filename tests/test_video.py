@@ -1,0 +1,93 @@
+"""Decoding in a process that can be killed: real files, broken files, files that never end."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import SHARED, needs_shared
+
+import data
+import toy
+import video
+from data import DataError, Sample
+
+MEDIA = SHARED / "media"
+
+
+@pytest.fixture()
+def clip(tmp_path):
+    toy.write_y4m(tmp_path / "clip.y4m", np.zeros((8, 56, 56, 3), np.uint8), fps=4)
+    return tmp_path / "clip.y4m"
+
+
+def test_a_decoder_that_hangs_is_killed_and_replaced(tmp_path, clip):
+    """A named pipe that nobody writes to blocks the decoder in native code, as some files do."""
+    pipe = tmp_path / "pipe.y4m"
+    os.mkfifo(pipe)
+    video.read_video(clip)
+    worker = video._worker.process
+    hold = os.open(pipe, os.O_RDWR)  # opened, never written
+    began = time.monotonic()
+    with pytest.raises(video.VideoError, match="pipe.y4m: not decoded after 1 s"):
+        _read_anything(pipe, 1.0)
+    os.close(hold)
+    assert time.monotonic() - began < 10 and worker.poll() is not None
+    assert video.read_video(clip)[0].shape == (4, 56, 56, 3)
+
+
+def _read_anything(path, timeout):
+    from unittest.mock import patch
+
+    with patch("video.Path.is_file", return_value=True):  # a pipe is no regular file, which is what stops it otherwise
+        return video.read_video(path, timeout=timeout)
+
+
+def test_a_decoder_that_dies_costs_one_sample(clip):
+    video.read_video(clip)
+    threading.Timer(0.0, video._worker.process.kill).start()
+    time.sleep(0.3)
+    with pytest.raises(video.VideoError, match="clip.y4m: the decoder crashed"):
+        video.read_video(clip)
+    assert video.read_video(clip)[0].shape == (4, 56, 56, 3)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    for name, message in (("nowhere.mp4", "no such file"), ("text.mp4", "cannot be decoded")):
+        with pytest.raises(DataError, match=f"record 7: .*{name}: {message}"):
+            data.load_media(Sample("7", "?", [], "numerical", "video", str(tmp_path / name), "1"))
+
+
+def test_short_clips_show_what_they_have(tmp_path):
+    toy.write_y4m(tmp_path / "three.y4m", np.zeros((3, 56, 56, 3), np.uint8), fps=1)
+    frames, seconds = video.read_video(tmp_path / "three.y4m", min_frames=16)
+    assert len(frames) == 2 and seconds == 1.5
+    toy.write_y4m(tmp_path / "one.y4m", np.zeros((1, 56, 56, 3), np.uint8), fps=1)
+    with pytest.raises(video.VideoError, match="one.y4m: .*1 frames .* needs at least 2"):
+        video.read_video(tmp_path / "one.y4m")
+
+
+@needs_shared
+def test_the_real_example_video():
+    frames, seconds = video.read_video(MEDIA / "video_r1_example.mp4")
+    assert frames.shape == (16, 224, 420, 3) and seconds == pytest.approx(491 / 22.29 / 16, rel=1e-3) and frames.std() > 10
+
+
+@needs_shared
+def test_a_corrupted_video_is_named():
+    with pytest.raises(video.VideoError, match="corrupted.mp4: cannot be decoded: .*Check failed"):
+        video.read_video(MEDIA / "corrupted.mp4")
+
+
+@needs_shared
+def test_rotated_clips_come_upright():
+    upright, turned = (video.read_video(MEDIA / f"video_{angle}.mov")[0] for angle in (0, 90))
+    assert upright.shape[2] > upright.shape[1] and turned.shape[1] > turned.shape[2]
+
+
+@needs_shared
+def test_unordered_timestamps_are_read_in_order_of_showing():
+    frames, seconds = video.read_video(MEDIA / "unordered.mov")
+    assert frames.shape[0] == 4 and seconds == pytest.approx(1 / 32)

@@ -1,0 +1,475 @@
+"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images, with reasoning examples (sft) or with rewards only (grpo).
+
+    python train.py                                       the embedded default: a toy world, a cold start, then GRPO
+    torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (GPUs: nccl, none: gloo)
+    python train.py @configs/NAME.txt --data FILE         a published recipe: a file of flags, overridden by what follows it
+
+One GRPO step, for every rank's share of the step's prompts:
+    1. load      decode the videos, build the prompts (in worker processes, one step ahead)
+    2. encode    visual embeddings, once for everything below
+    3. rollout   G responses for every prompt (rollout.py)
+    4. reward    rules judge every response (rewards.py); the group's mean is the baseline (grpo.py)
+    5. train     log-probs of packed groups (model.py), clipped loss, backward, averaged over ranks by DDP
+    6. update    clip the gradient, AdamW
+What is missing on purpose: a value network, a reward model, a trainer class, an inference server. Every random choice is a
+function of (--seed, step, position in the step), so a run does not depend on the number of ranks and resumes exactly.
+
+What a run leaves behind: run.py.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import random
+import shlex
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers.utils import logging as hf_logging
+
+import grpo
+import rewards
+import toy
+from data import DataError, PromptBuilder, load_samples
+from model import ModelError, Policy
+from rollout import generate
+from run import LOCAL, RANK, WORLD, append, gather, open_run, save, say, seconds, timed
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    add = lambda group, name, default, help, **kw: group.add_argument(
+        f"--{name}", default=default, **({"type": type(default)} if default is not None else {}), **kw,
+        help=help + ("" if default in (None, "") else " (default: %(default)s)"))
+    flag = lambda group, name, help: group.add_argument(f"--{name}", action="store_true", help=help)
+
+    g = p.add_argument_group("run")
+    add(g, "algo", "grpo", "sft: learn reasoning examples; grpo: learn from rewards", choices=("sft", "grpo"))
+    add(g, "model", None, "model folder, run folder or hub name; without one: the embedded toy world")
+    add(g, "data", None, "records to train on, .json or .jsonl")
+    add(g, "eval_data", None, "held-out records, answered greedily every --eval_every steps")
+    add(g, "media_root", None, "what relative paths in the records start from; the records' own folder unless told")
+    add(g, "out", None, "run folder (default: out/toy or out/run)")
+    add(g, "steps", 1000, "optimizer steps")
+    add(g, "seed", 0, "of the order of the data and of the sampling")
+    flag(g, "resume", "go on from the newest checkpoint in --out")
+    g = p.add_argument_group("media and prompts")
+    add(g, "fps", 2.0, "frames shown for each second of video")
+    add(g, "min_frames", 4, "at least this many frames")
+    add(g, "max_frames", 16, "at most this many frames")
+    add(g, "min_pixels", 4 * 28 * 28, "a smaller frame is scaled up")
+    add(g, "max_pixels", 128 * 28 * 28, "of a video frame; a larger one is scaled down")
+    add(g, "image_max_pixels", 256 * 28 * 28, "of an image")
+    add(g, "max_prompt", 16384, "tokens; a sample with a longer prompt is skipped and counted, never cut")
+    add(g, "decode_timeout", 60.0, "seconds for one video, after which its decoder is killed and the sample skipped")
+    add(g, "workers", 2, "threads that load media ahead of the step, each with a decoder process")
+    g = p.add_argument_group("step")
+    add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)")
+    add(g, "group", 8, "G, responses to a prompt")
+    add(g, "max_new", 768, "tokens of a response, at most")
+    add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained")
+    add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased")
+    add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)")
+    g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
+    add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
+    add(g, "w_format", 1.0, "weight of the format reward")
+    add(g, "len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
+    add(g, "len_lo", 320, "shortest response that gets the bonus")
+    add(g, "len_hi", 512, "longest response that gets the bonus")
+    g = p.add_argument_group("loss")
+    add(g, "norm", "std", "advantages are divided by the group's std, by nothing, or by the batch's std", choices=grpo.NORMS)
+    add(g, "average", "sequence", "token losses are averaged per response, over the batch, or by a constant", choices=grpo.AVERAGES)
+    add(g, "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model")
+    add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
+    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low")
+    add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
+    flag(g, "drop_zero_std", "leave groups with equal rewards out of the batch (and of its averages)")
+    flag(g, "mask_truncated", "leave truncated responses out of the loss")
+    g = p.add_argument_group("optimizer")
+    add(g, "lr", 1e-6, "peak learning rate")
+    add(g, "schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
+    add(g, "warmup", 0, "steps of linear warm-up")
+    add(g, "weight_decay", 0.01, "of matrices")
+    add(g, "clip_grad", 1.0, "largest gradient norm")
+    flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
+    flag(g, "no_checkpointing", "keep all activations instead of recomputing each layer in the backward pass")
+    g = p.add_argument_group("logs and checkpoints")
+    add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)")
+    add(g, "eval_every", 100, "steps between evaluations on --eval_data, which are also done before the first and after the last")
+    add(g, "save_every", 100, "steps between checkpoints; one is always written at the end")
+    add(g, "keep", 2, "newest checkpoints to keep")
+    args = p.parse_args(argv)
+    if args.model and not args.data:
+        p.error("--model needs --data, the records to train on")
+    if args.data and not args.model:
+        p.error("--data needs --model, what to train")
+    for name in ("prompts", "group", "max_new", "eval_every", "save_every", "log_every", "keep", "workers"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    return args
+
+
+# ---- data
+
+class Loader:
+    """The prompts of a step, for this rank: sample number i of a step belongs to rank i mod WORLD, whatever the rank count.
+
+    Samples are drawn without replacement, in an order that each epoch shuffles anew. `load(step)` also starts on step + 1.
+    """
+
+    def __init__(self, samples, builder, args):
+        self.samples, self.builder, self.args = samples, builder, args
+        self.pool = ThreadPoolExecutor(args.workers)
+        self.pending = {}
+
+    def load(self, step):
+        """[(position in the step, Prompt or DataError), ...]"""
+        for s in (step, step + 1):
+            if s not in self.pending:
+                self.pending[s] = self.submit([self.sample(s, i) for i in self.positions()])
+        return [(i, future.result()) for i, future in zip(self.positions(), self.pending.pop(step))]
+
+    def submit(self, samples):
+        """Starts loading -> a future Prompt or DataError for each sample."""
+        return [self.pool.submit(_load, self.builder, s) for s in samples]
+
+    def stream(self, samples, size):
+        """Lists of `size` Prompts or DataErrors, in order, the next list loading while one is in use."""
+        chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
+        pending = [self.submit(chunk) for chunk in chunks[:1]]
+        for i in range(len(chunks)):
+            pending += [self.submit(chunk) for chunk in chunks[i + 1 : i + 2]]
+            yield [future.result() for future in pending.pop(0)]
+
+    def positions(self):
+        return range(RANK, self.args.prompts, WORLD)
+
+    def sample(self, step, i):
+        epoch, index = divmod(step * self.args.prompts + i, len(self.samples))
+        return self.samples[_order(len(self.samples), self.args.seed, epoch)[index]]
+
+
+@lru_cache(maxsize=4)
+def _order(n, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+
+
+def _load(builder, sample):
+    try:
+        return builder(sample)
+    except DataError as e:
+        return e
+
+
+# ---- one step
+
+def pack(items, lengths, budget):
+    """Splits items into rows of at most `budget` tokens, in order; an item longer than that gets a row of its own."""
+    rows, total = [], 0
+    for item, n in zip(items, lengths):
+        if not rows or total + n > budget:
+            rows.append([])
+            total = 0
+        rows[-1].append(item)
+        total += n
+    return rows
+
+
+def backward(policy, rows, loss):
+    """Accumulates the gradient of loss(row), each row's share of the GLOBAL loss, computed through policy's forward.
+
+    DDP averages over ranks in the last backward, which every rank does: a rank without rows does an empty forward. DDP
+    divides by the number of ranks, so each share is multiplied by it.
+    """
+    rows = rows or [[]]
+    for i, row in enumerate(rows):
+        last = WORLD == 1 or i + 1 == len(rows)
+        with contextlib.nullcontext() if last else policy.no_sync():
+            (loss(row) * WORLD).backward()
+
+
+def sft_step(policy, prompts, builder, args):
+    """One supervised step's gradient: mean negative log-prob of all response tokens of the batch, prompts excluded.
+
+    prompts: [(position in the step, Prompt)] of this rank. Returns (log entry, samples to log: none, response tokens).
+    """
+    items = [(p, builder.target(p.sample)) for _, p in prompts]
+    tokens = sum(gather(sum(len(target) for _, target in items)))
+    if not tokens:
+        raise DataError("none of the step's samples could be loaded")
+    total = []
+
+    def loss(row):
+        logp, _ = policy([p for p, _ in row], [[target] for _, target in row])
+        total.append(-float(logp.detach().sum()) / tokens)
+        return -logp.sum() / tokens
+
+    with timed("train"):
+        backward(policy, pack(items, [len(p.ids) + len(target) for p, target in items], args.row_tokens), loss)
+    return {"loss": sum(gather(sum(total))), "response_length": tokens / sum(gather(len(items)))}, [], tokens
+
+
+def grpo_step(policy, reference, prompts, builder, step, args):
+    """One GRPO step's gradient, from rollouts on. Arguments and result as in sft_step; reference: frozen, when beta > 0."""
+    core = policy.module if WORLD > 1 else policy
+    with timed("encode"), torch.no_grad():
+        features = core.encode([p for _, p in prompts])
+    with timed("rollout"):
+        seeds = [random.Random(f"{args.seed} {step} {i}").getrandbits(62) for i, _ in prompts]
+        groups = generate(core, [p for _, p in prompts], args.group, max_new=args.max_new, temperature=args.temperature,
+                          top_p=args.top_p, seeds=seeds, features=features)
+    with timed("reward"):
+        texts = [[builder.decode(r) for r in g.responses] for g in groups]
+        parts = [[score(text, len(r), g.prompt.sample, args) for text, r in zip(ts, g.responses)] for g, ts in zip(groups, texts)]
+        scored = [dict(position=i, lengths=[len(r) for r in g.responses], truncated=g.truncated, shown=g.prompt.frames_x_pixels,
+                       **{k: [p[k] for p in ps] for k in ps[0]}) for (i, _), g, ps in zip(prompts, groups, parts)]
+        scored = sorted(sum(gather(scored), []), key=lambda s: s["position"])  # all groups of the step, on every rank
+    if not scored:
+        raise DataError("none of the step's samples could be loaded")
+    column = lambda name: torch.tensor([s[name] for s in scored], dtype=torch.float64)  # (B, G)
+    reward, length, truncated = column("reward"), column("lengths"), column("truncated")
+    advantages, equal = grpo.group_advantages(reward, args.norm), grpo.zero_std(reward)
+    used = 1 - truncated if args.mask_truncated else torch.ones_like(reward)
+    if args.drop_zero_std:
+        used = used * ~equal[:, None]
+    denominator = {"sequence": used.sum(), "token": (used * length).sum(), "constant": used.sum() * args.max_new}[args.average]
+
+    batch = []  # (group, features, advantages (G,), used (G,)) of this rank; equal rewards without KL have no gradient: no pass
+    for (i, _), group, feature in zip(prompts, groups, features):
+        b = next(b for b, s in enumerate(scored) if s["position"] == i)
+        if used[b].any() and (args.beta or not equal[b]):
+            batch.append((group, None if args.train_vision else feature, advantages[b], used[b]))
+    with timed("train"):
+        totals = grpo_gradient(policy, reference, batch, max(float(denominator), 1.0), args)
+    totals = {name: sum(t[name] for t in gather(totals)) for name in totals}
+    per_token = {name: totals[name] / max(totals["tokens"], 1) for name in ("kl", "entropy", "clipped", "mismatch")}
+    frames, pixels = (sum(s["shown"][k] for s in scored) / len(scored) for k in (0, 1))
+    entry = {**{k: float(column(k).mean()) for k in PARTS}, "loss": totals["loss"], **per_token,
+             "response_length": float(length.mean()), "truncated": float(truncated.mean()),
+             "zero_std_groups": float(equal.double().mean()), "frames": frames, "pixels": pixels}
+    samples = [dict(step=step + 1, id=s.id, path=s.path, question=s.question, answer=s.answer, response=text, **part)
+               for g, ts, ps in zip(groups[:2], texts, parts) for s in [g.prompt.sample] for text, part in zip(ts[:2], ps)]
+    return entry, samples, int(length.sum())
+
+
+def grpo_gradient(policy, reference, batch, denominator, args):
+    """Accumulates the gradient of the policy loss of this rank's groups, packed into rows -> sums for the log.
+
+    batch: [(group, features or None, advantages (G,), used (G,)), ...]. The ratio's old log-probs are the sampler's own.
+    """
+    totals = dict.fromkeys(("loss", "tokens", "ratio", "clipped", "kl", "entropy", "mismatch"), 0.0)
+
+    def loss(row):
+        prompts, responses = [g.prompt for g, *_ in row], [g.responses for g, *_ in row]
+        features = None if args.train_vision else [f for _, f, _, _ in row]
+        logp, entropy = policy(prompts, responses, features, args.temperature)  # (N, R)
+        if not row:
+            return logp.sum()
+        pad = lambda xs: pad_sequence(list(xs), batch_first=True).to(logp)
+        old = pad(x for g, *_ in row for x in g.logps)
+        mask = pad(torch.ones(len(r)) * u for g, _, _, used in row for r, u in zip(g.responses, used))
+        ref_logp = None
+        if args.beta:
+            with torch.no_grad():
+                ref_logp, _ = reference(prompts, responses, features, args.temperature)
+        value, stats = grpo.grpo_loss(
+            logp, old, torch.cat([a for *_, a, _ in row]).to(logp), mask, ref_logp=ref_logp, beta=args.beta, estimator=args.kl,
+            clip_low=args.clip_low, clip_high=args.clip_high, average=args.average, denominator=denominator)
+        stats |= {"loss": value.detach(), "entropy": (entropy * mask).sum(), "mismatch": ((logp.detach() - old).abs() * mask).sum()}
+        for name, x in stats.items():
+            totals[name] += float(x)
+        return value
+
+    lengths = [len(g.prompt.ids) + sum(map(len, g.responses)) for g, *_ in batch]
+    backward(policy, pack(batch, lengths, args.row_tokens), loss)
+    return totals
+
+
+PARTS = ("reward", "accuracy", "format", "length_bonus")
+
+
+def score(text, tokens, sample, args):
+    """The reward of one response and its parts."""
+    accuracy, format_ = rewards.accuracy_reward(text, sample), rewards.format_reward(text)
+    bonus = rewards.length_reward(tokens, accuracy, lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
+    return dict(zip(PARTS, (args.w_accuracy * accuracy + args.w_format * format_ + bonus, accuracy, format_, bonus)))
+
+
+def evaluate(policy, samples, loader, args):
+    """Greedy accuracy on held-out samples, over all ranks -> log entry. A sample that cannot be loaded is a wrong answer."""
+    mine, results = samples[RANK::WORLD], []
+    for loaded in loader.stream(mine, size=64):
+        for group in generate(policy, [p for p in loaded if not isinstance(p, DataError)], 1, max_new=args.max_new, temperature=0):
+            sample, text = group.prompt.sample, loader.builder.decode(group.responses[0])
+            results.append((sample.source, rewards.accuracy_reward(text, sample)))
+    failed = Counter(s.source for s in mine) - Counter(source for source, _ in results)
+    results, failed = sum(gather(results), []), sum(gather(failed), Counter())
+    total = Counter(s.source for s in samples)
+    right = Counter()
+    for source, accuracy in results:
+        right[source] += accuracy
+    return {"eval_accuracy": sum(right.values()) / len(samples), "eval_failures": sum(failed.values()), "eval_questions": len(samples),
+            "eval_by_source": {source: round(right[source] / n, 4) for source, n in sorted(total.items())}}
+
+
+# ---- the loop
+
+def learning_rate(step, args):
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def make_optimizer(policy, args):
+    """AdamW on what is trained; weight decay on matrices only."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95)), trained
+
+
+def update(optimizer, trained, step, args):
+    """Clips the gradient and steps, unless the gradient is not finite -> (its norm, whether it stepped)."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, args.clip_grad))
+    if math.isfinite(norm):
+        optimizer.step()
+    else:
+        say(f"step {step + 1}: the gradient's norm is {norm}, so this update is skipped")
+    optimizer.zero_grad()
+    return norm, math.isfinite(norm)
+
+
+def load(args, checkpoint):
+    """What a run works with -> (policy, reference or None, Loader, held-out samples). Bad records are said and left out."""
+    device = torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
+    policy = Policy.load(checkpoint or args.model, device=device, checkpointing=not args.no_checkpointing)
+    if not args.train_vision:
+        policy.freeze_vision()
+    reference = None
+    if args.beta and args.algo != "sft":
+        reference = Policy.load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        reference.requires_grad_(False)
+    names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "image_max_pixels", "decode_timeout")
+    builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in names})
+    bad = []
+    samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
+    held_out = load_samples(args.eval_data, media_root=args.media_root, skipped=bad) if args.eval_data else []
+    for message in bad[:5]:
+        say(f"skipped: {message}")
+    say(f"{args.algo}: {args.out}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped, "
+        f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}")
+    return policy, reference, Loader(samples, builder, args), held_out
+
+
+def train(args):
+    """Runs args.steps steps of args.algo; see the module's first lines for what a step does."""
+    out, checkpoint = open_run(args)
+    policy, reference, loader, held_out = load(args, checkpoint)
+    optimizer, trained = make_optimizer(policy, args)
+    start = 0
+    if checkpoint:
+        start = json.loads((checkpoint / "state.json").read_text())["step"]
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=policy.device))
+    wrapped = DistributedDataParallel(policy) if WORLD > 1 else policy
+    autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
+    bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
+
+    def log(step, entry):
+        """Adds what every entry has, evaluates if it is time to, writes, prints."""
+        if held_out and (step % args.eval_every == 0 or step in (0, args.steps)):
+            with autocast, timed("evaluate"):
+                entry |= evaluate(policy, held_out, loader, args)
+            say(f"step {step:5d}  held-out accuracy {entry['eval_accuracy']:.3f}   "
+                + "  ".join(f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()))
+        if torch.cuda.is_available():
+            entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
+        figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
+        bar.set_postfix(figures)
+        if step and step % args.log_every == 0:
+            phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
+            say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
+
+    if start == 0:
+        log(0, {})
+    for step in range(start, args.steps):
+        seconds.clear()
+        with timed("step"):
+            with timed("data"):
+                loaded = loader.load(step)
+                errors = sum(gather([str(p) for _, p in loaded if isinstance(p, DataError)]), [])
+            for message in errors:
+                say(f"skipped: {message}")
+            prompts = [(i, p) for i, p in loaded if not isinstance(p, DataError)]
+            policy.train()
+            with autocast:
+                if args.algo == "sft":
+                    entry, some, tokens = sft_step(wrapped, prompts, loader.builder, args)
+                else:
+                    entry, some, tokens = grpo_step(wrapped, reference, prompts, loader.builder, step, args)
+            policy.eval()
+            with timed("optimizer"):
+                norm, stepped = update(optimizer, trained, step, args)
+        entry |= {"grad_norm": norm, "skipped_update": not stepped, "lr": learning_rate(step, args), "skipped_samples": len(errors),
+                  "tokens_per_second": tokens / seconds["step"]}
+        bar.update()
+        log(step + 1, entry)
+        append(out / "samples.jsonl", some)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save(policy, optimizer, step + 1, args)
+    bar.close()
+    loader.pool.shutdown(cancel_futures=True)
+
+
+def toy_runs(args, argv):
+    """The embedded default as ordinary runs: writes the toy world, then a cold start, then (--algo grpo) RL from it."""
+    root = Path(args.out or f"out/toy{f'-seed{args.seed}' if args.seed else ''}")
+    if RANK == 0 and not (root / "world").exists():
+        toy.write(root / "world", args.seed)
+    gather(None)
+    configs, world = Path(__file__).parent / "configs", root / "world"
+    common = ["--eval_data", f"{world}/test.json", "--seed", str(args.seed)]
+    sft = [f"@{configs}/toy_sft.txt", *common, "--data", f"{world}/cot.json", "--model", f"{world}/model"]
+    if args.algo == "sft":
+        return [parse_args([*sft, *argv, "--out", f"{root}/sft"])]
+    rl = [f"@{configs}/toy_{args.algo}.txt", *common, "--data", f"{world}/train.json", "--model", f"{root}/sft"]
+    return [parse_args([*sft, "--out", f"{root}/sft", "--resume"]), parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"])]
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    if WORLD > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    try:
+        for run in [args] if args.model else toy_runs(args, argv):
+            run.out = run.out or "out/run"
+            train(run)
+    except (DataError, ModelError) as e:
+        raise SystemExit(f"error: {e}") from e
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Frames of a video file, decoded in a process of its own that can be killed.
+
+decord can hang or crash inside native code, holding the interpreter's lock: no signal and no in-process timeout helps.
+So this file is also a program (`python video.py`, a worker that answers requests on its standard input), and
+`read_video` asks it and kills it when it does not answer. A bad file then costs one sample, never the run.
+Sampling and resizing are those of Video-R1 (arXiv 2503.21776; papers' numbers in the README): they run in the worker,
+frame by frame, so that an hour of video never stands in memory at full size.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PATCH, MERGE = 14, 2  # a visual token is a 28 x 28 pixel square of a 2-frame grid
+CLIPS_PER_WORKER = 500  # decord leaks memory: a worker is replaced after this many
+
+
+class VideoError(ValueError):
+    """A video or image that cannot be used, and why; names the file."""
+
+
+def frame_indices(num_frames, fps, *, target_fps=2.0, min_frames=4, max_frames=16):
+    """Which frames of a clip to show: an even number n, evenly spaced from the first to the last.
+
+    n = the clip's seconds * target_fps, held within [min_frames, max_frames] and within the clip's own length, even;
+    indices = round(linspace(0, num_frames - 1, n)). A fixed number of frames is min_frames = max_frames.
+    Raises ValueError for a clip with fewer than 2 frames: a visual token spans two.
+    """
+    if num_frames < 2 or fps <= 0:
+        raise ValueError(f"{num_frames} frames at {fps:g} frames per second, a video needs at least 2 frames")
+    n = min(max(num_frames / fps * target_fps, min_frames), max_frames, num_frames)
+    n = max(2, int(n) // 2 * 2)
+    return np.linspace(0, num_frames - 1, n).round().astype(int).tolist()
+
+
+def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE):
+    """(height, width) as multiples of `factor`, area within [min_pixels, max_pixels], aspect ratio nearly kept.
+
+    The rule of Qwen2-VL's processor. Raises ValueError for an aspect ratio over 200.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"{width} x {height} pixels: an aspect ratio over 200")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(x / shrink / factor) * factor) for x in (height, width))
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(x * grow / factor) * factor for x in (height, width))
+    return h, w
+
+
+def resize(image, min_pixels, max_pixels):
+    """A Pillow image -> uint8 (H, W, 3) at smart_resize's size, bicubic with antialiasing."""
+    height, width = smart_resize(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
+    return np.asarray(image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+# ---- the side of the trainer
+
+_worker = threading.local()  # one worker process per reading thread
+
+
+def read_video(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28, timeout=60.0):
+    """Decodes a video file -> (frames uint8 [T, H, W, 3], seconds per frame).
+
+    T is even, H and W are multiples of 28; rotated clips come upright. Seconds per frame are the true ones,
+    the clip's duration / T. Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or
+    not decoded after `timeout` seconds (the worker is then killed, and the next call starts another).
+    """
+    if not Path(path).is_file():
+        raise VideoError(f"{path}: no such file")
+    if getattr(_worker, "process", None) is None or _worker.clips >= CLIPS_PER_WORKER:
+        close_worker()
+        _worker.clips = 0
+        _worker.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process, _worker.clips = _worker.process, _worker.clips + 1
+    timer = threading.Timer(timeout, process.kill)
+    timer.start()
+    try:
+        request = dict(path=str(path), target_fps=target_fps, min_frames=min_frames, max_frames=max_frames,
+                       min_pixels=min_pixels, max_pixels=max_pixels)
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        reply = json.loads(process.stdout.readline())
+        if "error" not in reply:
+            data = process.stdout.read(math.prod(reply["shape"]))
+            return np.frombuffer(bytearray(data), np.uint8).reshape(reply["shape"]), reply["seconds"]
+    except (ValueError, OSError) as e:  # the worker is gone: no answer, or half of one
+        late = not timer.is_alive()
+        close_worker()
+        reason = f"not decoded after {timeout:g} s" if late else f"the decoder crashed ({e})"
+        raise VideoError(f"{path}: {reason}") from e
+    finally:
+        timer.cancel()
+    raise VideoError(f"{path}: {reply['error']}")
+
+
+def close_worker():
+    """Ends this thread's worker, if there is one."""
+    if getattr(_worker, "process", None) is not None:
+        _worker.process.kill()
+        _worker.process.communicate()
+        _worker.process = None
+
+
+# ---- the side of the worker
+
+def decode(path, *, target_fps, min_frames, max_frames, min_pixels, max_pixels):
+    """What read_video promises, in this process."""
+    import decord
+    decord.logging.set_level(decord.logging.QUIET)
+    reader = decord.VideoReader(path, num_threads=1)
+    fps = float(reader.get_avg_fps())
+    indices = frame_indices(len(reader), fps, target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
+    frames = [resize(Image.fromarray(frame), min_pixels, max_pixels)
+              for i in range(0, len(indices), 16) for frame in reader.get_batch(indices[i : i + 16]).asnumpy()]
+    return np.stack(frames), len(reader) / fps / len(indices)
+
+
+def work(requests, replies):
+    """Answers one JSON request a line with one JSON line, and on success the frames' bytes behind it."""
+    for line in requests:
+        request = json.loads(line)
+        try:
+            frames, seconds = decode(**request)
+            reply, data = dict(shape=frames.shape, seconds=seconds), frames.tobytes()
+        except Exception as e:  # whatever a broken file makes a native library raise is this file's error, not the run's
+            message = " ".join(str(e).split()).replace(request["path"], "")
+            reply, data = dict(error=f"cannot be decoded: {type(e).__name__}: {message[:300]}"), b""
+        replies.write(json.dumps(reply).encode() + b"\n" + data)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    import os
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a native library prints goes to standard error, not between the replies
+    work(sys.stdin.buffer, replies)
