@@ -123,7 +123,7 @@ def _sample(r, where, root, stem):
         kind = kind.replace("-", " ")
     kind = next((k for k in PROBLEM_TYPES if k.lower() == kind), kind)
     if kind not in PROBLEM_TYPES:
-        raise DataError(f"{where}: unknown problem type {r['problem_type']!r}, expected one of {', '.join(PROBLEM_TYPES)}")
+        raise DataError(f"{where}: unknown problem type {kind!r}, expected one of {', '.join(PROBLEM_TYPES)}")
     if kind == "multiple choice":
         if not options:  # Video-RTS and LongVideo-Reason write the options into the question, one a line
             lines = question.strip().splitlines()
@@ -187,13 +187,14 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
                image_max_pixels=256 * 28 * 28, decode_timeout=60.0):
     """A Sample's file -> Media, at most max_frames frames of at most max_pixels. Raises DataError naming file and record."""
     counts = dict(target_fps=fps, min_frames=min_frames, max_frames=max_frames)
+    pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
     try:
         if sample.data_type == "image":
             frames, seconds = resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0
         elif sample.data_type == "video":
-            frames, seconds = read_video(sample.path, **counts, min_pixels=min_pixels, max_pixels=max_pixels, timeout=decode_timeout)
+            frames, seconds = read_video(sample.path, **counts, **pixels, timeout=decode_timeout)
         else:
-            frames, seconds = _read_folder(sample.path, sample.fps, counts, min_pixels, max_pixels)
+            frames, seconds = _read_folder(sample.path, sample.fps, counts, pixels)
     except ValueError as e:  # VideoError and DataError are, and so are frame_indices' and smart_resize's
         where = "" if sample.path in str(e) else f"{sample.path}: "
         raise DataError(f"record {sample.id}: {where}{e}") from e
@@ -201,13 +202,13 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
     return Media(frames, "image" if sample.data_type == "image" else "video", 2 * seconds)
 
 
-def _read_folder(path, fps, counts, min_pixels, max_pixels):
+def _read_folder(path, fps, counts, pixels):
     if not Path(path).is_dir():
         raise VideoError(f"{path}: no such folder of frames")
     natural = lambda file: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", file.name)]
     files = sorted((f for f in Path(path).iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")), key=natural)
     indices = frame_indices(len(files), fps, **counts)
-    frames = [resize(load_image(files[i]), min_pixels, max_pixels) for i in indices]
+    frames = [resize(load_image(files[i]), **pixels) for i in indices]
     if len(shapes := {f.shape for f in frames}) > 1:
         raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
     return np.stack(frames), len(files) / fps / len(indices)
@@ -286,7 +287,8 @@ class PromptBuilder:
 
     def build(self, sample, media):
         content = [{"type": m.kind} for m in media] + [{"type": "text", "text": self.text(sample)}]
-        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        turn = {"role": "user", "content": content}
+        chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
         counts = {self.pad[kind]: [m.tokens for m in media if m.kind == kind] for kind in self.pad}
         for token, wanted in counts.items():

@@ -96,11 +96,11 @@ class Policy(nn.Module):
         super().__init__()
         self.net, self.folder = net, Path(folder)
         # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
-        self.side_files = {f.name: f.read_bytes() for f in self.folder.iterdir()
-                           if f.suffix in (".json", ".txt", ".jinja") and not f.name.endswith(".index.json") and f.name != "state.json"}
+        files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in self.folder.glob(pattern)]
+        self.side_files = {f.name: f.read_bytes() for f in files if not f.name.endswith((".index.json", "state.json"))}
         c = self.config = net.config
         self.text = net.model.language_model
-        self.tokens_per_second = getattr(c.vision_config, "tokens_per_second", None) if c.model_type == "qwen2_5_vl" else None
+        self.tokens_per_second = c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
         self.merge = c.vision_config.spatial_merge_size
         eos = getattr(net.generation_config, "eos_token_id", None) or c.text_config.eos_token_id
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos)
@@ -122,7 +122,8 @@ class Policy(nn.Module):
         if config.model_type not in MODEL_TYPES:
             raise ModelError(f"{folder}: model type {config.model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
         net, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"}, output_loading_info=True)
+            folder, dtype=dtype, output_loading_info=True,
+            attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"})
         if missing := sorted(info["missing_keys"]):
             raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
         policy = cls(net.to(device), folder)
@@ -173,7 +174,8 @@ class Policy(nn.Module):
             sizes = torch.tensor([(n, *m.grid[1:]) for m, _, n in runs], device=self.device)
             out.append(visual(pixels, grid_thw=sizes).pooler_output)
             i = end
-        out = torch.cat(out) if out else torch.zeros(0, self.config.text_config.hidden_size, device=self.device, dtype=visual.dtype)
+        out.append(self.text.embed_tokens.weight.new_zeros(0, self.config.text_config.hidden_size))  # text only: no rows
+        out = torch.cat(out)
         return list(out.split([sum(m.grid[0] * m.grid[1] * m.grid[2] // V for m in p.media) for p in prompts]))
 
     def positions(self, prompt):
@@ -195,7 +197,8 @@ class Policy(nn.Module):
         """The language model on embeddings x (N, S, D) at positions (3, N, S): last hidden states (N, S, D)."""
         if torch.is_autocast_enabled(self.device.type):
             x = x.to(torch.get_autocast_dtype(self.device.type))
-        return self.text(inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=None, use_cache=False, plan=plan).last_hidden_state
+        out = self.text(inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=None, use_cache=False, plan=plan)
+        return out.last_hidden_state
 
     def logits(self, hidden):
         """Next-token logits (..., vocabulary) in at least fp32, vision ids impossible. In full precision even under autocast:
@@ -247,7 +250,8 @@ class Policy(nn.Module):
         hidden = hidden[torch.cat(sources).to(self.device)]  # (all response tokens, D): no logits for the prompt
         targets = torch.cat([r for group in responses for r in group]).to(self.device)
         chunk = max(1, LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
-        out = [checkpoint(self._log_softmax, h, t, temperature, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+        out = [checkpoint(self._log_softmax, h, t, temperature, use_reentrant=False)
+               for h, t in zip(hidden.split(chunk), targets.split(chunk))]
         return tuple(torch.cat(column) for column in zip(*out))
 
     def _log_softmax(self, hidden, targets, temperature):

@@ -86,7 +86,7 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
 
 
 def prefill(policy, prompts, features, cache):
-    """Runs every prompt once, in packed rows, and fills the cache. Returns the last hidden states (B, D) and next positions (B,)."""
+    """Runs every prompt once, in packed rows, and fills the cache -> last hidden states (B, D), next positions (B,)."""
     last, following, i = [], [], 0
     while i < len(prompts):
         end, total = i + 1, len(prompts[i].ids)
@@ -115,7 +115,8 @@ def sample(logits, uniform, temperature, top_p):
             ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
             probs = torch.zeros_like(probs).scatter(-1, index, ordered)
         total = probs.cumsum(-1)
-        token = torch.searchsorted(total, (uniform[:, None] * total[:, -1:]), right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None])[:, 0]
 
 

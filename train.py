@@ -47,7 +47,9 @@ from run import LOCAL, RANK, WORLD, append, gather, open_run, save, say, seconds
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    """The flags, from argv or the command line; @FILE reads them from a file, one a line, # begins a comment."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                fromfile_prefix_chars="@")
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     add = lambda group, name, default, help, **kw: group.add_argument(
         f"--{name}", default=default, **({"type": type(default)} if default is not None else {}), **kw,
@@ -89,7 +91,7 @@ def parse_args(argv=None):
     add(g, "len_hi", 512, "longest response that gets the bonus")
     g = p.add_argument_group("loss")
     add(g, "norm", "std", "advantages are divided by the group's std, by nothing, or by the batch's std", choices=grpo.NORMS)
-    add(g, "average", "sequence", "token losses are averaged per response, over the batch, or by a constant", choices=grpo.AVERAGES)
+    add(g, "average", "sequence", "token losses are averaged per response, over all, or by a constant", choices=grpo.AVERAGES)
     add(g, "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model")
     add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
     add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low")
@@ -106,7 +108,7 @@ def parse_args(argv=None):
     flag(g, "no_checkpointing", "keep all activations instead of recomputing each layer in the backward pass")
     g = p.add_argument_group("logs and checkpoints")
     add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)")
-    add(g, "eval_every", 100, "steps between evaluations on --eval_data, which are also done before the first and after the last")
+    add(g, "eval_every", 100, "steps between evaluations on --eval_data, also done before the first and after the last")
     add(g, "save_every", 100, "steps between checkpoints; one is always written at the end")
     add(g, "keep", 2, "newest checkpoints to keep")
     args = p.parse_args(argv)
@@ -286,7 +288,8 @@ def grpo_gradient(policy, reference, batch, denominator, args):
         value, stats = grpo.grpo_loss(
             logp, old, torch.cat([a for *_, a, _ in row]).to(logp), mask, ref_logp=ref_logp, beta=args.beta, estimator=args.kl,
             clip_low=args.clip_low, clip_high=args.clip_high, average=args.average, denominator=denominator)
-        stats |= {"loss": value.detach(), "entropy": (entropy * mask).sum(), "mismatch": ((logp.detach() - old).abs() * mask).sum()}
+        mismatch = ((logp.detach() - old).abs() * mask).sum()
+        stats |= {"loss": value.detach(), "entropy": (entropy * mask).sum(), "mismatch": mismatch}
         for name, x in stats.items():
             totals[name] += float(x)
         return value
@@ -310,7 +313,8 @@ def evaluate(policy, samples, loader, args):
     """Greedy accuracy on held-out samples, over all ranks -> log entry. A sample that cannot be loaded is a wrong answer."""
     mine, results = samples[RANK::WORLD], []
     for loaded in loader.stream(mine, size=64):
-        for group in generate(policy, [p for p in loaded if not isinstance(p, DataError)], 1, max_new=args.max_new, temperature=0):
+        prompts = [p for p in loaded if not isinstance(p, DataError)]
+        for group in generate(policy, prompts, 1, max_new=args.max_new, temperature=0):
             sample, text = group.prompt.sample, loader.builder.decode(group.responses[0])
             results.append((sample.source, rewards.accuracy_reward(text, sample)))
     failed = Counter(s.source for s in mine) - Counter(source for source, _ in results)
@@ -319,7 +323,8 @@ def evaluate(policy, samples, loader, args):
     right = Counter()
     for source, accuracy in results:
         right[source] += accuracy
-    return {"eval_accuracy": sum(right.values()) / len(samples), "eval_failures": sum(failed.values()), "eval_questions": len(samples),
+    return {"eval_accuracy": sum(right.values()) / len(samples), "eval_failures": sum(failed.values()),
+            "eval_questions": len(samples),
             "eval_by_source": {source: round(right[source] / n, 4) for source, n in sorted(total.items())}}
 
 
@@ -385,7 +390,7 @@ def train(args):
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=policy.device))
-    wrapped = DistributedDataParallel(policy) if WORLD > 1 else policy
+    wrapped = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True) if WORLD > 1 else policy
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
 
@@ -405,7 +410,7 @@ def train(args):
             phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
             say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
 
-    if start == 0:
+    if start == 0 and held_out:
         log(0, {})
     for step in range(start, args.steps):
         seconds.clear()
@@ -425,8 +430,8 @@ def train(args):
             policy.eval()
             with timed("optimizer"):
                 norm, stepped = update(optimizer, trained, step, args)
-        entry |= {"grad_norm": norm, "skipped_update": not stepped, "lr": learning_rate(step, args), "skipped_samples": len(errors),
-                  "tokens_per_second": tokens / seconds["step"]}
+        entry |= {"grad_norm": norm, "skipped_update": not stepped, "lr": learning_rate(step, args),
+                  "skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}
         bar.update()
         log(step + 1, entry)
         append(out / "samples.jsonl", some)

@@ -67,7 +67,8 @@ def resize(image, min_pixels, max_pixels):
 _worker = threading.local()  # one worker process per reading thread
 
 
-def read_video(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28, timeout=60.0):
+def read_video(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
+               timeout=60.0):
     """Decodes a video file -> (frames uint8 [T, H, W, 3], seconds per frame).
 
     T is even, H and W are multiples of 28; rotated clips come upright. Seconds per frame are the true ones,

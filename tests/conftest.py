@@ -21,8 +21,8 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real to
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small toy world: train.json (48), cot.json, test.json (12), media/, model/."""
-    return toy.write(tmp_path_factory.mktemp("toy") / "world", seed=7, splits={"train": 48, "test": 12})
+    """A small toy world: train.json, cot.json, test.json, media/, model/."""
+    return toy.write(tmp_path_factory.mktemp("toy") / "world", seed=7, clips={"cot": 20, "train": 20, "test": 4})
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +32,17 @@ def builder(world):
 
 @pytest.fixture(scope="session")
 def prompts(world, builder):
-    """Six prompts of unequal length: videos of 16, 8 and 6 frames and of three sizes, and an image."""
+    """Six prompts of unequal length: videos of 16, 8 and 6 frames and of three sizes, and two images."""
     samples = data.load_samples(world / "train.json")
+    images = [s for s in samples if s.data_type == "image"]
+    videos = [s for s in samples if s.data_type == "video"]
     return [
-        builder(samples[0]),
-        builder(samples[4], max_frames=8),
-        builder(samples[5]),
-        builder(samples[2], min_pixels=56 * 84),
-        builder(samples[1], max_frames=6, min_pixels=5000),
-        builder(samples[11], min_pixels=9000),
+        builder(videos[0]),
+        builder(videos[5], max_frames=8),
+        builder(images[0]),
+        builder(videos[2], min_pixels=56 * 84),
+        builder(videos[1], max_frames=6, min_pixels=5000),
+        builder(images[1], min_pixels=9000),
     ]
 
 

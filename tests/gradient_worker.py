@@ -1,4 +1,6 @@
-"""python -m torch.distributed.run ... gradient_worker.py WORLD_FOLDER OUT ALGO [bypass]: one step's gradient in float64, by train.py's own functions.
+"""One step's gradient in float64, by train.py's own functions, saved to OUT.RANK.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/gradient_worker.py WORLD OUT ALGO [bypass]
 
 With `bypass` the loss goes through the module inside DistributedDataParallel instead of through its forward: the mistake
 whose gradients are never averaged.
@@ -49,7 +51,7 @@ policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that groups are o
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)
 train.rewards.accuracy_reward = lambda text, sample: len(text) / 100  # a random model is never right: let long answers be
-wrapped = DistributedDataParallel(policy.train()) if train.WORLD > 1 else policy
+wrapped = DistributedDataParallel(policy.train(), broadcast_buffers=False) if train.WORLD > 1 else policy
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
 prompts = [(i, builder(samples[i])) for i in range(train.RANK, 5, train.WORLD)]

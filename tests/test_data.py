@@ -258,14 +258,12 @@ def test_broken_images_are_named(tmp_path, content):
 
 
 def test_prompt_layout(world, builder):
-    sample = data.load_samples(world / "train.json")[1]
+    sample = next(s for s in data.load_samples(world / "train.json") if s.source == "motion")
     prompt = builder(sample)
     tokens = builder.tokenizer.convert_ids_to_tokens(prompt.ids)
     assert tokens.count("<|video_pad|>") == prompt.media[0].tokens == 8
-    assert tokens.index("<|vision_start|>") + 1 == tokens.index("<|video_pad|>") and tokens[-3:-1] == [
-        "<|im_start|>",
-        "assistant",
-    ]
+    assert tokens.index("<|vision_start|>") + 1 == tokens.index("<|video_pad|>")
+    assert tokens[-3:-1] == ["<|im_start|>", "assistant"]
     text = builder.tokenizer.decode(prompt.ids)
     assert text.index("<|video_pad|>") < text.index("Which way") < text.index("A. left\nB. right") < text.index("<think>")
     assert prompt.frames_x_pixels == (16, 784)

@@ -29,7 +29,7 @@ def test_mrope_text_only():
 
 
 def test_mrope_long_seconds_per_grid():
-    """Grid (8, 16, 32) in patches, 7.5 s per grid, the video at 5: 15 ids a grid, so the last is 5 + 105, and text goes on at 111."""
+    """Grid (8, 16, 32) in patches, 7.5 s per grid, the video at 5: 15 ids a grid, the last is 5 + 105, text goes on at 111."""
     where, following = positions([TEXT] * 5 + [VIDEO] * (8 * 8 * 16) + [TEXT] * 2, [((8, 16, 32), 7.5)])
     assert [max(axis[:-2]) for axis in where] == [110, 12, 20]
     assert [axis[-2:] for axis in where] == [[111, 112]] * 3 and following == 113

@@ -57,7 +57,8 @@ def test_cold_start_then_grpo_from_files_to_files(tmp_path, world):
     out = run(*flags(world, tmp_path / "rl", steps=2, eval_data=world / "test.json", model=tmp_path / "sft"))
     assert "step     2" in out and "held-out accuracy" in out
     first, *steps = log(tmp_path / "rl")
-    assert first["step"] == 0 and 0 <= first["eval_accuracy"] <= 1 and first["eval_questions"] == 12
+    assert first["step"] == 0 and 0 <= first["eval_accuracy"] <= 1
+    assert first["eval_questions"] == len(data.load_samples(world / "test.json"))
     expected = {
         "step",
         "reward",
@@ -274,12 +275,7 @@ def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path)
     real = json.loads((SHARED / "qwen2_5_vl" / "config.json").read_text())
     assert (config.video_token_id, config.image_token_id) == (real["video_token_id"], real["image_token_id"])
     config.text_config.vocab_size = real["vocab_size"]
-    torch.manual_seed(0)
-    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
-
-    net = Qwen2_5_VLForConditionalGeneration(config)
-    net.generation_config = GenerationConfig(eos_token_id=[151645, 151643])
-    net.save_pretrained(folder)
+    toy.write_model(folder, config, tokenizer)
     record = dict(
         problem_id=0,
         problem="How does the video end?",
