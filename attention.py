@@ -54,7 +54,8 @@ class PackedRow:
             self.groups.append((P, len(own), mask.to(device)))
 
     def attend(self, layer, q, k, v, scale):
-        attention = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
+        attention = partial(F.scaled_dot_product_attention, scale=scale)
+        per_kv = q.shape[1] // k.shape[1]  # query heads that share a K/V head
         pieces = ([P + T for P, T, _ in self.groups], 2)  # split once: a slice's backward writes the whole row's gradient
         out = []
         for i, (q_g, k_g, v_g) in enumerate(zip(q.split(*pieces), k.split(*pieces), v.split(*pieces))):
@@ -62,8 +63,9 @@ class PackedRow:
             k_p, v_p = k_g[:, :, :P], v_g[:, :, :P]
             if self.cache is not None:
                 self.cache.store_prompt(layer, self.first_slot + i, k_p[0], v_p[0])
-            out.append(attention(q_g[:, :, :P], k_p, v_p, is_causal=True))
-            if T:  # the responses: their prompt's K/V are read in place, not copied G times
+            out.append(attention(q_g[:, :, :P], k_p, v_p, is_causal=True, enable_gqa=True))
+            if T:  # the responses, all G against one copy of the prompt (with a mask, fused kernels want K/V for every head)
+                k_g, v_g = (x.repeat_interleave(per_kv, dim=1) for x in (k_g, v_g))
                 out.append(attention(q_g[:, :, P:], k_g, v_g, attn_mask=mask))
         return torch.cat(out, dim=2)
 
@@ -90,23 +92,23 @@ class DecodeCache:
             buffer[slot, :, : x.shape[1]] = x
 
     def attend(self, layer, q, k, v, scale):
-        """One token per row. One softmax over [prompt | own tokens], two matrix products: no K/V is copied or merged."""
+        """One token per row: one softmax over [prompt | own tokens], scores in fp32: a bf16 score of 50 is off by 0.1."""
         k_p, v_p = self.prompt_kv[layer]  # (B, Hkv, P, d)
         B, H, P, d = k_p.shape
         for buffer, x in zip(self.own_kv[layer], (k, v)):
             buffer[:, :, self.t] = x[:, :, 0]
         k_o, v_o = (x[:, :, : self.t + 1] for x in self.own_kv[layer])  # (N, Hkv, t + 1, d)
 
-        q_o = q.reshape(B * self.G, H, -1, d) * scale  # (N, Hkv, rep, d): query heads that share a K/V head
-        rep = q_o.shape[2]
-        q_p = q_o.view(B, self.G, H, rep, d).transpose(1, 2).reshape(B, H, self.G * rep, d)
-        to_rows = lambda x: x.view(B, H, self.G, rep, -1).transpose(1, 2).reshape(B * self.G, H, rep, -1)
-        scores = (q_p @ k_p.transpose(2, 3)).masked_fill(self.padding[:, None, None], float("-inf"))  # (B, Hkv, G*rep, P)
-        scores = torch.cat([to_rows(scores), q_o @ k_o.transpose(2, 3)], dim=3)  # (N, Hkv, rep, P + t + 1)
-        weights = scores.softmax(dim=3, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        w_p, w_o = weights.split([P, self.t + 1], dim=3)
-        w_p = w_p.reshape(B, self.G, H, rep, P).transpose(1, 2).reshape(B, H, self.G * rep, P)
-        return (to_rows(w_p @ v_p) + w_o @ v_o).reshape(B * self.G, H * rep, 1, d)
+        N, rep, exact = len(q), q.shape[1] // H, torch.promote_types(q.dtype, torch.float32)
+        to_prompts = lambda x: x.view(B, self.G, H, rep, -1).transpose(1, 2).reshape(B, H, self.G * rep, -1)
+        to_rows = lambda x: x.view(B, H, self.G, rep, -1).transpose(1, 2).reshape(N, H, rep, -1)
+        with torch.autocast(q.device.type, enabled=False):
+            q_o = q.reshape(N, H, rep, d).to(exact) * scale  # query heads that share a K/V head side by side
+            scores_p = (to_prompts(q_o) @ k_p.to(exact).mT).masked_fill(self.padding[:, None, None], float("-inf"))
+            scores = torch.cat([to_rows(scores_p), q_o @ k_o.to(exact).mT], dim=3)  # (N, Hkv, rep, P + t + 1)
+            w_p, w_o = scores.softmax(dim=3).to(v.dtype).split([P, self.t + 1], dim=3)
+            out = to_rows(to_prompts(w_p.contiguous()) @ v_p) + w_o @ v_o
+        return out.reshape(N, H * rep, 1, d)
 
     def keep(self, prompts, rows, G):
         """Keeps the given prompts (indices into B) and rows (indices into B * G, prompt-major, G for each prompt)."""

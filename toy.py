@@ -49,29 +49,29 @@ def clip(kind, rng):
     dx, dy = MOTIONS[motion]
     aside = rng.uniform(-3, 3)
     for t in range(FRAMES):
-        along = (2 * t / (FRAMES - 1) - 1) * 7  # from -7 to 7 pixels off the centre
-        x, y = round(14 + dx * along + aside * abs(dy)), round(11 + dy * along + aside * abs(dx))
-        frames[t, max(0, y - 3) : y + 4, x - 3 : x + 4] = COLOURS[colour]
+        along = (2 * t / (FRAMES - 1) - 1) * 6  # from -6 to 6 pixels off the centre
+        x, y = round(14 + dx * along + aside * abs(dy)), round(9 + dy * along + aside * abs(dx))
+        frames[t, y - 3 : y + 4, x - 3 : x + 4] = COLOURS[colour]
     questions = {
         "colour": ("What colour is the square?", COLOURS, colour, "the square is {}"),
         "motion": ("Which way does the square move?", MOTIONS, motion, "the square moves {}")}
 
-    def lamp(colour, start, n, side):
-        frames[start : start + n, 21:27, 1 + 14 * side : 13 + 14 * side] = COLOURS[colour]
+    def lamp(colour, start, n):
+        frames[start : start + n, 20:27, 1:27] = COLOURS[colour]
 
-    one, two, side = *rng.sample([c for c in COLOURS if c != colour], 2), rng.randrange(2)
+    one, two = rng.sample([c for c in COLOURS if c != colour], 2)
     if kind == "first":
         start = rng.randrange(4)
-        lamp(one, start, 4, side)
-        lamp(two, start + rng.randrange(6, 9), 4, 1 - side)
+        lamp(one, start, 4)
+        lamp(two, start + rng.randrange(6, 9), 4)
         questions[kind] = ("Which lamp lights up first?", COLOURS, one, "the first lamp is {}")
     elif kind == "flash":
-        lamp(one, rng.randrange(FRAMES), 1, side)
+        lamp(one, rng.randrange(FRAMES), 1)
         questions[kind] = ("Which lamp flashes?", COLOURS, one, "the flash is {}")
     else:
         n = rng.randrange(1, 5)
         for slot in rng.sample(range(5), n):
-            lamp(one, 3 * slot + rng.randrange(2), 2, side)
+            lamp(one, 3 * slot + rng.randrange(2), 2)
         questions[kind] = ("How often does the lamp light up?", "1234", str(n), "it lights up {}")
     return frames, questions
 
@@ -106,7 +106,8 @@ def write_split(folder, split, clips, seed):
             Image.fromarray(frames[0]).save(path)
         else:
             write_y4m(path, frames, FPS)
-        questions.pop(("colour", "motion")[i // 3 % 2], None)  # one of the two questions about the square
+        for kind in (("colour",), ("motion",), ("colour", "motion"))[i // 3 % 3]:  # ask less about the square than about lamps
+            questions.pop(kind, None)
         for kind, (question, words, answer, reasoning) in questions.items():
             words, numerical = list(words), kind == "count"
             said = words.index(answer)

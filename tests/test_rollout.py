@@ -105,3 +105,24 @@ def test_training_mode_is_restored(policy, prompts):
     policy.train()
     rollout.generate(policy, prompts[:1], 2, max_new=2)
     assert policy.training
+
+
+def test_bf16_compute_with_fp32_weights_as_on_a_gpu(world, prompts):
+    """Under autocast the same path runs in bf16: sampler and scorer stay close, log-probs and gradients are fp32."""
+    policy = model.Policy.load(world / "model").train()
+    policy.eos_ids = list(range(20, 66))
+    with torch.autocast("cpu", torch.bfloat16):
+        groups = rollout.generate(policy, prompts, 4, max_new=20, seeds=range(6))
+        logp, _ = policy(prompts, [g.responses for g in groups])
+    assert logp.dtype == torch.float32 == groups[0].logps[0].dtype
+    logp.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
+    sampled = torch.cat([x for g in groups for x in g.logps])
+    scored = torch.cat([row[: len(x)] for row, x in zip(logp.detach(), [x for g in groups for x in g.logps])])
+    exact = torch.cat(
+        [
+            row[: len(x)]
+            for row, x in zip(policy(prompts, [g.responses for g in groups])[0].detach(), [x for g in groups for x in g.logps])
+        ]
+    )
+    assert (sampled - scored).abs().mean() < 0.05 and (scored - exact).abs().mean() < 0.05
