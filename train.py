@@ -45,6 +45,8 @@ from model import ModelError, Policy
 from rollout import generate
 from run import LOCAL, RANK, WORLD, append, gather, open_run, save, say, seconds, timed
 
+EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
+
 
 def parse_args(argv=None):
     """The flags, from argv or the command line; @FILE reads them from a file, one a line, # begins a comment."""
@@ -208,8 +210,6 @@ def sft_step(policy, prompts, builder, args):
     """
     items = [(p, builder.target(p.sample)) for _, p in prompts]
     tokens = sum(gather(sum(len(target) for _, target in items)))
-    if not tokens:
-        raise DataError("none of the step's samples could be loaded")
     total = []
 
     def loss(row):
@@ -237,8 +237,6 @@ def grpo_step(policy, reference, prompts, builder, step, args):
         scored = [dict(position=i, lengths=[len(r) for r in g.responses], truncated=g.truncated, shown=g.prompt.frames_x_pixels,
                        **{k: [p[k] for p in ps] for k in ps[0]}) for (i, _), g, ps in zip(prompts, groups, parts)]
         scored = sorted(sum(gather(scored), []), key=lambda s: s["position"])  # all groups of the step, on every rank
-    if not scored:
-        raise DataError("none of the step's samples could be loaded")
     column = lambda name: torch.tensor([s[name] for s in scored], dtype=torch.float64)  # (B, G)
     reward, length, truncated = column("reward"), column("lengths"), column("truncated")
     advantages, equal = grpo.group_advantages(reward, args.norm), grpo.zero_std(reward)
@@ -347,7 +345,7 @@ def make_optimizer(policy, args):
 
 
 def update(optimizer, trained, step, args):
-    """Clips the gradient and steps, unless the gradient is not finite -> (its norm, whether it stepped)."""
+    """Clips the gradient and steps, unless the gradient is not finite -> log entry."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, args.clip_grad))
@@ -356,7 +354,7 @@ def update(optimizer, trained, step, args):
     else:
         say(f"step {step + 1}: the gradient's norm is {norm}, so this update is skipped")
     optimizer.zero_grad()
-    return norm, math.isfinite(norm)
+    return {"grad_norm": norm, "lr": learning_rate(step, args), "skipped_update": not math.isfinite(norm)}
 
 
 def load(args, checkpoint):
@@ -386,7 +384,7 @@ def train(args):
     out, checkpoint = open_run(args)
     policy, reference, loader, held_out = load(args, checkpoint)
     optimizer, trained = make_optimizer(policy, args)
-    start = 0
+    start = empty_steps = 0
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=policy.device))
@@ -421,17 +419,21 @@ def train(args):
             for message in errors:
                 say(f"skipped: {message}")
             prompts = [(i, p) for i, p in loaded if not isinstance(p, DataError)]
-            policy.train()
-            with autocast:
-                if args.algo == "sft":
-                    entry, some, tokens = sft_step(wrapped, prompts, loader.builder, args)
-                else:
-                    entry, some, tokens = grpo_step(wrapped, reference, prompts, loader.builder, step, args)
-            policy.eval()
-            with timed("optimizer"):
-                norm, stepped = update(optimizer, trained, step, args)
-        entry |= {"grad_norm": norm, "skipped_update": not stepped, "lr": learning_rate(step, args),
-                  "skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}
+            entry, some, tokens = {"skipped_update": True}, [], 0
+            if len(errors) < args.prompts:
+                empty_steps = 0
+                policy.train()
+                with autocast:
+                    if args.algo == "sft":
+                        entry, some, tokens = sft_step(wrapped, prompts, loader.builder, args)
+                    else:
+                        entry, some, tokens = grpo_step(wrapped, reference, prompts, loader.builder, step, args)
+                policy.eval()
+                with timed("optimizer"):
+                    entry |= update(optimizer, trained, step, args)
+            elif (empty_steps := empty_steps + 1) == EMPTY_STEPS:
+                raise DataError(f"none of the samples of {EMPTY_STEPS} steps in a row could be loaded; the last: {errors[-1]}")
+        entry |= {"skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}
         bar.update()
         log(step + 1, entry)
         append(out / "samples.jsonl", some)

@@ -180,17 +180,20 @@ def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
     assert first["eval_failures"] == 2 and first["eval_questions"] == 4  # a failure is a wrong answer, and is counted
 
 
-def test_a_step_with_no_sample_at_all_is_an_error(tmp_path, world):
+def test_steps_without_any_sample_are_skipped_and_ten_in_a_row_are_an_error(tmp_path, world):
     records = json.loads((world / "train.json").read_text())[:2]
+    (tmp_path / "half.json").write_text(json.dumps([records[0], records[1] | {"path": "./nowhere.y4m"}]))
+    run(*flags(world, tmp_path / "half", steps=4, prompts=1, data=tmp_path / "half.json", media_root=world))
+    assert sorted(e["skipped_update"] for e in log(tmp_path / "half")) == [False, False, True, True]
     (tmp_path / "bad.json").write_text(json.dumps([r | {"path": "./nowhere.y4m"} for r in records]))
-    assert "none of its 4 samples could be loaded" in run(
-        *flags(world, tmp_path / "a", steps=1, data=tmp_path / "bad.json"), expect=1
-    )
+    out = run(*flags(world, tmp_path / "bad", steps=50, data=tmp_path / "bad.json"), expect=1)
+    assert "none of the samples of 10 steps in a row could be loaded; the last: record" in out
+    assert "nowhere.y4m: no such file" in out
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
     out = run(*flags(world, tmp_path / "a", "sft", steps=3), "--lr", "1e30")
-    assert "update skipped" in out
+    assert "norm is nan, so this update is skipped" in out
     assert [e["skipped_update"] for e in log(tmp_path / "a")] == [False, True, True]
     assert all(torch.isfinite(x).all() for x in weights(tmp_path / "a", 3).values())
 
