@@ -11,6 +11,7 @@ Nothing is replaced and nothing is truncated: what cannot be used raises DataErr
 import json
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
-from rewards import PROBLEM_TYPES, choice_letter, extract_answer
+from rewards import PROBLEM_TYPES, choice_letter, extract_answer, parse_number
 from video import MERGE, PATCH, VideoError, frame_indices, read_video, resize, smart_resize
 
 __all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "patchify", "normalize",
@@ -58,9 +59,9 @@ def load_samples(path, *, media_root=None, skipped=None):
     path = Path(path)
     root = Path(media_root) if media_root else path.parent
     samples = []
-    for where, record in _records(path):
+    for where, read in _records(path):
         try:
-            samples.append(_sample(record, where, root, path.stem))
+            samples.append(_sample(read(), where, root, path.stem))
         except DataError as e:
             if skipped is None:
                 raise
@@ -71,28 +72,27 @@ def load_samples(path, *, media_root=None, skipped=None):
 
 
 def _records(path):
-    """(where, object) for every record; `where` names file and record."""
+    """[(where, a function that gives the record), ...]; `where` names file and record."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: cannot be read: {e}") from e
     if not text.strip():
         raise DataError(f"{path}: is empty")
+    if path.suffix == ".jsonl":
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [(where, partial(_json, line, where)) for where, line in lines]
+    records = _json(text, path)
+    if not isinstance(records, list):
+        raise DataError(f"{path}: holds a JSON {type(records).__name__}, expected a list of records")
+    return [(f"{path}, record {i}", lambda r=r: r) for i, r in enumerate(records)]
+
+
+def _json(text, where):
     try:
-        if path.suffix == ".jsonl":
-            records = []
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    records.append((f"{path}, line {number}", json.loads(line)))
-        else:
-            records = json.loads(text)
-            if not isinstance(records, list):
-                raise DataError(f"{path}: holds a JSON {type(records).__name__}, expected a list of records")
-            records = [(f"{path}, record {i}", r) for i, r in enumerate(records)]
-    except json.JSONDecodeError as e:
-        number = f", line {number}" if path.suffix == ".jsonl" else ""
-        raise DataError(f"{path}{number}: not JSON, or cut off: {e}") from e
-    return records
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where}: not JSON, or cut off: {e}") from e
 
 
 def _sample(r, where, root, stem):
@@ -125,24 +125,42 @@ def _sample(r, where, root, stem):
     if kind not in PROBLEM_TYPES:
         raise DataError(f"{where}: unknown problem type {kind!r}, expected one of {', '.join(PROBLEM_TYPES)}")
     if kind == "multiple choice":
-        if not options:  # Video-RTS and LongVideo-Reason write the options into the question, one a line
-            lines = question.strip().splitlines()
-            options = [line.strip() for line in lines if re.match(r"\s*\(?[A-Z][.):]", line)]
-            question = "\n".join(line for line in lines if line.strip() not in options)
-        if not any(re.match(r"\(?[A-Z][.):]", o) for o in options):
+        if not options:
+            question, options = _split_options(question)
+        if not all(re.match(r"\s*\(?[A-Z][.):]", o) for o in options):
             options = [f"{chr(65 + i)}. {o}" for i, o in enumerate(options)]
         if not options:
             raise DataError(f"{where}: multiple choice without options")
         if choice_letter(answer, options) is None:
             raise DataError(f"{where}: the answer {answer!r} is not among the options {', '.join(o[:20] for o in options)}")
+    elif kind in ("numerical", "regression") and parse_number(answer) is None:
+        raise DataError(f"{where}: the answer {answer!r} of a {kind} question is not a number")
 
     data_type = first("data_type") or "video"
     if data_type not in ("video", "image", "frame"):
         raise DataError(f"{where}: data type {data_type!r}, expected video, image or frame")
     reasoning = re.sub(r"</?think>", "", str(first("process", "reasoning") or "")).strip()
+    try:
+        fps = float(first("fps") or FOLDER_FPS)
+    except (TypeError, ValueError):
+        fps = 0.0
+    if not 0 < fps < float("inf"):
+        raise DataError(f"{where}: 'fps' is {r['fps']!r}, expected a number of frames per second")
+    for text in (question, answer, reasoning, medium, *options):
+        if re.search("[\ud800-\udfff]", text):
+            raise DataError(f"{where}: a text that is not valid Unicode: {text[:60]!r}")
     return Sample(id=str(name), question=question.strip(), options=options, problem_type=kind, data_type=data_type,
                   path=str(root / medium), answer=answer, reasoning=reasoning, source=str(first("data_source") or stem),
-                  fps=float(first("fps") or FOLDER_FPS))
+                  fps=fps)
+
+
+def _split_options(question):
+    """Video-RTS and LongVideo-Reason end the question with its options, A, B, C ..., one a line -> (question, options)."""
+    lines = [line.strip() for line in question.splitlines() if line.strip()]
+    for i in range(len(lines)):
+        if all(re.match(rf"\(?{chr(65 + k)}[.):]", line) for k, line in enumerate(lines[i:])) and len(lines) - i <= 26:
+            return "\n".join(lines[:i]), lines[i:]
+    return question, []
 
 
 # ---- media
@@ -175,7 +193,11 @@ def load_image(path):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode == "P" or "A" in image.getbands():
+            if image.mode.startswith("I;16"):  # 16 bits a pixel; convert() would clip them
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise DataError(f"{path}: an image of {image.mode!r} pixels, expected 8 or 16 bits a channel")
+            if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
@@ -195,7 +217,7 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
             frames, seconds = read_video(sample.path, **counts, **pixels, timeout=decode_timeout)
         else:
             frames, seconds = _read_folder(sample.path, sample.fps, counts, pixels)
-    except ValueError as e:  # VideoError and DataError are, and so are frame_indices' and smart_resize's
+    except (ValueError, OSError) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
         where = "" if sample.path in str(e) else f"{sample.path}: "
         raise DataError(f"record {sample.id}: {where}{e}") from e
     frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, 3, 1)))
@@ -241,10 +263,12 @@ def patchify(frames):
 
 @dataclass(eq=False)
 class Prompt:
-    """A question as the policy gets it. ids: (P,) token ids, one video or image token per visual token of `media`."""
+    """A question as the policy gets it. ids: (P,) token ids, one video or image token per visual token of `media`.
+    target: (R,) the response to learn from, where there is one (PromptBuilder.target)."""
     sample: Sample
     ids: torch.Tensor
     media: list[Media] = field(default_factory=list)
+    target: torch.Tensor | None = None
 
     @property
     def frames_x_pixels(self):
@@ -278,8 +302,9 @@ class PromptBuilder:
             raise DataError(f"{folder}: the tokenizer has no chat template")
         self.max_prompt, self.media = max_prompt, media
         self.pad = {kind: self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("video", "image")}
-        if None in self.pad.values():
-            raise DataError(f"{folder}: the tokenizer lacks <|video_pad|> or <|image_pad|>")
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        if self.pad != (expected := {kind: config.get(f"{kind}_token_id") for kind in self.pad}):
+            raise DataError(f"{folder}: the tokenizer has the vision tokens {self.pad}, the model {expected}")
 
     def __call__(self, sample, **media):
         """Loads the medium and builds the prompt; `media` overrides the builder's, e.g. more frames. Raises DataError."""
@@ -311,7 +336,11 @@ class PromptBuilder:
         if not sample.reasoning:
             raise DataError(f"record {sample.id}: no reasoning ('process') to learn from")
         text = f"<think>{sample.reasoning}</think>\n<answer>{sample.answer}</answer>"
-        return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id])
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if special := set(ids) & set(self.tokenizer.all_special_ids):
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
+            raise DataError(f"record {sample.id}: the reasoning spells out {names}")
+        return torch.tensor([*ids, self.tokenizer.eos_token_id])
 
     def decode(self, ids):
         """Token ids -> the response's text, without special tokens."""

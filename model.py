@@ -8,14 +8,16 @@ transformers' classes are the network. Around them, in the order of a training s
 Everything a loss needs comes out of `forward`: DistributedDataParallel averages gradients of that call only.
 """
 
+import json
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import attention
@@ -118,15 +120,18 @@ class Policy(nn.Module):
         Raises ModelError: no folder, no weights, another architecture, missing weights.
         """
         folder = local_folder(name)
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in MODEL_TYPES:
-            raise ModelError(f"{folder}: model type {config.model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
-        net, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True,
-            attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"})
+        try:
+            model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+            if model_type not in MODEL_TYPES:
+                raise ModelError(f"{folder}: model type {model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
+            net, info = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True,
+                attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"})
+        except (OSError, json.JSONDecodeError, SafetensorError) as e:
+            raise ModelError(f"{folder}: cannot be loaded: {e}") from e
         if missing := sorted(info["missing_keys"]):
             raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-        policy = cls(net.to(device), folder)
+        policy = cls(net, folder).to(device)
         for module in net.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = checkpointing

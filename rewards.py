@@ -14,7 +14,7 @@ import math
 import re
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
-RULED = ("multiple choice", "numerical", "regression")  # types that accuracy_reward can judge
+RULED = ("multiple choice", "numerical", "regression")  # the types that accuracy_reward has a rule for
 
 
 def extract_answer(response):
@@ -35,16 +35,16 @@ def choice_letter(text, options):
         return None
     letter, mark, rest = match[1].upper(), match[2], match[3] or ""
     bare = lambda s: re.sub(r"[\W_]+", " ", s).strip().casefold()
-    if not rest or bare(rest) == bare(letters.get(letter, rest + "?")):
+    if not rest or (letter in letters and bare(rest) == bare(letters[letter])):
         return letter
-    named = [word for word in re.findall(r"\b[A-Z]\b", rest) if word in letters and word != letter]
-    return letter if mark and letters and not named else None
+    another = any(word in letters for word in re.findall(r"\b[A-Z]\b", rest)) or bare(rest) in map(bare, letters.values())
+    return letter if mark and letters and not another else None
 
 
 def parse_number(text):
     """A number, or None. Thousands commas and a closing full stop are read; units and words are not: "3.5 m" is no number."""
     text = text.strip().replace("\u2212", "-").removesuffix(".")
-    if not re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][+-]?\d{1,3})?", text) or not re.search(r"^\D{0,2}\d", text):
+    if not re.fullmatch(r"[+-]?(?=\.?\d)(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][+-]?\d{1,3})?", text):
         return None
     value = float(text.replace(",", ""))
     return value if math.isfinite(value) else None
@@ -56,14 +56,19 @@ def normalize_answer(text, sample):
         return None
     if sample.problem_type == "multiple choice":
         return choice_letter(text, sample.options)
-    if sample.problem_type in ("numerical", "regression"):
+    if sample.problem_type == "regression":
+        return parse_number(text)
+    if sample.problem_type == "numerical":
         number = parse_number(text)
         return None if number is None else round(number, 2)
     return " ".join(text.split()) or None
 
 
 def accuracy_reward(response, sample):
-    """Is the response's answer right? In [0, 1], by the sample's problem type; 0 for a response without a valid answer."""
+    """Is the response's answer right? In [0, 1], by the sample's problem type; 0 for a response without a valid answer.
+
+    OCR and free-form have no rule of their own yet: only the very same text is right. Training refuses them (RULED).
+    """
     answer, target = (normalize_answer(x, sample) for x in (extract_answer(response), sample.answer))
     if answer is None or target is None:
         return 0.0

@@ -16,6 +16,7 @@ from data import Prompt
 
 COMPACT_EVERY = 4  # decode steps between two looks at who has finished: each look is a host sync
 PREFILL_TOKENS = 16384  # of one packed row of prompts
+CACHE_TOKENS = 2**19  # prompts are decoded together up to so many tokens of keys and values: 28 GB for a 7B in bf16
 
 
 @dataclass(eq=False)
@@ -38,12 +39,18 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
     """
     if not prompts:
         return []
+    lengths, device = [len(p.ids) for p in prompts], policy.device
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     training = policy.training
     policy.eval()  # in train mode activation checkpointing would be on for nothing
     features = policy.encode(prompts) if features is None else features
-    lengths, device = [len(p.ids) for p in prompts], policy.device
+    if len(prompts) > 1 and len(prompts) * (max(lengths) + G * max_new) > CACHE_TOKENS:
+        policy.train(training)
+        settings = dict(max_new=max_new, temperature=temperature, top_p=top_p)
+        halves = slice(len(prompts) // 2), slice(len(prompts) // 2, None)
+        return sum((generate(policy, prompts[h], G, seeds=seeds[h], features=features[h], **settings) for h in halves), [])
     uniform = torch.stack([torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-                           for s in (seeds or range(len(prompts)))]).flatten(0, 1).to(device)  # (B * G, max_new)
+                           for s in seeds]).flatten(0, 1).to(device)  # (B * G, max_new)
 
     cache = DecodeCache(policy.config.text_config, lengths, G, max_new, device=device, dtype=_compute_dtype(policy))
     last, following = prefill(policy, prompts, features, cache)

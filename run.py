@@ -8,6 +8,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -41,6 +42,7 @@ def say(text):
         sys.stdout.flush()
 
 
+SAME = ("algo", "model", "data", "prompts", "seed", "train_vision", "weight_decay")  # flags that a resumed run cannot change
 seconds = {}  # of the phases of the step
 
 
@@ -58,7 +60,12 @@ def append(path, objects):
     """Appends objects to a .jsonl file, on rank 0."""
     if RANK == 0:
         with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(o) + "\n" for o in objects)
+            f.writelines(json.dumps(_finite(o)) + "\n" for o in objects)
+
+
+def _finite(o):
+    """NaN and infinity as null: JSON has neither."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in o.items()}
 
 
 def _rewind(path, step):
@@ -87,9 +94,13 @@ def open_run(args):
         raise SystemExit(f"error: {out} holds a run: --resume goes on with it, another --out starts a new one")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
     flags = {k: v for k, v in vars(args).items() if v is not None and v is not False and k != "resume"}
+    lines = [f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in flags.items()]
+    if checkpoint:
+        before = (out / "config.txt").read_text(encoding="utf-8").splitlines()
+        if changed := [line for line in set(before) ^ set(lines) if line.split()[0][2:] in SAME]:
+            raise SystemExit(f"error: {out} was run with other flags, so it cannot be resumed: {', '.join(sorted(changed))}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lines = [f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in flags.items()]
         (out / "config.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         for name in ("log.jsonl", "samples.jsonl"):
             _rewind(out / name, step)
@@ -104,8 +115,8 @@ def save(policy, optimizer, step, args):
         return
     folder = Path(args.out) / f"checkpoint-{step:06d}"
     partial = folder.with_suffix(".partial")
-    # all randomness is a function of (seed, step, position in the step): this is the state of every generator
-    state = {"step": step, "algo": args.algo, "rng": {"seed": args.seed, "step": step}, "data_position": step * args.prompts}
+    # all randomness is a function of (seed, step, position in the step): these are the state of every generator
+    state = {"step": step, "seed": args.seed, "data_position": step * args.prompts}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         policy.save(partial)
@@ -117,4 +128,4 @@ def save(policy, optimizer, step, args):
         raise SystemExit(f"error: {folder} could not be written: {e}. "
                          "The checkpoint before it is whole; --resume goes on from there.") from e
     for old in sorted(folder.parent.glob("checkpoint-??????"))[: -args.keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)

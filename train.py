@@ -2,7 +2,7 @@
 
     python train.py                                       the embedded default: a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (GPUs: nccl, none: gloo)
-    python train.py @configs/NAME.txt --data FILE         a published recipe: a file of flags, overridden by what follows it
+    python train.py @configs/NAME.txt --data FILE         a recipe: a file of flags, overridden by what follows it
 
 One GRPO step, for every rank's share of the step's prompts:
     1. load      decode the videos, build the prompts (in worker processes, one step ahead)
@@ -12,7 +12,8 @@ One GRPO step, for every rank's share of the step's prompts:
     5. train     log-probs of packed groups (model.py), clipped loss, backward, averaged over ranks by DDP
     6. update    clip the gradient, AdamW
 What is missing on purpose: a value network, a reward model, a trainer class, an inference server. Every random choice is a
-function of (--seed, step, position in the step), so a run does not depend on the number of ranks and resumes exactly.
+function of (--seed, step, position in the step): any number of ranks draws the same samples and, up to rounding, the same
+responses, and a run that was killed goes on as if it had not been (--resume).
 
 What a run leaves behind: run.py.
 """
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     add(g, "workers", 2, "threads that load media ahead of the step, each with a decoder process")
     g = p.add_argument_group("step")
     add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)")
-    add(g, "group", 8, "G, responses to a prompt")
+    add(g, "group", 8, "G, responses to a prompt, at least 2")
     add(g, "max_new", 768, "tokens of a response, at most")
     add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained")
     add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased")
@@ -118,9 +119,13 @@ def parse_args(argv=None):
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
         p.error("--data needs --model, what to train")
-    for name in ("prompts", "group", "max_new", "eval_every", "save_every", "log_every", "keep", "workers"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    at_least = dict(prompts=1, group=2, max_new=1, eval_every=1, save_every=1, log_every=1, keep=1, workers=1, min_frames=2,
+                    max_frames=args.min_frames, max_pixels=args.min_pixels, image_max_pixels=args.min_pixels)
+    for name, least in at_least.items():
+        if getattr(args, name) < least:
+            p.error(f"--{name} {getattr(args, name)}: expected at least {least}")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+        p.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected above 0, and above 0 up to 1")
     return args
 
 
@@ -141,12 +146,12 @@ class Loader:
         """[(position in the step, Prompt or DataError), ...]"""
         for s in (step, step + 1):
             if s not in self.pending:
-                self.pending[s] = self.submit([self.sample(s, i) for i in self.positions()])
+                self.pending[s] = self.submit([self.sample(s, i) for i in self.positions()], target=self.args.algo == "sft")
         return [(i, future.result()) for i, future in zip(self.positions(), self.pending.pop(step))]
 
-    def submit(self, samples):
-        """Starts loading -> a future Prompt or DataError for each sample."""
-        return [self.pool.submit(_load, self.builder, s) for s in samples]
+    def submit(self, samples, target=False):
+        """Starts loading -> a future Prompt (with its target) or DataError for each sample."""
+        return [self.pool.submit(_load, self.builder, s, target) for s in samples]
 
     def stream(self, samples, size):
         """Lists of `size` Prompts or DataErrors, in order, the next list loading while one is in use."""
@@ -169,9 +174,12 @@ def _order(n, seed, epoch):
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
-def _load(builder, sample):
+def _load(builder, sample, target):
     try:
-        return builder(sample)
+        prompt = builder(sample)
+        if target:
+            prompt.target = builder.target(sample)
+        return prompt
     except DataError as e:
         return e
 
@@ -203,23 +211,25 @@ def backward(policy, rows, loss):
             (loss(row) * WORLD).backward()
 
 
-def sft_step(policy, prompts, builder, args):
+def sft_step(policy, prompts, args):
     """One supervised step's gradient: mean negative log-prob of all response tokens of the batch, prompts excluded.
 
     prompts: [(position in the step, Prompt)] of this rank. Returns (log entry, samples to log: none, response tokens).
     """
-    items = [(p, builder.target(p.sample)) for _, p in prompts]
-    tokens = sum(gather(sum(len(target) for _, target in items)))
+    prompts = [p for _, p in prompts]
+    tokens = sum(gather(sum(len(p.target) for p in prompts)))
     total = []
 
     def loss(row):
-        logp, _ = policy([p for p, _ in row], [[target] for _, target in row])
+        logp, _ = policy(row, [[p.target] for p in row])
         total.append(-float(logp.detach().sum()) / tokens)
         return -logp.sum() / tokens
 
     with timed("train"):
-        backward(policy, pack(items, [len(p.ids) + len(target) for p, target in items], args.row_tokens), loss)
-    return {"loss": sum(gather(sum(total))), "response_length": tokens / sum(gather(len(items)))}, [], tokens
+        backward(policy, pack(prompts, [len(p.ids) + len(p.target) for p in prompts], args.row_tokens), loss)
+    shown = torch.tensor(sum(gather([p.frames_x_pixels for p in prompts]), []), dtype=torch.float64).mean(0)
+    return {"loss": sum(gather(sum(total))), "response_length": tokens / sum(gather(len(prompts))),
+            "frames": float(shown[0]), "pixels": float(shown[1])}, [], tokens
 
 
 def grpo_step(policy, reference, prompts, builder, step, args):
@@ -254,7 +264,7 @@ def grpo_step(policy, reference, prompts, builder, step, args):
         totals = grpo_gradient(policy, reference, batch, max(float(denominator), 1.0), args)
     totals = {name: sum(t[name] for t in gather(totals)) for name in totals}
     per_token = {name: totals[name] / max(totals["tokens"], 1) for name in ("kl", "entropy", "clipped", "mismatch")}
-    frames, pixels = (sum(s["shown"][k] for s in scored) / len(scored) for k in (0, 1))
+    frames, pixels = column("shown").mean(0).tolist()
     entry = {**{k: float(column(k).mean()) for k in PARTS}, "loss": totals["loss"], **per_token,
              "response_length": float(length.mean()), "truncated": float(truncated.mean()),
              "zero_std_groups": float(equal.double().mean()), "frames": frames, "pixels": pixels}
@@ -357,6 +367,17 @@ def update(optimizer, trained, step, args):
     return {"grad_norm": norm, "lr": learning_rate(step, args), "skipped_update": not math.isfinite(norm)}
 
 
+def usable(sample, args, bad):
+    """Can the algorithm learn from the sample? Adds the reason to `bad` when not."""
+    if args.algo == "sft":
+        reason = "no reasoning ('process') to learn from" if not sample.reasoning else ""
+    else:
+        reason = f"no reward rule for {sample.problem_type!r} yet" if sample.problem_type not in rewards.RULED else ""
+    if reason:
+        bad.append(f"{args.data}: record {sample.id}: {reason}")
+    return not reason
+
+
 def load(args, checkpoint):
     """What a run works with -> (policy, reference or None, Loader, held-out samples). Bad records are said and left out."""
     device = torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
@@ -370,8 +391,13 @@ def load(args, checkpoint):
     names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "image_max_pixels", "decode_timeout")
     builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in names})
     bad = []
-    samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
-    held_out = load_samples(args.eval_data, media_root=args.media_root, skipped=bad) if args.eval_data else []
+    samples = [s for s in load_samples(args.data, media_root=args.media_root, skipped=bad) if usable(s, args, bad)]
+    if not samples:
+        raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
+    held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
+    for s in held_out:
+        if s.problem_type not in rewards.RULED:
+            raise DataError(f"{args.eval_data}: record {s.id}: no rule for the problem type {s.problem_type!r} yet")
     for message in bad[:5]:
         say(f"skipped: {message}")
     say(f"{args.algo}: {args.out}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped, "
@@ -408,6 +434,7 @@ def train(args):
             phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
             say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
 
+    seconds.clear()
     if start == 0 and held_out:
         log(0, {})
     for step in range(start, args.steps):
@@ -425,7 +452,7 @@ def train(args):
                 policy.train()
                 with autocast:
                     if args.algo == "sft":
-                        entry, some, tokens = sft_step(wrapped, prompts, loader.builder, args)
+                        entry, some, tokens = sft_step(wrapped, prompts, args)
                     else:
                         entry, some, tokens = grpo_step(wrapped, reference, prompts, loader.builder, step, args)
                 policy.eval()
@@ -471,7 +498,7 @@ def main(argv=None):
         for run in [args] if args.model else toy_runs(args, argv):
             run.out = run.out or "out/run"
             train(run)
-    except (DataError, ModelError) as e:
+    except (DataError, ModelError, OSError) as e:  # an OSError names its file
         raise SystemExit(f"error: {e}") from e
     finally:
         if dist.is_initialized():

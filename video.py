@@ -32,7 +32,7 @@ def frame_indices(num_frames, fps, *, target_fps=2.0, min_frames=4, max_frames=1
     indices = round(linspace(0, num_frames - 1, n)). A fixed number of frames is min_frames = max_frames.
     Raises ValueError for a clip with fewer than 2 frames: a visual token spans two.
     """
-    if num_frames < 2 or fps <= 0:
+    if num_frames < 2 or not 0 < fps < math.inf:
         raise ValueError(f"{num_frames} frames at {fps:g} frames per second, a video needs at least 2 frames")
     n = min(max(num_frames / fps * target_fps, min_frames), max_frames, num_frames)
     n = max(2, int(n) // 2 * 2)
@@ -77,11 +77,7 @@ def read_video(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=
     """
     if not Path(path).is_file():
         raise VideoError(f"{path}: no such file")
-    if getattr(_worker, "process", None) is None or _worker.clips >= CLIPS_PER_WORKER:
-        close_worker()
-        _worker.clips = 0
-        _worker.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process, _worker.clips = _worker.process, _worker.clips + 1
+    process = _open_worker()
     timer = threading.Timer(timeout, process.kill)
     timer.start()
     try:
@@ -101,6 +97,15 @@ def read_video(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=
     finally:
         timer.cancel()
     raise VideoError(f"{path}: {reply['error']}")
+
+
+def _open_worker():
+    if getattr(_worker, "process", None) is None or _worker.clips >= CLIPS_PER_WORKER:
+        close_worker()
+        _worker.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        _worker.clips = 0
+    _worker.clips += 1
+    return _worker.process
 
 
 def close_worker():

@@ -57,8 +57,10 @@ samples = load_samples(f"{world}/cot.json")
 prompts = [(i, builder(samples[i])) for i in range(train.RANK, 5, train.WORLD)]
 if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
+for _, prompt in prompts:
+    prompt.target = builder.target(prompt.sample)
 entry = (
-    train.sft_step(wrapped, prompts, builder, args)[0]
+    train.sft_step(wrapped, prompts, args)[0]
     if algo == "sft"
     else train.grpo_step(wrapped, reference, prompts, builder, 0, args)[0]
 )

@@ -66,6 +66,21 @@ def test_a_video_rts_record_has_its_options_in_the_question(tmp_path):
     )
 
 
+def test_only_a_closing_run_of_letters_is_options(tmp_path):
+    (sample,) = load(tmp_path, {"problem": "Q: why?\n\nA. so\nB. thus", "solution": "B", "video": "x.mp4", "qid": 9})
+    assert (sample.question, sample.options) == ("Q: why?", ["A. so", "B. thus"])
+    assert load(tmp_path, RECORD | {"options": ["U.S. flag", "France"]})[0].options == ["A. U.S. flag", "B. France"]
+
+
+def test_one_bad_line_does_not_cost_the_others(tmp_path):
+    """Nor do a byte-order mark and a line separator inside a string."""
+    lines = [json.dumps(RECORD), '{"pro', json.dumps(RECORD | {"problem": "a\u2028b"}, ensure_ascii=False)]
+    (tmp_path / "r.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    skipped = []
+    assert len(data.load_samples(tmp_path / "r.jsonl", skipped=skipped)) == 2
+    assert "r.jsonl, line 2: not JSON" in skipped[0]
+
+
 def test_a_longvideo_reason_record(tmp_path):
     (sample,) = load(
         tmp_path,
@@ -98,6 +113,10 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"path": ""}, "no medium"),
         ({"data_type": "audio"}, "data type 'audio'"),
         ({"options": "A. x"}, "expected a list of strings"),
+        ({"fps": "abc"}, "'fps' is 'abc'"),
+        ({"fps": -1}, "'fps' is -1"),
+        ({"problem_type": "numerical", "solution": "five"}, "'five' of a numerical question is not a number"),
+        ({"problem": "\ud800"}, "not valid Unicode"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, change, message):
@@ -112,7 +131,8 @@ def test_a_bad_record_is_named(tmp_path, change, message):
     [
         ("a.json", "", "is empty"),
         ("a.json", '[{"problem": 1', "not JSON, or cut off"),
-        ("a.jsonl", '{"problem": "x"}\n{"pro', "line 2: not JSON"),
+        ("a.jsonl", '\n{"pro', "line 2: not JSON"),
+        ("a.json", "[" * 100000, "not JSON"),
         ("a.json", "{}", "expected a list"),
         ("a.json", "[]", "no usable record"),
         ("a.json", "[3]", "record 0: a int, expected an object"),
@@ -215,6 +235,10 @@ def test_images_of_every_mode(tmp_path):
     )
     clear.convert("RGB").convert("P").save(tmp_path / "x.png")
     assert media(tmp_path).frames[0, 2, 5, 5] > 200
+    Image.fromarray(np.full((56, 56), 257 * 40, np.uint16)).save(tmp_path / "x.png")
+    assert media(tmp_path).frames.unique().tolist() == [40]
+    Image.new("RGB", (56, 56), (9, 9, 9)).save(tmp_path / "x.png", transparency=(9, 9, 9))
+    assert media(tmp_path).frames.unique().tolist() == [255]
     Image.new("L", (56, 56), 9).save(tmp_path / "x.png")
     assert media(tmp_path).frames.unique().tolist() == [9]
     image = Image.new("RGB", (112, 56))

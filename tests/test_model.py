@@ -36,7 +36,7 @@ def test_mrope_long_seconds_per_grid():
 
 
 def test_mrope_many_grids():
-    """256 grids of 1 s from 4 on: ids 4, 6, ..., 514, and the text at 515; papers put the start at 5: 515 and 516."""
+    """256 grids of 1 s, the video at 5: ids 5, 7, ..., 515, and the text goes on at 516."""
     where, following = positions([TEXT] * 5 + [VIDEO] * 256, [((256, 2, 2), 1.0)])
     assert where[0][5:8] == [5, 7, 9] and where[0][-1] == 515 and following == 516
 
@@ -198,6 +198,11 @@ def test_no_groups_still_touches_every_parameter(policy):
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
+def test_everything_moves_to_the_device_together(world):
+    policy = model.Policy.load(world / "model", device="meta")
+    assert {x.device.type for x in (*policy.parameters(), *policy.buffers())} == {"meta"} == {policy.device.type}
+
+
 def test_attention_without_a_plan_is_refused(policy, prompts):
     with pytest.raises(TypeError, match="plan"):
         policy.net(input_ids=prompts[0].ids[None])
@@ -232,6 +237,9 @@ def test_bad_model_folders_say_what_is_wrong(tmp_path, world):
     del tensors[next(k for k in tensors if "q_proj.weight" in k)]
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(model.ModelError, match="1 weights are missing, first .*q_proj"):
+        model.Policy.load(tmp_path / "m")
+    weights.write_bytes((tmp_path / "kept").read_bytes()[:9999])
+    with pytest.raises(model.ModelError, match="cannot be loaded"):
         model.Policy.load(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(model.ModelError, match="model type 'bert'"):

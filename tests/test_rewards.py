@@ -30,6 +30,7 @@ def sample(problem_type="multiple choice", answer="B", options=("A. left", "B. r
         ("B. Right.", "B"),
         ("B\nright", "B"),
         ("B. it turns to that side", "B"),
+        ("B. left", None),
         ("C. A", "C"),
         ("C", "C"),
         ("A or B", None),
@@ -84,6 +85,8 @@ def test_choice_letter_with_closing_brackets_and_many_options():
         ("5%", None),
         ("4 or 5", None),
         ("1e", None),
+        ("e5", None),
+        ("-E3", None),
     ],
 )
 def test_parse_number(text, number):
@@ -124,6 +127,7 @@ def test_extract_answer(response, answer):
         ("regression", "200", "150", 0.75),
         ("regression", "200", "500", 0),
         ("regression", "200", "200", 1),
+        ("regression", "0.012", "0.008", 2 / 3),
     ],
 )
 def test_accuracy_by_problem_type(kind, gold, said, reward):
@@ -167,10 +171,11 @@ def test_mean_relative_accuracy_by_hand():
 def test_any_string_gives_a_number_in_range():
     rng, pieces = (
         random.Random(0),
-        ["<think>", "</think>", "<answer>", "</answer>", "B", "A.", "(", "5", ",", "1e999", "\x00", "\n", "é", "٣", " "],
+        ["<answer>", "</answer>", "B", "A.", "(", "5", ",", ".", "-", "+", "e", "E5", "1e999", "\x00", "\n", "é", "٣", " "],
     )
     for _ in range(3000):
-        text = "".join(rng.choices(pieces, k=rng.randrange(12)))
+        text = "".join(rng.choices(pieces, k=rng.randrange(8)))
+        text = rng.choice([text, f"<answer>{text}</answer>"])
         for kind in rewards.PROBLEM_TYPES:
             assert 0 <= rewards.accuracy_reward(text, sample(kind, "B" if kind == "multiple choice" else "5")) <= 1
         assert rewards.format_reward(text) in (0, 1)

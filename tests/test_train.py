@@ -40,6 +40,14 @@ def flags(world, out, algo="grpo", **extra):
     ]
 
 
+@pytest.fixture(scope="module")
+def cold_start(tmp_path_factory, world):
+    """A run folder whose policy keeps the format and guesses: rewards differ within a group, so there is something to learn."""
+    out = tmp_path_factory.mktemp("cold") / "sft"
+    run(*flags(world, out, "sft", steps=60, prompts=16))
+    return out
+
+
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -52,9 +60,8 @@ def weights(out, step):
     return load_file(out / f"checkpoint-{step:06d}" / "model.safetensors")
 
 
-def test_cold_start_then_grpo_from_files_to_files(tmp_path, world):
-    run(*flags(world, tmp_path / "sft", "sft", steps=2, eval_data=world / "test.json"))
-    out = run(*flags(world, tmp_path / "rl", steps=2, eval_data=world / "test.json", model=tmp_path / "sft"))
+def test_grpo_from_files_to_files(tmp_path, world, cold_start):
+    out = run(*flags(world, tmp_path / "rl", steps=2, eval_data=world / "test.json", model=cold_start))
     assert "step     2" in out and "held-out accuracy" in out
     first, *steps = log(tmp_path / "rl")
     assert first["step"] == 0 and 0 <= first["eval_accuracy"] <= 1
@@ -79,6 +86,7 @@ def test_cold_start_then_grpo_from_files_to_files(tmp_path, world):
     }
     assert [s["step"] for s in steps] == [1, 2] and all(expected <= set(s) for s in steps) and "eval_accuracy" in steps[-1]
     assert {"data", "encode", "rollout", "train", "optimizer"} <= set(steps[0]["seconds"]) and steps[0]["pixels"] == 784
+    assert steps[0]["grad_norm"] > 0 and steps[0]["entropy"] > 0 and steps[0]["mismatch"] < 1e-5
     sample = json.loads((tmp_path / "rl" / "samples.jsonl").read_text().splitlines()[0])
     assert {"response", "reward", "accuracy", "format", "path"} <= set(sample)
     again = (tmp_path / "rl" / "config.txt").read_text()
@@ -109,13 +117,21 @@ def test_the_rank_test_catches_a_loss_that_bypasses_ddp(tmp_path, world):
     assert any((a[name] - b[name]).abs().max() > 1e-4 for name in a)
 
 
-def test_two_ranks_take_the_same_steps(tmp_path, world):
-    """The same command under torchrun: the same samples, the same figures."""
-    run(*flags(world, tmp_path / "one", steps=2, eval_data=world / "test.json"))
-    run(*flags(world, tmp_path / "two", steps=2, eval_data=world / "test.json"), ranks=2)
+def test_two_ranks_take_the_same_steps(tmp_path, world, cold_start):
+    """The same command under torchrun: the same samples, the same figures, the same parameters after two steps."""
+    extra = dict(steps=2, model=cold_start, eval_data=world / "test.json", prompts=6)
+    run(*flags(world, tmp_path / "one", **extra))
+    run(*flags(world, tmp_path / "two", **extra), ranks=2)
+    assert log(tmp_path / "one")[1]["grad_norm"] > 0
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         for key in a.keys() - {"seconds", "tokens_per_second", "eval_by_source"}:
             assert b[key] == pytest.approx(a[key], abs=1e-4), key
+    one, two = weights(tmp_path / "one", 2), weights(tmp_path / "two", 2)
+    start = weights(cold_start, 60)
+    assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3  # two steps of Adam at 1e-3
+    for name in one:  # Adam divides a gradient by its own size: where it is rounding only, so is its direction
+        difference = (one[name] - two[name]).abs()
+        assert difference.mean() < 2e-6 and difference.max() < 2e-4, name
 
 
 def test_more_ranks_than_prompts(tmp_path, world):
@@ -123,26 +139,28 @@ def test_more_ranks_than_prompts(tmp_path, world):
     assert log(tmp_path / "a")[0]["step"] == 1
 
 
-def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world):
+@pytest.mark.parametrize("algo", ["sft", "grpo"])
+def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world, cold_start, algo):
     """SIGKILL after a step that no checkpoint holds yet; resumed, parameters and log are those of a run that was left alone."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    extra = dict(steps=7, save_every=2, eval_data=world / "test.json", eval_every=3)
-    run(*flags(world, whole, "sft", **extra))
-    command = [sys.executable, *map(str, flags(world, cut, "sft", **extra))]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (
-        (cut / "log.jsonl").exists() and len((cut / "log.jsonl").read_text().splitlines()) >= 4
-    ):
+    extra = dict(steps=7, save_every=2, eval_data=world / "test.json", eval_every=3, model=cold_start)
+    if algo == "grpo":
+        extra |= dict(beta=0.1)
+    run(*flags(world, whole, algo, **extra))
+    command = [sys.executable, *map(str, flags(world, cut, algo, **extra))]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+    lines = lambda: (cut / "log.jsonl").read_text().count("\n") if (cut / "log.jsonl").exists() else 0
+    while process.poll() is None and lines() < 4:  # step 0 is the first line
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (cut / "checkpoint-000007").exists()
+    assert not (cut / "checkpoint-000007").exists() and (cut / "checkpoint-000002").exists()
     with open(cut / "log.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # half a line, as a kill in mid-write leaves it
-    run(*flags(world, cut, "sft", **extra), "--resume")
+    run(*flags(world, cut, algo, **extra), "--resume")
     assert without_times(log(cut)) == without_times(log(whole))
+    assert any(e.get("grad_norm") for e in log(cut))
     for name, tensor in weights(whole, 7).items():
         assert torch.equal(tensor, weights(cut, 7)[name]), name
     assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
@@ -151,6 +169,8 @@ def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world):
 def test_a_run_is_not_written_over(tmp_path, world):
     run(*flags(world, tmp_path / "a", "sft", steps=1))
     assert "--resume goes on with it" in run(*flags(world, tmp_path / "a", "sft", steps=1), expect=1)
+    out = run(*flags(world, tmp_path / "a", "sft", steps=2, prompts=3), "--resume", expect=1)
+    assert "other flags, so it cannot be resumed: --prompts 3, --prompts 4" in out
 
 
 def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
@@ -159,21 +179,13 @@ def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
     (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
     records[1]["path"], records[2]["path"] = str(tmp_path / "broken.y4m"), str(tmp_path / "nowhere.y4m")
     records.append(records[0] | {"solution": None, "problem_id": 77})
+    records.append(records[0] | {"problem_type": "OCR", "problem_id": 78, "options": []})
     (tmp_path / "bad.json").write_text(json.dumps(records))
-    out = run(
-        *flags(
-            world,
-            tmp_path / "a",
-            steps=2,
-            prompts=4,
-            data=tmp_path / "bad.json",
-            media_root=world,
-            eval_data=tmp_path / "held.json",
-        )
-        if (tmp_path / "held.json").write_text(json.dumps(records[:4]))
-        else ()
-    )
+    (tmp_path / "held.json").write_text(json.dumps(records[:4]))
+    files = dict(data=tmp_path / "bad.json", eval_data=tmp_path / "held.json", media_root=world)
+    out = run(*flags(world, tmp_path / "a", steps=2, prompts=4, **files))
     assert "skipped: " in out and "record 4 (id 77): no 'solution'" in out
+    assert "record 78: no reward rule for 'OCR' yet" in out
     assert "record 1: " in out and "broken.y4m" in out and "nowhere.y4m: no such file" in out
     first, *steps = log(tmp_path / "a")
     assert [s["skipped_samples"] for s in steps] == [2, 2]
@@ -198,26 +210,28 @@ def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
     assert all(torch.isfinite(x).all() for x in weights(tmp_path / "a", 3).values())
 
 
-def test_kl_length_bonus_and_the_other_flags_of_the_loss(tmp_path, world):
-    run(
-        *flags(
-            world,
-            tmp_path / "a",
-            steps=2,
-            beta=0.04,
-            norm="none",
-            average="constant",
-            len_bonus=0.2,
-            drop_zero_std=True,
-            mask_truncated=True,
-            schedule="cosine",
-            warmup=1,
-            no_checkpointing=True,
-            temperature=0.9,
-            top_p=0.95,
-        )
-    )
-    assert log(tmp_path / "a")[1]["kl"] >= 0
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(beta=0.5, kl="k2", average="constant", norm="none", mask_truncated=True, len_bonus=0.2, len_lo=1, len_hi=30),
+        dict(
+            beta=0.0, average="token", norm="batch", drop_zero_std=True, schedule="cosine", warmup=1, top_p=0.95, temperature=0.9
+        ),
+    ],
+)
+def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
+    run(*flags(world, tmp_path / "a", steps=3, model=cold_start, no_checkpointing=True, **change))
+    entries = log(tmp_path / "a")
+    assert entries[0]["grad_norm"] > 0 and (entries[-1]["kl"] > 0) == (change["beta"] > 0)
+    assert entries[0]["length_bonus"] >= 0 and all(e["skipped_update"] is False for e in entries)
+
+
+def test_a_frozen_vision_tower_stays_as_it_is(tmp_path, world, cold_start):
+    command = [x for x in flags(world, tmp_path / "a", steps=1, model=cold_start) if x != "--train_vision"]
+    run(*command)
+    before, after = weights(cold_start, 60), weights(tmp_path / "a", 1)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("visual" in name for name in changed)
 
 
 def test_unwritable_run_folder_and_full_disk(tmp_path, world):
@@ -242,6 +256,9 @@ def test_unwritable_run_folder_and_full_disk(tmp_path, world):
         (["--model", "./nowhere"], "no such model folder"),
         (["--prompts", "0"], "--prompts 0: expected at least 1"),
         (["--norm", "max"], "invalid choice"),
+        (["--group", "1"], "--group 1: expected at least 2"),
+        (["--max_pixels", "100"], "--max_pixels 100: expected at least 784"),
+        (["--temperature", "0"], "expected above 0"),
     ],
 )
 def test_bad_flags_end_with_one_clear_line(tmp_path, world, change, message):

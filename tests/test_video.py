@@ -88,6 +88,6 @@ def test_rotated_clips_come_upright():
 
 
 @needs_shared
-def test_unordered_timestamps_are_read_in_order_of_showing():
+def test_a_file_with_unordered_timestamps_gives_all_its_frames():
     frames, seconds = video.read_video(MEDIA / "unordered.mov")
     assert frames.shape[0] == 4 and seconds == pytest.approx(1 / 32)
