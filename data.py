@@ -5,13 +5,16 @@
     PromptBuilder   Sample + Media -> Prompt, by the checkpoint's own tokenizer and chat template; one wording for SFT,
                     RL, test-time scaling and evaluation (Video-R1's release has five, slightly different)
     patchify        frames -> the patch rows of the vision tower
+    Loader          the prompts of every step, loaded ahead of it
 Nothing is replaced and nothing is truncated: what cannot be used raises DataError, naming file and record.
 """
 
 import json
+import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,8 @@ from transformers import AutoTokenizer
 from rewards import PROBLEM_TYPES, choice_letter, extract_answer, parse_number
 from video import MERGE, PATCH, VideoError, frame_indices, read_video, resize, smart_resize
 
-__all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "patchify", "normalize",
-           "frame_indices", "read_video", "smart_resize"]
+__all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "Loader", "patchify",
+           "normalize", "frame_indices", "read_video", "smart_resize"]
 
 FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
 
@@ -345,3 +348,57 @@ class PromptBuilder:
     def decode(self, ids):
         """Token ids -> the response's text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# ---- the prompts of every step
+
+class Loader:
+    """The prompts of a step, for one of `world` ranks, loaded in `workers` threads, each with a decoder process.
+
+    Sample number i of a step belongs to rank i mod world, whatever the rank count. Samples are drawn without replacement, in
+    an order that each epoch shuffles anew from `seed`. target: build every prompt's supervised target too.
+    """
+
+    def __init__(self, samples, builder, *, prompts, seed=0, workers=2, target=False, rank=0, world=1):
+        self.samples, self.builder, self.seed, self.target = samples, builder, seed, target
+        self.prompts, self.positions = prompts, range(rank, prompts, world)
+        self.pool = ThreadPoolExecutor(workers)
+        self.pending = {}
+
+    def load(self, step):
+        """[(position in the step, Prompt or DataError), ...], and a start on the step after it."""
+        for s in (step, step + 1):
+            if s not in self.pending:
+                self.pending[s] = self._submit([self.sample(s, i) for i in self.positions], self.target)
+        return [(i, future.result()) for i, future in zip(self.positions, self.pending.pop(step))]
+
+    def sample(self, step, i):
+        """Sample number i of a step."""
+        epoch, index = divmod(step * self.prompts + i, len(self.samples))
+        return self.samples[_order(len(self.samples), self.seed, epoch)[index]]
+
+    def stream(self, samples, size):
+        """Lists of `size` Prompts or DataErrors, in order, the next list loading while one is in use."""
+        chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
+        pending = [self._submit(chunk, False) for chunk in chunks[:1]]
+        for i in range(len(chunks)):
+            pending += [self._submit(chunk, False) for chunk in chunks[i + 1 : i + 2]]
+            yield [future.result() for future in pending.pop(0)]
+
+    def _submit(self, samples, target):
+        return [self.pool.submit(_load, self.builder, s, target) for s in samples]
+
+
+@lru_cache(maxsize=4)
+def _order(n, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+
+
+def _load(builder, sample, target):
+    try:
+        prompt = builder(sample)
+        if target:
+            prompt.target = builder.target(sample)
+        return prompt
+    except DataError as e:
+        return e

@@ -12,9 +12,11 @@ Pure functions of strings: any response gives a number in range, never an except
 
 import math
 import re
+from collections import Counter
+
+from stem import stem
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
-RULED = ("multiple choice", "numerical", "regression")  # the types that accuracy_reward has a rule for
 
 
 def extract_answer(response):
@@ -67,13 +69,20 @@ def normalize_answer(text, sample):
 def accuracy_reward(response, sample):
     """Is the response's answer right? In [0, 1], by the sample's problem type; 0 for a response without a valid answer.
 
-    OCR and free-form have no rule of their own yet: only the very same text is right. Training refuses them (RULED).
+        multiple choice, numerical   1 or 0
+        regression                   1 - relative error
+        OCR                          1 - word error rate
+        free-form                    mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L
     """
     answer, target = (normalize_answer(x, sample) for x in (extract_answer(response), sample.answer))
     if answer is None or target is None:
         return 0.0
-    if sample.problem_type == "regression":  # 1 - relative error
+    if sample.problem_type == "regression":
         return max(0.0, 1.0 - abs(answer - target) / (abs(target) + 1e-9))
+    if sample.problem_type == "OCR":
+        return max(0.0, 1.0 - word_error_rate(answer, target))
+    if sample.problem_type == "free-form":
+        return rouge(answer, target)
     return float(answer == target)
 
 
@@ -93,3 +102,40 @@ def mean_relative_accuracy(pred, target):
     """MRA of VSI-Bench: the mean over thresholds 0.50, 0.55, ..., 0.95 of [relative error < 1 - threshold]."""
     error = abs(pred - target) / abs(target) if target else float(pred != target)
     return sum(error < 1 - (50 + 5 * i) / 100 for i in range(10)) / 10
+
+
+# ---- texts
+
+def word_error_rate(text, reference):
+    """Fewest words to insert, delete or replace to turn the text into the reference, over the reference's words. Can exceed 1."""
+    a, b = text.split(), reference.split()
+    row = list(range(len(b) + 1))  # row[j]: distance of the words of a read so far to b[:j]
+    for i, word in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
+    return row[-1] / len(b) if b else float(bool(a))
+
+
+def rouge(text, reference):
+    """The mean F1 of ROUGE-1, -2 and -L (Lin 2004) over stemmed words: shared words, word pairs, longest common subsequence."""
+    a, b = _words(text), _words(reference)
+    pairs = lambda x: list(zip(x, x[1:]))
+    shared = lambda x, y: sum((Counter(x) & Counter(y)).values())
+    f1 = lambda hits, total: 2 * hits / total if hits else 0.0
+    total = len(a) + len(b)
+    return (f1(shared(a, b), total) + f1(shared(pairs(a), pairs(b)), total - 2) + f1(_lcs(a, b), total)) / 3
+
+
+def _lcs(a, b):
+    row = [0] * (len(b) + 1)  # row[j]: longest common subsequence of the words of a read so far and b[:j]
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def _words(text):
+    """Lower case, letters and digits only, longer words stemmed: as the rouge-score package does."""
+    return [stem(word) if len(word) > 3 else word for word in re.sub(r"[^a-z0-9]+", " ", text.lower()).split()]

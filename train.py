@@ -26,9 +26,7 @@ import random
 import shlex
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,7 +39,7 @@ from transformers.utils import logging as hf_logging
 import grpo
 import rewards
 import toy
-from data import DataError, PromptBuilder, load_samples
+from data import DataError, Loader, PromptBuilder, load_samples
 from model import ModelError, Policy
 from rollout import generate
 from run import LOCAL, RANK, WORLD, append, gather, open_run, save, say, seconds, timed
@@ -127,61 +125,6 @@ def parse_args(argv=None):
     if args.temperature <= 0 or not 0 < args.top_p <= 1:
         p.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected above 0, and above 0 up to 1")
     return args
-
-
-# ---- data
-
-class Loader:
-    """The prompts of a step, for this rank: sample number i of a step belongs to rank i mod WORLD, whatever the rank count.
-
-    Samples are drawn without replacement, in an order that each epoch shuffles anew. `load(step)` also starts on step + 1.
-    """
-
-    def __init__(self, samples, builder, args):
-        self.samples, self.builder, self.args = samples, builder, args
-        self.pool = ThreadPoolExecutor(args.workers)
-        self.pending = {}
-
-    def load(self, step):
-        """[(position in the step, Prompt or DataError), ...]"""
-        for s in (step, step + 1):
-            if s not in self.pending:
-                self.pending[s] = self.submit([self.sample(s, i) for i in self.positions()], target=self.args.algo == "sft")
-        return [(i, future.result()) for i, future in zip(self.positions(), self.pending.pop(step))]
-
-    def submit(self, samples, target=False):
-        """Starts loading -> a future Prompt (with its target) or DataError for each sample."""
-        return [self.pool.submit(_load, self.builder, s, target) for s in samples]
-
-    def stream(self, samples, size):
-        """Lists of `size` Prompts or DataErrors, in order, the next list loading while one is in use."""
-        chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
-        pending = [self.submit(chunk) for chunk in chunks[:1]]
-        for i in range(len(chunks)):
-            pending += [self.submit(chunk) for chunk in chunks[i + 1 : i + 2]]
-            yield [future.result() for future in pending.pop(0)]
-
-    def positions(self):
-        return range(RANK, self.args.prompts, WORLD)
-
-    def sample(self, step, i):
-        epoch, index = divmod(step * self.args.prompts + i, len(self.samples))
-        return self.samples[_order(len(self.samples), self.args.seed, epoch)[index]]
-
-
-@lru_cache(maxsize=4)
-def _order(n, seed, epoch):
-    return random.Random(f"{seed} {epoch}").sample(range(n), n)
-
-
-def _load(builder, sample, target):
-    try:
-        prompt = builder(sample)
-        if target:
-            prompt.target = builder.target(sample)
-        return prompt
-    except DataError as e:
-        return e
 
 
 # ---- one step
@@ -367,17 +310,6 @@ def update(optimizer, trained, step, args):
     return {"grad_norm": norm, "lr": learning_rate(step, args), "skipped_update": not math.isfinite(norm)}
 
 
-def usable(sample, args, bad):
-    """Can the algorithm learn from the sample? Adds the reason to `bad` when not."""
-    if args.algo == "sft":
-        reason = "no reasoning ('process') to learn from" if not sample.reasoning else ""
-    else:
-        reason = f"no reward rule for {sample.problem_type!r} yet" if sample.problem_type not in rewards.RULED else ""
-    if reason:
-        bad.append(f"{args.data}: record {sample.id}: {reason}")
-    return not reason
-
-
 def load(args, checkpoint):
     """What a run works with -> (policy, reference or None, Loader, held-out samples). Bad records are said and left out."""
     device = torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
@@ -391,18 +323,35 @@ def load(args, checkpoint):
     names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "image_max_pixels", "decode_timeout")
     builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in names})
     bad = []
-    samples = [s for s in load_samples(args.data, media_root=args.media_root, skipped=bad) if usable(s, args, bad)]
+    samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
+    if args.algo == "sft":
+        bad += [f"{args.data}: record {s.id}: no reasoning ('process') to learn from" for s in samples if not s.reasoning]
+        samples = [s for s in samples if s.reasoning]
     if not samples:
         raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
     held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
-    for s in held_out:
-        if s.problem_type not in rewards.RULED:
-            raise DataError(f"{args.eval_data}: record {s.id}: no rule for the problem type {s.problem_type!r} yet")
     for message in bad[:5]:
         say(f"skipped: {message}")
     say(f"{args.algo}: {args.out}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped, "
         f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}")
-    return policy, reference, Loader(samples, builder, args), held_out
+    loader = Loader(samples, builder, prompts=args.prompts, seed=args.seed, workers=args.workers, target=args.algo == "sft",
+                    rank=RANK, world=WORLD)
+    return policy, reference, loader, held_out
+
+
+def report(out, bar, step, entry, args):
+    """Writes a step's log entry; shows its figures on the bar and, every args.log_every steps, on a line."""
+    if torch.cuda.is_available():
+        entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
+    figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
+    bar.set_postfix(figures)
+    if step and step % args.log_every == 0:
+        phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
+        say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
+    if "eval_accuracy" in entry:
+        say(f"step {step:5d}  held-out accuracy {entry['eval_accuracy']:.3f}   "
+            + "  ".join(f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()))
 
 
 def train(args):
@@ -418,27 +367,16 @@ def train(args):
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
 
-    def log(step, entry):
-        """Adds what every entry has, evaluates if it is time to, writes, prints."""
-        if held_out and (step % args.eval_every == 0 or step in (0, args.steps)):
-            with autocast, timed("evaluate"):
-                entry |= evaluate(policy, held_out, loader, args)
-            say(f"step {step:5d}  held-out accuracy {entry['eval_accuracy']:.3f}   "
-                + "  ".join(f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()))
-        if torch.cuda.is_available():
-            entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
-        figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
-        bar.set_postfix(figures)
-        if step and step % args.log_every == 0:
-            phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
-            say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
+    def held_out_accuracy():
+        with autocast, timed("evaluate"):
+            return evaluate(policy, held_out, loader, args)
 
     seconds.clear()
     if start == 0 and held_out:
-        log(0, {})
+        report(out, bar, 0, held_out_accuracy(), args)
     for step in range(start, args.steps):
         seconds.clear()
+        done = step + 1
         with timed("step"):
             with timed("data"):
                 loaded = loader.load(step)
@@ -461,11 +399,13 @@ def train(args):
             elif (empty_steps := empty_steps + 1) == EMPTY_STEPS:
                 raise DataError(f"none of the samples of {EMPTY_STEPS} steps in a row could be loaded; the last: {errors[-1]}")
         entry |= {"skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}
+        if held_out and (done % args.eval_every == 0 or done == args.steps):
+            entry |= held_out_accuracy()
         bar.update()
-        log(step + 1, entry)
+        report(out, bar, done, entry, args)
         append(out / "samples.jsonl", some)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save(policy, optimizer, step + 1, args)
+        if done % args.save_every == 0 or done == args.steps:
+            save(policy, optimizer, done, args)
     bar.close()
     loader.pool.shutdown(cancel_futures=True)
 

@@ -319,3 +319,31 @@ def test_a_question_that_spells_out_a_vision_token_is_refused(world, builder):
     sample = data.load_samples(world / "train.json")[0]
     with pytest.raises(DataError, match="2 places for media in the prompt, expected 1"):
         builder(replace(sample, question="What is <|video_pad|>?"))
+
+
+# ---- the loader
+
+
+def test_every_sample_once_an_epoch_whatever_the_rank_count():
+    samples = list(range(10))
+    loader = data.Loader(samples, None, prompts=4)
+    drawn = [loader.sample(step, i) for step in range(5) for i in range(4)]
+    assert sorted(drawn[:10]) == samples == sorted(drawn[10:]) and drawn[:10] != drawn[10:]
+    ranks = [data.Loader(samples, None, prompts=4, rank=rank, world=3).positions for rank in range(3)]
+    assert sorted(i for positions in ranks for i in positions) == [0, 1, 2, 3]
+    assert drawn != [data.Loader(samples, None, prompts=4, seed=1).sample(step, i) for step in range(5) for i in range(4)]
+
+
+def test_the_loader_gives_prompts_and_errors_in_order(world, builder):
+    from dataclasses import replace
+
+    good = data.load_samples(world / "cot.json")[:3]
+    samples = [good[0], replace(good[1], path="nowhere.y4m"), good[2]]
+    loader = data.Loader(samples, builder, prompts=3, target=True)
+    for step in range(2):
+        loaded = loader.load(step)
+        assert [i for i, _ in loaded] == [0, 1, 2]
+        for i, p in loaded:
+            assert isinstance(p, DataError) == (loader.sample(step, i).path == "nowhere.y4m")
+            assert isinstance(p, DataError) or len(p.target) > 5
+    assert [len(chunk) for chunk in loader.stream(samples, size=2)] == [2, 1]

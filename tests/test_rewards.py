@@ -1,11 +1,14 @@
-"""The answer normaliser and the rule rewards: a table to look things up in."""
+"""The answer normaliser and the rule rewards: a table to look things up in; texts against rouge-score, jiwer and NLTK."""
 
 import random
+import re
 
 import pytest
+from conftest import ROOT, SHARED, needs_shared
 
 import rewards
-from data import Sample
+import stem
+from data import Sample, load_samples
 
 
 def sample(problem_type="multiple choice", answer="B", options=("A. left", "B. right", "C. A")):
@@ -128,6 +131,12 @@ def test_extract_answer(response, answer):
         ("regression", "200", "500", 0),
         ("regression", "200", "200", 1),
         ("regression", "0.012", "0.008", 2 / 3),
+        ("OCR", "No entry today", "No entry today", 1),
+        ("OCR", "No entry today", "no entry", 1 / 3),
+        ("OCR", "No entry", "a b c d e f", 0),
+        ("free-form", "The dog is running", "the dog runs", (6 / 7 + 2 / 5 + 6 / 7) / 3),
+        ("free-form", "A cat", "A cat!", 1),
+        ("free-form", "A cat", "a dog barks", (2 / 5 + 0 + 2 / 5) / 3),
     ],
 )
 def test_accuracy_by_problem_type(kind, gold, said, reward):
@@ -179,3 +188,57 @@ def test_any_string_gives_a_number_in_range():
         for kind in rewards.PROBLEM_TYPES:
             assert 0 <= rewards.accuracy_reward(text, sample(kind, "B" if kind == "multiple choice" else "5")) <= 1
         assert rewards.format_reward(text) in (0, 1)
+
+
+# ---- texts, against known libraries
+
+
+def vocabulary(rng):
+    """Words of our own files, and random stems with every suffix that the stemmer knows."""
+    text = " ".join(f.read_text() for f in [*ROOT.glob("*.md"), *ROOT.glob("*.py")]).lower()
+    suffixes = [*stem.STEP_2, *stem.STEP_3, *stem.STEP_4, *"ing ed ies ied eed sses logi logy ally y ll e s".split()]
+    random_stem = lambda: "".join(rng.choices("aeiousytnlrd", k=rng.randrange(1, 7)))
+    made = {random_stem() + suffix for suffix in suffixes for _ in range(60)}
+    return sorted(made | set(re.findall("[a-z]{2,}", text)) | set(stem.IRREGULAR))
+
+
+def test_stemmer_equals_nltk():
+    from nltk.stem.porter import PorterStemmer
+
+    theirs = PorterStemmer()
+    words = vocabulary(random.Random(0))
+    assert len(words) > 3000
+    assert [w for w in words if stem.stem(w) != theirs.stem(w)] == []
+
+
+def test_rouge_and_word_error_rate_equal_known_libraries():
+    import jiwer
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rng, scorer = random.Random(1), RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    words = vocabulary(rng)
+    for _ in range(500):
+        few = rng.sample(words, 10)  # so that texts share words
+        text, reference = (" ".join(rng.choices(few, k=rng.randrange(n, 15))) for n in (0, 1))
+        theirs = [score.fmeasure for score in scorer.score(reference, text).values()]
+        assert rewards.rouge(text, reference) == pytest.approx(sum(theirs) / 3)
+        assert rewards.word_error_rate(text, reference) == pytest.approx(jiwer.wer(reference, text))
+    assert rewards.rouge("", "a b") == 0 == rewards.rouge("!", "a b") and rewards.word_error_rate("", "") == 0
+
+
+@needs_shared
+def test_rewards_on_every_real_record():
+    """The gold answer in the asked form is right, whatever marks it carries; nothing else is, and nothing without tags."""
+    for file in sorted((SHARED / "benchmarks").glob("*.json*")):
+        for s in load_samples(file):
+            reward = lambda said, s=s: rewards.accuracy_reward(f"<think>so</think>\n<answer>{said}</answer>", s)
+            assert reward(s.answer) == 1 and rewards.accuracy_reward(s.answer, s) == 0, s
+            if s.options:
+                gold = s.answer[0]
+                letters = [o.strip()[0] for o in s.options]
+                text = s.options[letters.index(gold)].strip()[2:].strip()
+                assert [reward(x) for x in (f"{gold}.", f"({gold})", gold.lower(), f"{gold}. {text}")] == [1, 1, 1, 1], s
+                others = [c for c in letters if c != gold]
+                assert not any(reward(c) for c in others), s
+                assert not any(reward(f"{gold} or {c}") for c in others), s
+                assert len(text) < 2 or reward(text) == 0, s

@@ -179,13 +179,11 @@ def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
     (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
     records[1]["path"], records[2]["path"] = str(tmp_path / "broken.y4m"), str(tmp_path / "nowhere.y4m")
     records.append(records[0] | {"solution": None, "problem_id": 77})
-    records.append(records[0] | {"problem_type": "OCR", "problem_id": 78, "options": []})
     (tmp_path / "bad.json").write_text(json.dumps(records))
     (tmp_path / "held.json").write_text(json.dumps(records[:4]))
     files = dict(data=tmp_path / "bad.json", eval_data=tmp_path / "held.json", media_root=world)
     out = run(*flags(world, tmp_path / "a", steps=2, prompts=4, **files))
     assert "skipped: " in out and "record 4 (id 77): no 'solution'" in out
-    assert "record 78: no reward rule for 'OCR' yet" in out
     assert "record 1: " in out and "broken.y4m" in out and "nowhere.y4m: no such file" in out
     first, *steps = log(tmp_path / "a")
     assert [s["skipped_samples"] for s in steps] == [2, 2]
@@ -268,19 +266,6 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, world, change, message):
 
 def test_packing_keeps_order_and_budget():
     assert train.pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]] and train.pack("", [], 7) == []
-
-
-def test_every_sample_once_an_epoch_whatever_the_rank_count(world, monkeypatch):
-    samples, args = list(range(10)), train.parse_args(["--model", "m", "--data", "d", "--prompts", "4"])
-    loader = train.Loader(samples, None, args)
-    drawn = [loader.sample(step, i) for step in range(5) for i in range(4)]
-    assert sorted(drawn[:10]) == samples == sorted(drawn[10:]) and drawn[:10] != drawn[10:]
-    monkeypatch.setattr(train, "WORLD", 3)
-    ranks = []
-    for rank in range(3):
-        monkeypatch.setattr(train, "RANK", rank)
-        ranks += loader.positions()
-    assert sorted(ranks) == [0, 1, 2, 3]
 
 
 @needs_shared
