@@ -1,4 +1,4 @@
-"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images, with reasoning examples (sft) or with rewards only (grpo).
+"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images: on reasoning examples (sft) or on rewards only (grpo, tgrpo).
 
     python train.py                                       the embedded default: a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (GPUs: nccl, none: gloo)
@@ -9,7 +9,7 @@ One GRPO step, for every rank's share of the step's prompts:
     2. encode    visual embeddings, once for everything below
     3. rollout   G responses for every prompt (rollout.py)
     4. reward    rules judge every response (rewards.py); the group's mean is the baseline (grpo.py)
-    5. train     log-probs of packed groups (model.py), clipped loss, backward, averaged over ranks by DDP
+    5. train     log-probs of packed groups (model.py), clipped loss, backward, averaged over ranks by DDP (step.py)
     6. update    clip the gradient, AdamW
 What is missing on purpose: a value network, a reward model, a trainer class, an inference server. Every random choice is a
 function of (--seed, step, position in the step): any number of ranks draws the same samples and, up to rounding, the same
@@ -19,10 +19,8 @@ What a run leaves behind: run.py.
 """
 
 import argparse
-import contextlib
 import json
 import math
-import random
 import shlex
 import sys
 from collections import Counter
@@ -32,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
@@ -43,6 +40,7 @@ from data import DataError, Loader, PromptBuilder, load_samples
 from model import ModelError, Policy
 from rollout import generate
 from run import LOCAL, RANK, WORLD, append, gather, open_run, save, say, seconds, timed
+from step import grpo_step, sft_step
 
 EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
 
@@ -58,7 +56,8 @@ def parse_args(argv=None):
     flag = lambda group, name, help: group.add_argument(f"--{name}", action="store_true", help=help)
 
     g = p.add_argument_group("run")
-    add(g, "algo", "grpo", "sft: learn reasoning examples; grpo: learn from rewards", choices=("sft", "grpo"))
+    add(g, "algo", "grpo", "sft: learn reasoning examples; grpo: learn from rewards; tgrpo: with the temporal reward",
+        choices=("sft", "grpo", "tgrpo"))
     add(g, "model", None, "model folder, run folder or hub name; without one: the embedded toy world")
     add(g, "data", None, "records to train on, .json or .jsonl")
     add(g, "eval_data", None, "held-out records, answered greedily every --eval_every steps")
@@ -90,6 +89,14 @@ def parse_args(argv=None):
     add(g, "len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
     add(g, "len_lo", 320, "shortest response that gets the bonus")
     add(g, "len_hi", 512, "longest response that gets the bonus")
+    g = p.add_argument_group("temporal reward (tgrpo, videos only)")
+    add(g, "temporal", "reward", "where the bonus is added: to the reward, as published, or to the advantage",
+        choices=("reward", "advantage"))
+    add(g, "alpha", 0.3, "the bonus of a right response whose group passed the test")
+    add(g, "mu", 1.0, "passed: right at least mu times as often in order as shuffled")
+    add(g, "correct", 0.5, "a response is right above this accuracy")
+    add(g, "shuffle", "frame", "what is shuffled: frames, or 2-frame grids (no second encoding)", choices=("frame", "grid"))
+    add(g, "shuffles", 1, "orders drawn for each video; they share its G/2 shuffled responses")
     g = p.add_argument_group("loss")
     add(g, "norm", "std", "advantages are divided by the group's std, by nothing, or by the batch's std", choices=grpo.NORMS)
     add(g, "average", "sequence", "token losses are averaged per response, over all, or by a constant", choices=grpo.AVERAGES)
@@ -117,147 +124,16 @@ def parse_args(argv=None):
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
         p.error("--data needs --model, what to train")
-    at_least = dict(prompts=1, group=2, max_new=1, eval_every=1, save_every=1, log_every=1, keep=1, workers=1, min_frames=2,
-                    max_frames=args.min_frames, max_pixels=args.min_pixels, image_max_pixels=args.min_pixels)
+    at_least = dict(prompts=1, group=2, max_new=1, eval_every=1, save_every=1, log_every=1, keep=1, workers=1, shuffles=1,
+                    min_frames=2, max_frames=args.min_frames, max_pixels=args.min_pixels, image_max_pixels=args.min_pixels)
     for name, least in at_least.items():
         if getattr(args, name) < least:
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}")
     if args.temperature <= 0 or not 0 < args.top_p <= 1:
         p.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected above 0, and above 0 up to 1")
+    if args.algo == "tgrpo" and args.group // 2 % max(args.shuffles, 1):
+        p.error(f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses")
     return args
-
-
-# ---- one step
-
-def pack(items, lengths, budget):
-    """Splits items into rows of at most `budget` tokens, in order; an item longer than that gets a row of its own."""
-    rows, total = [], 0
-    for item, n in zip(items, lengths):
-        if not rows or total + n > budget:
-            rows.append([])
-            total = 0
-        rows[-1].append(item)
-        total += n
-    return rows
-
-
-def backward(policy, rows, loss):
-    """Accumulates the gradient of loss(row), each row's share of the GLOBAL loss, computed through policy's forward.
-
-    DDP averages over ranks in the last backward, which every rank does: a rank without rows does an empty forward. DDP
-    divides by the number of ranks, so each share is multiplied by it.
-    """
-    rows = rows or [[]]
-    for i, row in enumerate(rows):
-        last = WORLD == 1 or i + 1 == len(rows)
-        with contextlib.nullcontext() if last else policy.no_sync():
-            (loss(row) * WORLD).backward()
-
-
-def sft_step(policy, prompts, args):
-    """One supervised step's gradient: mean negative log-prob of all response tokens of the batch, prompts excluded.
-
-    prompts: [(position in the step, Prompt)] of this rank. Returns (log entry, samples to log: none, response tokens).
-    """
-    prompts = [p for _, p in prompts]
-    tokens = sum(gather(sum(len(p.target) for p in prompts)))
-    total = []
-
-    def loss(row):
-        logp, _ = policy(row, [[p.target] for p in row])
-        total.append(-float(logp.detach().sum()) / tokens)
-        return -logp.sum() / tokens
-
-    with timed("train"):
-        backward(policy, pack(prompts, [len(p.ids) + len(p.target) for p in prompts], args.row_tokens), loss)
-    shown = torch.tensor(sum(gather([p.frames_x_pixels for p in prompts]), []), dtype=torch.float64).mean(0)
-    return {"loss": sum(gather(sum(total))), "response_length": tokens / sum(gather(len(prompts))),
-            "frames": float(shown[0]), "pixels": float(shown[1])}, [], tokens
-
-
-def grpo_step(policy, reference, prompts, builder, step, args):
-    """One GRPO step's gradient, from rollouts on. Arguments and result as in sft_step; reference: frozen, when beta > 0."""
-    core = policy.module if WORLD > 1 else policy
-    with timed("encode"), torch.no_grad():
-        features = core.encode([p for _, p in prompts])
-    with timed("rollout"):
-        seeds = [random.Random(f"{args.seed} {step} {i}").getrandbits(62) for i, _ in prompts]
-        groups = generate(core, [p for _, p in prompts], args.group, max_new=args.max_new, temperature=args.temperature,
-                          top_p=args.top_p, seeds=seeds, features=features)
-    with timed("reward"):
-        texts = [[builder.decode(r) for r in g.responses] for g in groups]
-        parts = [[score(text, len(r), g.prompt.sample, args) for text, r in zip(ts, g.responses)] for g, ts in zip(groups, texts)]
-        scored = [dict(position=i, lengths=[len(r) for r in g.responses], truncated=g.truncated, shown=g.prompt.frames_x_pixels,
-                       **{k: [p[k] for p in ps] for k in ps[0]}) for (i, _), g, ps in zip(prompts, groups, parts)]
-        scored = sorted(sum(gather(scored), []), key=lambda s: s["position"])  # all groups of the step, on every rank
-    column = lambda name: torch.tensor([s[name] for s in scored], dtype=torch.float64)  # (B, G)
-    reward, length, truncated = column("reward"), column("lengths"), column("truncated")
-    advantages, equal = grpo.group_advantages(reward, args.norm), grpo.zero_std(reward)
-    used = 1 - truncated if args.mask_truncated else torch.ones_like(reward)
-    if args.drop_zero_std:
-        used = used * ~equal[:, None]
-    denominator = {"sequence": used.sum(), "token": (used * length).sum(), "constant": used.sum() * args.max_new}[args.average]
-
-    batch = []  # (group, features, advantages (G,), used (G,)) of this rank; equal rewards without KL have no gradient: no pass
-    for (i, _), group, feature in zip(prompts, groups, features):
-        b = next(b for b, s in enumerate(scored) if s["position"] == i)
-        if used[b].any() and (args.beta or not equal[b]):
-            batch.append((group, None if args.train_vision else feature, advantages[b], used[b]))
-    with timed("train"):
-        totals = grpo_gradient(policy, reference, batch, max(float(denominator), 1.0), args)
-    totals = {name: sum(t[name] for t in gather(totals)) for name in totals}
-    per_token = {name: totals[name] / max(totals["tokens"], 1) for name in ("kl", "entropy", "clipped", "mismatch")}
-    frames, pixels = column("shown").mean(0).tolist()
-    entry = {**{k: float(column(k).mean()) for k in PARTS}, "loss": totals["loss"], **per_token,
-             "response_length": float(length.mean()), "truncated": float(truncated.mean()),
-             "zero_std_groups": float(equal.double().mean()), "frames": frames, "pixels": pixels}
-    samples = [dict(step=step + 1, id=s.id, path=s.path, question=s.question, answer=s.answer, response=text, **part)
-               for g, ts, ps in zip(groups[:2], texts, parts) for s in [g.prompt.sample] for text, part in zip(ts[:2], ps)]
-    return entry, samples, int(length.sum())
-
-
-def grpo_gradient(policy, reference, batch, denominator, args):
-    """Accumulates the gradient of the policy loss of this rank's groups, packed into rows -> sums for the log.
-
-    batch: [(group, features or None, advantages (G,), used (G,)), ...]. The ratio's old log-probs are the sampler's own.
-    """
-    totals = dict.fromkeys(("loss", "tokens", "ratio", "clipped", "kl", "entropy", "mismatch"), 0.0)
-
-    def loss(row):
-        prompts, responses = [g.prompt for g, *_ in row], [g.responses for g, *_ in row]
-        features = None if args.train_vision else [f for _, f, _, _ in row]
-        logp, entropy = policy(prompts, responses, features, args.temperature)  # (N, R)
-        if not row:
-            return logp.sum()
-        pad = lambda xs: pad_sequence(list(xs), batch_first=True).to(logp)
-        old = pad(x for g, *_ in row for x in g.logps)
-        mask = pad(torch.ones(len(r)) * u for g, _, _, used in row for r, u in zip(g.responses, used))
-        ref_logp = None
-        if args.beta:
-            with torch.no_grad():
-                ref_logp, _ = reference(prompts, responses, features, args.temperature)
-        value, stats = grpo.grpo_loss(
-            logp, old, torch.cat([a for *_, a, _ in row]).to(logp), mask, ref_logp=ref_logp, beta=args.beta, estimator=args.kl,
-            clip_low=args.clip_low, clip_high=args.clip_high, average=args.average, denominator=denominator)
-        mismatch = ((logp.detach() - old).abs() * mask).sum()
-        stats |= {"loss": value.detach(), "entropy": (entropy * mask).sum(), "mismatch": mismatch}
-        for name, x in stats.items():
-            totals[name] += float(x)
-        return value
-
-    lengths = [len(g.prompt.ids) + sum(map(len, g.responses)) for g, *_ in batch]
-    backward(policy, pack(batch, lengths, args.row_tokens), loss)
-    return totals
-
-
-PARTS = ("reward", "accuracy", "format", "length_bonus")
-
-
-def score(text, tokens, sample, args):
-    """The reward of one response and its parts."""
-    accuracy, format_ = rewards.accuracy_reward(text, sample), rewards.format_reward(text)
-    bonus = rewards.length_reward(tokens, accuracy, lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
-    return dict(zip(PARTS, (args.w_accuracy * accuracy + args.w_format * format_ + bonus, accuracy, format_, bonus)))
 
 
 def evaluate(policy, samples, loader, args):

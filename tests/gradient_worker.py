@@ -15,12 +15,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+import run  # noqa: E402
+import step  # noqa: E402
 import train  # noqa: E402
 from data import PromptBuilder, load_samples  # noqa: E402
 from model import Policy  # noqa: E402
 
 world, out, algo, *bypass = sys.argv[1:]
-if train.WORLD > 1:
+if run.WORLD > 1:
     dist.init_process_group("gloo")
 args = train.parse_args(
     [
@@ -50,21 +52,21 @@ policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in
 policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that groups are of unequal length
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)
-train.rewards.accuracy_reward = lambda text, sample: len(text) / 100  # a random model is never right: let long answers be
-wrapped = DistributedDataParallel(policy.train(), broadcast_buffers=False) if train.WORLD > 1 else policy
+step.rewards.accuracy_reward = lambda text, sample: len(text) / 100  # a random model is never right: let long answers be
+wrapped = DistributedDataParallel(policy.train(), broadcast_buffers=False) if run.WORLD > 1 else policy
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
-prompts = [(i, builder(samples[i])) for i in range(train.RANK, 5, train.WORLD)]
+prompts = [(i, builder(samples[i])) for i in range(run.RANK, 5, run.WORLD)]
 if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
 for _, prompt in prompts:
     prompt.target = builder.target(prompt.sample)
 entry = (
-    train.sft_step(wrapped, prompts, args)[0]
+    step.sft_step(wrapped, prompts, args)[0]
     if algo == "sft"
-    else train.grpo_step(wrapped, reference, prompts, builder, 0, args)[0]
+    else step.grpo_step(wrapped, reference, prompts, builder, 0, args)[0]
 )
 grads = {name: p.grad for name, p in policy.named_parameters()}
-torch.save({"grads": grads, "entry": entry}, f"{out}.{train.RANK}")
-if train.WORLD > 1:
+torch.save({"grads": grads, "entry": entry}, f"{out}.{run.RANK}")
+if run.WORLD > 1:
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ from conftest import ROOT, SHARED, needs_shared, run
 from safetensors.torch import load_file
 
 import data
+import step
 import toy
 import train
 
@@ -224,6 +225,24 @@ def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
     assert entries[0]["length_bonus"] >= 0 and all(e["skipped_update"] is False for e in entries)
 
 
+@pytest.mark.parametrize("change", [dict(), dict(temporal="advantage", shuffle="grid", shuffles=2)])
+def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
+    """Two ranks, of which one has only images at times. The shuffled responses are counted, and trained on never."""
+    run(*flags(world, tmp_path / "a", "tgrpo", steps=3, model=cold_start, prompts=2, **change), ranks=2)
+    entries = log(tmp_path / "a")
+    shares = [(e["temporal_passed"], e["temporal_vacuous"], e["temporal_not_applicable"]) for e in entries]
+    assert all(0 <= vacuous <= passed <= 1 - images for passed, vacuous, images in shares)
+    assert any("shuffled_accuracy" in e for e in entries) and any(e["temporal_not_applicable"] < 1 for e in entries)
+    plain = flags(world, tmp_path / "b", "grpo", steps=1, model=cold_start, prompts=2)
+    run(*plain)
+    assert log(tmp_path / "b")[0]["accuracy"] == entries[0]["accuracy"]  # the ordered rollouts are those of GRPO
+
+
+def test_every_flag_file_is_a_command(world):
+    for file in sorted((ROOT / "configs").glob("*.txt")):
+        assert file.read_text().startswith("# ") and train.parse_args([f"@{file}", "--model", "m", "--data", "d"]).steps
+
+
 def test_a_frozen_vision_tower_stays_as_it_is(tmp_path, world, cold_start):
     command = [x for x in flags(world, tmp_path / "a", steps=1, model=cold_start) if x != "--train_vision"]
     run(*command)
@@ -265,7 +284,7 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, world, change, message):
 
 
 def test_packing_keeps_order_and_budget():
-    assert train.pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]] and train.pack("", [], 7) == []
+    assert step.pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]] and step.pack("", [], 7) == []
 
 
 @needs_shared

@@ -1,0 +1,76 @@
+"""The temporal reward by hand, the property that a reader must know, and shuffles that shuffle."""
+
+import pytest
+import torch
+
+import data
+import grpo
+import tgrpo
+
+ORDERED = torch.tensor([[1.0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0.6, 0.4, 0.5, 1]], dtype=torch.float64)
+SHUFFLED = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0], [0.9, 0.2]], dtype=torch.float64)
+
+
+def test_bonus_by_hand():
+    """p = 1/2, 1/4, 0, 0, 1/2 (0.6 and 1 are right, 0.5 is not) against p~ = 1/2, 1/2, 0, 1/2, 1/2."""
+    passed, vacuous = tgrpo.temporal_test(ORDERED, SHUFFLED)
+    assert passed.tolist() == [True, False, True, False, True] and vacuous.tolist() == [False, False, True, False, False]
+    expected = [[0.3, 0, 0.3, 0], [0.0] * 4, [0.0] * 4, [0.0] * 4, [0.3, 0, 0, 0.3]]
+    assert tgrpo.temporal_bonus(ORDERED, SHUFFLED).tolist() == expected
+
+
+def test_mu_alpha_and_correct():
+    assert tgrpo.temporal_test(ORDERED, SHUFFLED, mu=0.5)[0].tolist() == [True, True, True, False, True]
+    assert tgrpo.temporal_test(ORDERED, SHUFFLED, mu=1.5)[0].tolist() == [False, False, True, False, False]
+    assert tgrpo.temporal_bonus(ORDERED, SHUFFLED, alpha=1.0, correct=0.1)[4].tolist() == [1, 1, 1, 1]
+    assert tgrpo.temporal_bonus(ORDERED.float(), SHUFFLED.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("alpha", [0.3, 10.0])
+def test_the_published_bonus_cancels_for_binary_accuracy_and_constant_format(alpha):
+    """(R - mean) / std of R = accuracy + format + bonus is that of R without the bonus (up to the 1e-4 beside the std)."""
+    accuracy, shuffled = ORDERED[:2], SHUFFLED[:2]  # one group that passes, one that does not
+    bonus = tgrpo.temporal_bonus(accuracy, shuffled, alpha=alpha)
+    assert bonus[0].any() and not bonus[1].any()
+    with_bonus = grpo.group_advantages(accuracy + 1.0 + bonus, eps=0.0)
+    torch.testing.assert_close(with_bonus, grpo.group_advantages(accuracy + 1.0, eps=0.0), atol=1e-12, rtol=0)
+
+
+def test_where_the_bonus_does_act():
+    """Where format varies too, where the std is not divided by, and when it is added to the advantage."""
+    accuracy, shuffled = ORDERED[:1], SHUFFLED[:1]
+    bonus = tgrpo.temporal_bonus(accuracy, shuffled)
+    mixed = accuracy + torch.tensor([[1.0, 1, 0, 1]], dtype=torch.float64)
+    assert (grpo.group_advantages(mixed + bonus) - grpo.group_advantages(mixed)).abs().max() > 0.05
+    assert (grpo.group_advantages(accuracy + bonus, "none") - grpo.group_advantages(accuracy, "none")).abs().max() > 0.1
+    in_advantage = grpo.group_advantages(accuracy) + bonus
+    torch.testing.assert_close(in_advantage.sum(), bonus.sum())  # no longer centred: right responses are pushed up on the whole
+
+
+def test_a_permutation_is_seeded_and_never_the_identity():
+    for n in (2, 3, 16):
+        orders = [tgrpo.permutation(n, seed).tolist() for seed in range(50)]
+        assert all(sorted(order) == list(range(n)) != order for order in orders)
+        assert orders == [tgrpo.permutation(n, seed).tolist() for seed in range(50)]
+    assert len({tuple(tgrpo.permutation(16, seed).tolist()) for seed in range(50)}) > 45
+    with pytest.raises(ValueError, match="1 frames or grids"):
+        tgrpo.permutation(1, 0)
+
+
+def test_shuffling_frames_changes_their_order_and_nothing_else(prompts):
+    frames = prompts[0].media[0].frames
+    shuffled = tgrpo.shuffle_frames(frames, 3)
+    assert not torch.equal(shuffled, frames)
+    assert torch.equal(shuffled, frames[tgrpo.permutation(16, 3)])
+
+
+def test_permuted_embeddings_are_the_embeddings_of_the_permuted_video(policy, prompts):
+    """No second pass through the vision tower; to the last bits of the matrix library."""
+    prompt = prompts[3]
+    media = prompt.media[0]
+    with torch.no_grad():
+        feature = policy.encode([prompt])[0]
+        frames, permuted = tgrpo.shuffle_grids(media.frames, feature, 5)
+        again = policy.encode([data.Prompt(prompt.sample, prompt.ids, [data.Media(frames, "video", media.seconds_per_grid)])])[0]
+    assert not torch.equal(permuted, feature) and not torch.equal(frames, media.frames)
+    torch.testing.assert_close(permuted, again, atol=1e-12, rtol=0)

@@ -1,0 +1,63 @@
+"""T-GRPO (Video-R1, arXiv 2503.21776, section 3.1): a reward for using the order of frames.
+
+For a video, G responses are sampled on the frames in order and G/2 on the same frames shuffled. If the ordered group is right
+at least as often, the policy may be using time, and every right response of the ordered group gets a bonus:
+    p, p~ = share of right responses, ordered and shuffled
+    r_t   = alpha if p >= mu * p~, else 0          (paper: mu = 1, alpha = 0.3; its release: mu = 0.8)
+    R_i   = r_i + r_t for every right response o_i
+The shuffled responses are only counted; they never enter the loss. Images have no order: the test does not apply to them.
+
+**What a reader should know before using it.** With accuracies of 0 and 1 and an otherwise constant reward, R = r + r_t * [right]
+is (1 + r_t) * accuracy + a constant, and (R - mean) / std does not see the factor: the published bonus then leaves every
+advantage as it was. It acts only where the rest of the reward varies within the group (format, length, graded accuracies), or
+where advantages are not divided by the group's std. The paper remarks that the term could be added to the advantages
+directly; `--temporal advantage` does that: A_i + r_t for every right response, after the normalisation.
+
+Pure functions; shapes: B prompts, G ordered and G' shuffled responses, T frames.
+"""
+
+import random
+
+import torch
+
+
+def temporal_test(ordered_acc, shuffled_acc, *, mu=1.0, correct=0.5):
+    """Is the ordered group right at least mu times as often? ordered_acc (B, G), shuffled_acc (B, G') accuracies in [0, 1].
+
+    A response is right if its accuracy exceeds `correct`. Returns (passed, vacuous), (B,) bool each; vacuous: passed because
+    neither group had a right response, so that the test says nothing (and there is nothing to give a bonus to).
+    """
+    p, p_shuffled = ((acc > correct).double().mean(dim=1) for acc in (ordered_acc, shuffled_acc))
+    return p >= mu * p_shuffled, (p == 0) & (p_shuffled == 0)
+
+
+def temporal_bonus(ordered_acc, shuffled_acc, *, alpha=0.3, mu=1.0, correct=0.5):
+    """The bonus of every ordered response (B, G): alpha where it is right and its group passed the test, else 0."""
+    passed, _ = temporal_test(ordered_acc, shuffled_acc, mu=mu, correct=correct)
+    return alpha * (passed[:, None] & (ordered_acc > correct)).to(ordered_acc.dtype)
+
+
+def permutation(n, seed):
+    """A random order of n >= 2 things that is not the one they are in -> LongTensor (n,)."""
+    if n < 2:
+        raise ValueError(f"{n} frames or grids cannot be shuffled, at least 2 are needed")
+    rng, order = random.Random(seed), list(range(n))
+    while order == sorted(order):
+        rng.shuffle(order)
+    return torch.tensor(order)
+
+
+def shuffle_frames(frames, seed):
+    """frames (T, 3, H, W) in another order, before the model's 2-frame grids are formed (as published)."""
+    return frames[permutation(len(frames), seed)]
+
+
+def shuffle_grids(frames, features, seed):
+    """Whole 2-frame grids in another order: frames (T, 3, H, W) and their embeddings (V, D) alike.
+
+    The vision tower of Qwen2-VL and Qwen2.5-VL sees one grid at a time, so permuting embeddings equals encoding the permuted
+    video: no second pass. Neighbouring frames stay together, so this hides less of the order than shuffling frames.
+    """
+    order = permutation(len(frames) // 2, seed)
+    by_grid = lambda x: x.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+    return by_grid(frames), by_grid(features)
