@@ -377,6 +377,12 @@ class Loader:
         epoch, index = divmod(step * self.prompts + i, len(self.samples))
         return self.samples[_order(len(self.samples), self.seed, epoch)[index]]
 
+    def refill(self, step, k):
+        """As load, for the k-th extra draw of a step (k >= 1): from all samples, with replacement, at positions of their own."""
+        positions = [k * self.prompts + i for i in self.positions]
+        drawn = [random.Random(f"{self.seed} {step} refill {i}").choice(self.samples) for i in positions]
+        return [(i, future.result()) for i, future in zip(positions, self._submit(drawn, False))]
+
     def stream(self, samples, size):
         """Lists of `size` Prompts or DataErrors, in order, the next list loading while one is in use."""
         chunks = [samples[i : i + size] for i in range(0, len(samples), size)]

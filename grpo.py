@@ -6,12 +6,17 @@ For one prompt the policy samples G responses o_1 ... o_G with rewards r_1 ... r
     3. loss = -mean_i mean_t [ min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL(pi || ref) ]
 Pure functions; shapes: B prompts, G responses, N = B * G, R tokens. A single update per rollout has rho = 1: nothing is
 clipped then and the gradient is that of REINFORCE with the group's mean as baseline.
+
+    Dr. GRPO   norm "none", average "constant"
+    DAPO       average "token", clip_high 0.28, beta 0, groups with equal rewards dropped, truncated responses masked
+    GSPO       variant "gspo", clip_low 3e-4, clip_high 4e-4          CISPO   variant "cispo"
 """
 
 import torch
 
 NORMS = ("std", "none", "batch")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+VARIANTS = ("grpo", "gspo", "cispo")
 AVERAGES = ("sequence", "token", "constant")
 
 
@@ -55,38 +60,57 @@ def kl_penalty(logp, ref_logp, estimator="k3"):
     raise ValueError(f"KL estimator {estimator!r}, expected one of {KL_ESTIMATORS}")
 
 
-def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, beta=0.0, estimator="k3", clip_low=0.2, clip_high=0.2,
-              average="sequence", denominator=None):
-    """The clipped policy loss with its KL penalty -> (loss, stats).
+def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, beta=0.0, estimator="k3", variant="grpo", clip_low=0.2,
+              clip_high=0.2, dual_clip=0.0, average="sequence", denominator=None):
+    """The policy loss with its KL penalty -> (loss, stats).
 
     logp (N, R): log-probs under the policy, with gradient.  old_logp (N, R): under the policy that sampled.
     ref_logp (N, R): under the frozen reference, when beta > 0.  advantages (N,).  mask (N, R): 1 on response tokens (EOS too).
+    variant: "grpo"   the ratio of each token, clipped to [1 - clip_low, 1 + clip_high];
+             "gspo"   one ratio for a response, exp(mean_t log rho) (arXiv 2507.18071; its clips are 3e-4 and 4e-4);
+             "cispo"  -sg(min(rho, 1 + clip_high)) A log pi: a clipped token keeps its gradient (arXiv 2506.13585).
+             On the policy that sampled (rho = 1, a first update) all three have the same gradient, GSPO's with average
+             "sequence" only; they differ from the second update of a rollout on.
+    dual_clip: c > 1 bounds the loss of a token with A < 0 at -c A (arXiv 1912.09729, c = 3); acts only where rho > c. 0: off.
     average: "sequence"  the mean over a response's tokens, then over responses (GRPO);
              "token"     the sum over all tokens / their number: long responses weigh more (DAPO, arXiv 2503.14476);
              "constant"  the sum over all tokens / a constant, e.g. N * max length: no length bias (Dr. GRPO).
+             The same up to a factor when all responses have one length.
     denominator: of the outer mean, when these N responses are a part of a larger batch: its number of responses
     ("sequence") or of tokens ("token"); always needed for "constant".
-    stats: "kl", "clipped" (share of tokens where the clip acts), "ratio": sums over tokens, detached, to be divided by "tokens".
+    stats: "kl", "clipped" (tokens where a clip acts), "ratio": sums over tokens, detached, to be divided by "tokens".
     """
     mask = mask.to(logp.dtype)
-    ratio = torch.exp(torch.where(mask > 0, logp - old_logp, 0.0))
     A = advantages[:, None]
-    surrogate = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # (N, R)
-    loss = -surrogate
-    stats = {"tokens": mask.sum(), "ratio": (ratio * mask).sum(), "clipped": ((surrogate < ratio * A) * mask).sum()}
+    log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
+    if variant == "gspo":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
+    ratio = log_ratio.exp()  # (N, R)
+    if variant == "cispo":
+        weight = ratio.detach().clamp(max=1 + clip_high)
+        objective, clipped = weight * A * logp, ratio > 1 + clip_high
+    elif variant in ("grpo", "gspo"):
+        objective = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+        if dual_clip:
+            objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
+        clipped = objective != ratio * A
+    else:
+        raise ValueError(f"variant {variant!r}, expected one of {VARIANTS}")
+    loss = -torch.where(mask > 0, objective, 0.0)
+    stats = {"tokens": mask.sum(), "ratio": (ratio * mask).sum(), "clipped": (clipped * mask).sum()}
     if beta:
         kl = kl_penalty(logp, ref_logp, estimator)
-        loss = loss + beta * kl
+        loss = loss + beta * torch.where(mask > 0, kl, 0.0)
         stats["kl"] = (kl * mask).sum()
     if average == "sequence":
-        loss = (loss * mask).sum(1) / mask.sum(1).clamp(min=1)  # (N,)
+        loss = loss.sum(1) / mask.sum(1).clamp(min=1)  # (N,)
         loss = loss.sum() / (len(logp) if denominator is None else denominator)
     elif average == "token":
-        loss = (loss * mask).sum() / (mask.sum() if denominator is None else denominator)
+        loss = loss.sum() / (mask.sum() if denominator is None else denominator)
     elif average == "constant":
         if denominator is None:
             raise ValueError("average 'constant' needs its denominator, e.g. responses * max length")
-        loss = (loss * mask).sum() / denominator
+        loss = loss.sum() / denominator
     else:
         raise ValueError(f"average {average!r}, expected one of {AVERAGES}")
     return loss, {name: value.detach() for name, value in stats.items()}

@@ -119,7 +119,7 @@ def write_split(folder, split, clips, seed):
                 options=[] if numerical else [f"{letter}. {word}" for letter, word in zip("ABCD", words)],
                 solution=f"<answer>{words[said] if numerical else 'ABCD'[said]}</answer>",
                 path=f"./media/{path.name}", data_source=kind)
-            if split == "cot":
+            if split != "train":
                 record["process"] = f"<think>{reasoning.format(answer)}</think>"
             records.append(record)
     (folder / f"{split}.json").write_text(json.dumps(records, indent=1))

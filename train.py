@@ -25,6 +25,7 @@ import shlex
 import sys
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from data import DataError, Loader, PromptBuilder, load_samples
 from model import ModelError, Policy
 from rollout import generate
 from run import LOCAL, RANK, WORLD, append, gather, open_run, save, say, seconds, timed
-from step import grpo_step, sft_step
+from step import grpo_step, pack, sft_step
 
 EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
 
@@ -82,6 +83,7 @@ def parse_args(argv=None):
     add(g, "max_new", 768, "tokens of a response, at most")
     add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained")
     add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased")
+    add(g, "updates", 1, "optimizer steps on the rollouts of one step, each on its share of the prompts")
     add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)")
     g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
     add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
@@ -102,14 +104,19 @@ def parse_args(argv=None):
     add(g, "average", "sequence", "token losses are averaged per response, over all, or by a constant", choices=grpo.AVERAGES)
     add(g, "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model")
     add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
+    add(g, "variant", "grpo", "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
+        choices=grpo.VARIANTS)
     add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low")
     add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
+    add(g, "dual_clip", 0.0, "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off")
     flag(g, "drop_zero_std", "leave groups with equal rewards out of the batch (and of its averages)")
+    add(g, "refill", 0, "with --drop_zero_std: draw --prompts more, up to so many times, until --prompts groups are left")
     flag(g, "mask_truncated", "leave truncated responses out of the loss")
     g = p.add_argument_group("optimizer")
     add(g, "lr", 1e-6, "peak learning rate")
     add(g, "schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
     add(g, "warmup", 0, "steps of linear warm-up")
+    add(g, "beta2", 0.999, "AdamW's memory of squared gradients (beta1 is 0.9)")
     add(g, "weight_decay", 0.01, "of matrices")
     add(g, "clip_grad", 1.0, "largest gradient norm")
     flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
@@ -124,35 +131,49 @@ def parse_args(argv=None):
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
         p.error("--data needs --model, what to train")
-    at_least = dict(prompts=1, group=2, max_new=1, eval_every=1, save_every=1, log_every=1, keep=1, workers=1, shuffles=1,
-                    min_frames=2, max_frames=args.min_frames, max_pixels=args.min_pixels, image_max_pixels=args.min_pixels)
+    ones = ("prompts", "max_new", "updates", "eval_every", "save_every", "log_every", "keep", "workers", "shuffles")
+    at_least = dict.fromkeys(ones, 1) | dict(group=2, min_frames=2, max_frames=args.min_frames, max_pixels=args.min_pixels,
+                                             image_max_pixels=args.min_pixels)
     for name, least in at_least.items():
         if getattr(args, name) < least:
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}")
     if args.temperature <= 0 or not 0 < args.top_p <= 1:
         p.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected above 0, and above 0 up to 1")
+    if args.updates > args.prompts or (args.refill and not args.drop_zero_std):
+        p.error("--updates: expected at most --prompts; --refill: expected --drop_zero_std beside it")
     if args.algo == "tgrpo" and args.group // 2 % max(args.shuffles, 1):
         p.error(f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses")
     return args
 
 
 def evaluate(policy, samples, loader, args):
-    """Greedy accuracy on held-out samples, over all ranks -> log entry. A sample that cannot be loaded is a wrong answer."""
-    mine, results = samples[RANK::WORLD], []
+    """Greedy accuracy on held-out samples, over all ranks -> log entry. A sample that cannot be loaded is a wrong answer.
+
+    For sft also the validation loss, on the samples that hold reasoning.
+    """
+    mine, results, nll, tokens = samples[RANK::WORLD], [], 0.0, 0
     for loaded in loader.stream(mine, size=64):
         prompts = [p for p in loaded if not isinstance(p, DataError)]
         for group in generate(policy, prompts, 1, max_new=args.max_new, temperature=0):
             sample, text = group.prompt.sample, loader.builder.decode(group.responses[0])
             results.append((sample.source, rewards.accuracy_reward(text, sample)))
+        if args.algo == "sft":
+            items = [(p, loader.builder.target(p.sample)) for p in prompts if p.sample.reasoning]
+            for row in pack(items, [len(p.ids) + len(target) for p, target in items], args.row_tokens):
+                with torch.no_grad():
+                    nll -= float(policy([p for p, _ in row], [[target] for _, target in row])[0].sum())
+                tokens += sum(len(target) for _, target in row)
     failed = Counter(s.source for s in mine) - Counter(source for source, _ in results)
     results, failed = sum(gather(results), []), sum(gather(failed), Counter())
     total = Counter(s.source for s in samples)
     right = Counter()
     for source, accuracy in results:
         right[source] += accuracy
-    return {"eval_accuracy": sum(right.values()) / len(samples), "eval_failures": sum(failed.values()),
-            "eval_questions": len(samples),
-            "eval_by_source": {source: round(right[source] / n, 4) for source, n in sorted(total.items())}}
+    nll, tokens = sum(gather(nll)), sum(gather(tokens))
+    entry = {"eval_loss": nll / tokens} if tokens else {}
+    return entry | {"eval_accuracy": sum(right.values()) / len(samples), "eval_failures": sum(failed.values()),
+                    "eval_questions": len(samples),
+                    "eval_by_source": {source: round(right[source] / n, 4) for source, n in sorted(total.items())}}
 
 
 # ---- the loop
@@ -170,7 +191,15 @@ def make_optimizer(policy, args):
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95)), trained
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2)), trained
+
+
+def refill(loader, step, k):
+    """The prompts of this rank for refill k of a step; a sample that cannot be loaded is said and left out."""
+    loaded = loader.refill(step, k)
+    for message in sum(gather([str(p) for _, p in loaded if isinstance(p, DataError)]), []):
+        say(f"skipped: {message}")
+    return [(i, p) for i, p in loaded if not isinstance(p, DataError)]
 
 
 def update(optimizer, trained, step, args):
@@ -264,14 +293,14 @@ def train(args):
             if len(errors) < args.prompts:
                 empty_steps = 0
                 policy.train()
+                optimize = partial(update, optimizer, trained, step, args)
                 with autocast:
                     if args.algo == "sft":
-                        entry, some, tokens = sft_step(wrapped, prompts, args)
+                        entry, some, tokens = sft_step(wrapped, prompts, optimize, args)
                     else:
-                        entry, some, tokens = grpo_step(wrapped, reference, prompts, loader.builder, step, args)
+                        more = partial(refill, loader, step)
+                        entry, some, tokens = grpo_step(wrapped, reference, prompts, more, loader.builder, step, optimize, args)
                 policy.eval()
-                with timed("optimizer"):
-                    entry |= update(optimizer, trained, step, args)
             elif (empty_steps := empty_steps + 1) == EMPTY_STEPS:
                 raise DataError(f"none of the samples of {EMPTY_STEPS} steps in a row could be loaded; the last: {errors[-1]}")
         entry |= {"skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}

@@ -59,12 +59,13 @@ samples = load_samples(f"{world}/cot.json")
 prompts = [(i, builder(samples[i])) for i in range(run.RANK, 5, run.WORLD)]
 if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
+stay = lambda: {"grad_norm": 0.0, "lr": 0.0, "skipped_update": False}  # keeps the gradient
 for _, prompt in prompts:
     prompt.target = builder.target(prompt.sample)
 entry = (
-    step.sft_step(wrapped, prompts, args)[0]
+    step.sft_step(wrapped, prompts, stay, args)[0]
     if algo == "sft"
-    else step.grpo_step(wrapped, reference, prompts, builder, 0, args)[0]
+    else step.grpo_step(wrapped, reference, prompts, None, builder, 0, stay, args)[0]
 )
 grads = {name: p.grad for name, p in policy.named_parameters()}
 torch.save({"grads": grads, "entry": entry}, f"{out}.{run.RANK}")

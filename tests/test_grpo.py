@@ -107,3 +107,85 @@ def test_parts_of_a_batch_add_up_with_global_denominators(average):
         for i in (slice(0, 2), slice(2, 6))
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+# ---- the variants, on a policy small enough for plain numbers: two prompts, three responses each, a vocabulary of two tokens
+
+P_NEW, P_OLD = 0.6, 0.5  # the policy gives token 1 this probability everywhere; the policy that sampled gave 0.5
+TOKENS = [[1, 1], [0], [1, 0], [0, 0], [1], [1, 1]]
+REWARDS_2x3 = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+
+
+def small_batch():
+    """(logp with gradient to one logit, old, advantages, mask, logit); A = +-1.1547 and +-0.57735."""
+    logit = torch.tensor(math.log(P_NEW / (1 - P_NEW)), dtype=torch.float64, requires_grad=True)
+    one, zero = torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)
+    pad = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.stack(row) for row in rows], batch_first=True)
+    logp = pad([[one if t else zero for t in row] for row in TOKENS])
+    mask = pad([[torch.ones(()) for _ in row] for row in TOKENS])
+    old = torch.full_like(logp, math.log(P_OLD)).detach()
+    return logp, old, grpo.group_advantages(REWARDS_2x3, eps=0.0).flatten(), mask, logit
+
+
+UP, DOWN = P_NEW / P_OLD, (1 - P_NEW) / P_OLD  # ratios of token 1 and of token 0: 1.2 and 0.8
+A = [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -2 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3)]
+
+
+@pytest.mark.parametrize(
+    "settings, per_response",
+    [
+        # per-token objective, its mean over each response; clip_low = clip_high = 0.1 holds rho A at 1.1 A and 0.9 A
+        (dict(), [1.1 * A[0], 0.9 * A[1], (UP * A[2] + 0.9 * A[2]) / 2, 0.9 * A[3], 1.1 * A[4], 1.1 * A[5]]),
+        (dict(clip_high=0.5), [UP * A[0], 0.9 * A[1], (UP * A[2] + 0.9 * A[2]) / 2, 0.9 * A[3], UP * A[4], UP * A[5]]),
+        # one ratio for a response: 1.2, 0.8, sqrt(1.2 * 0.8), 0.8, 1.2, 1.2
+        (dict(variant="gspo"), [1.1 * A[0], 0.9 * A[1], math.sqrt(UP * DOWN) * A[2], 0.9 * A[3], 1.1 * A[4], 1.1 * A[5]]),
+        # min(rho, 1.1) A log pi
+        (
+            dict(variant="cispo"),
+            [
+                1.1 * A[0] * math.log(0.6),
+                0.8 * A[1] * math.log(0.4),
+                (1.1 * A[2] * math.log(0.6) + 0.8 * A[2] * math.log(0.4)) / 2,
+                0.8 * A[3] * math.log(0.4),
+                1.1 * A[4] * math.log(0.6),
+                1.1 * A[5] * math.log(0.6),
+            ],
+        ),
+        # a bound of 1.15 on the ratio where A < 0: only the first token of the third response exceeds it
+        (dict(dual_clip=1.15), [1.1 * A[0], 0.9 * A[1], (1.15 * A[2] + 0.9 * A[2]) / 2, 0.9 * A[3], 1.1 * A[4], 1.1 * A[5]]),
+    ],
+)
+def test_variants_by_hand(settings, per_response):
+    logp, old, advantages, mask, _ = small_batch()
+    assert advantages.tolist() == pytest.approx(A)
+    settings = dict(clip_low=0.1, clip_high=0.1) | settings
+    lengths = [len(row) for row in TOKENS]
+    loss = lambda **kw: grpo.grpo_loss(logp, old, advantages, mask, **settings, **kw)[0].item()
+    assert loss() == pytest.approx(-sum(per_response) / 6)
+    total = sum(x * n for x, n in zip(per_response, lengths))
+    assert loss(average="token") == pytest.approx(-total / 10)
+    assert loss(average="constant", denominator=6 * 4) == pytest.approx(-total / 24)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_on_the_sampling_policy_variants_have_one_gradient(average):
+    """rho = 1: GRPO = CISPO = REINFORCE whatever the average; GSPO too when averaged per response."""
+    gradients = {}
+    for variant in grpo.VARIANTS:
+        logp, _, advantages, mask, logit = small_batch()
+        loss, _ = grpo.grpo_loss(logp, logp.detach(), advantages, mask, variant=variant, average=average, dual_clip=3.0)
+        (gradients[variant],) = torch.autograd.grad(loss, logit)
+    assert gradients["grpo"].abs() > 1e-3
+    torch.testing.assert_close(gradients["cispo"], gradients["grpo"])
+    if average == "sequence":
+        torch.testing.assert_close(gradients["gspo"], gradients["grpo"])
+
+
+def test_a_clipped_token_keeps_its_gradient_in_cispo_only():
+    for variant, moves in (("grpo", False), ("cispo", True)):
+        logp = torch.tensor([[math.log(0.9)]], dtype=torch.float64, requires_grad=True)
+        old, advantage = torch.tensor([[math.log(0.5)]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        loss, stats = grpo.grpo_loss(logp, old, advantage, torch.ones(1, 1), variant=variant)
+        assert (torch.autograd.grad(loss, logp)[0].abs() > 0).item() == moves and stats["clipped"] == 1
+    with pytest.raises(ValueError, match="variant 'x'"):
+        grpo.grpo_loss(logp, old, advantage, torch.ones(1, 1), variant="x")

@@ -238,6 +238,35 @@ def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
     assert log(tmp_path / "b")[0]["accuracy"] == entries[0]["accuracy"]  # the ordered rollouts are those of GRPO
 
 
+@pytest.mark.parametrize("variant", ["grpo", "gspo", "cispo"])
+def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
+    """The first update is on-policy; by the last, the policy has moved away from the one that sampled."""
+    extra = dict(steps=1, model=cold_start, prompts=6, variant=variant, dual_clip=3.0)
+    run(*flags(world, tmp_path / "one", **extra))
+    run(*flags(world, tmp_path / "three", updates=3, **extra), ranks=2)
+    one, three = log(tmp_path / "one")[0], log(tmp_path / "three")[0]
+    assert one["mismatch"] < 1e-5 and one["accuracy"] == three["accuracy"]
+    assert three["mismatch"] > 1e-4 and three["grad_norm"] > 0
+
+
+def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(tmp_path, world, cold_start):
+    dapo = dict(drop_zero_std=True, refill=3, average="token", clip_high=0.28, mask_truncated=True, prompts=4)
+    out = run(*flags(world, tmp_path / "a", steps=2, model=cold_start, **dapo), ranks=2)
+    for entry in log(tmp_path / "a"):
+        assert 0 < entry["trained_groups"] <= 4 and entry["refills"] <= 3
+        assert entry["trained_groups"] == 4 or entry["refills"] == 3
+    out = run(*flags(world, tmp_path / "b", steps=1, **dapo))  # a random model: every reward is 0
+    assert "step 1: 0 of 4 groups have mixed rewards after 3 refills" in out
+    (entry,) = log(tmp_path / "b")
+    assert (entry["trained_groups"], entry["refills"], entry["grad_norm"]) == (0, 3, 0.0)
+
+
+def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
+    run(*flags(world, tmp_path / "a", "sft", steps=1, eval_data=world / "test.json", model=cold_start))
+    run(*flags(world, tmp_path / "b", "sft", steps=1, eval_data=world / "test.json"))
+    assert 0 < log(tmp_path / "a")[0]["eval_loss"] < 2 < log(tmp_path / "b")[0]["eval_loss"]
+
+
 def test_every_flag_file_is_a_command(world):
     for file in sorted((ROOT / "configs").glob("*.txt")):
         assert file.read_text().startswith("# ") and train.parse_args([f"@{file}", "--model", "m", "--data", "d"]).steps
