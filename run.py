@@ -42,7 +42,7 @@ def say(text):
         sys.stdout.flush()
 
 
-SAME = ("algo", "model", "data", "prompts", "seed", "train_vision", "weight_decay", "beta2")  # flags that a resumed run cannot change
+SAME = ("algo", "model", "data", "prompts", "seed", "train_vision", "weight_decay", "beta2")  # what a resumed run must keep
 seconds = {}  # of the phases of the step
 
 
