@@ -39,7 +39,8 @@ def choice_letter(text, options):
     bare = lambda s: re.sub(r"[\W_]+", " ", s).strip().casefold()
     if not rest or (letter in letters and bare(rest) == bare(letters[letter])):
         return letter
-    another = any(word in letters for word in re.findall(r"\b[A-Z]\b", rest)) or bare(rest) in map(bare, letters.values())
+    marked = re.findall(r"\b([A-Z])\b|\b([a-z])[).:]|(?:\bor\b|\band\b|[,/&])\s*\(?([a-z])\b", rest)
+    another = any("".join(found).upper() in letters for found in marked) or bare(rest) in map(bare, letters.values())
     return letter if mark and letters and not another else None
 
 
@@ -72,7 +73,7 @@ def accuracy_reward(response, sample):
         multiple choice, numerical   1 or 0
         regression                   1 - relative error
         OCR                          1 - word error rate
-        free-form                    mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L
+        free-form                    mean F1 of ROUGE-1, -2 and -L (at most 2/3 for one word: ROUGE-2 compares pairs)
     """
     answer, target = (normalize_answer(x, sample) for x in (extract_answer(response), sample.answer))
     if answer is None or target is None:

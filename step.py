@@ -78,33 +78,37 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
     """
     core = policy.module if WORLD > 1 else policy
     mine, everyone = roll(core, prompts, builder, step, args)
-    trained, rounds = everyone, 0
+    rounds = 0
     if args.drop_zero_std:
         mixed = lambda: [s for s in everyone if len(set(s["reward"])) > 1]
         while len(mixed()) < args.prompts and rounds < args.refill:
             rounds += 1
-            more_mine, more_everyone = roll(core, more(rounds), builder, step, args)
+            with timed("data"):
+                extra = more(rounds)
+            more_mine, more_everyone = roll(core, extra, builder, step, args)
             mine, everyone = mine | more_mine, everyone + more_everyone
-        trained = mixed()[: args.prompts]
-        if args.refill and len(trained) < args.prompts:
-            say(f"step {step + 1}: {len(trained)} of {args.prompts} groups have mixed rewards after {rounds} refills")
-    reward = torch.tensor([s["reward"] for s in trained], dtype=torch.float64).view(len(trained), args.group)  # (B, G)
-    bonus, temporal = temporal_bonus(trained, args)
+        if args.refill and len(mixed()) < args.prompts:
+            say(f"step {step + 1}: {len(mixed())} of {args.prompts} groups have mixed rewards after {rounds} refills")
+    temporal = temporal_bonus(everyone, args)
+    trained = mixed()[: args.prompts] if args.drop_zero_std else everyone
+    reward, bonus = (torch.tensor([s[name] for s in trained], dtype=torch.float64).view(len(trained), args.group)
+                     for name in ("reward", "bonus"))  # (B, G)
     if args.temporal == "reward":
         reward = reward + bonus
     advantages = grpo.group_advantages(reward, args.norm) if trained else reward
     if args.temporal == "advantage":
         advantages = advantages + bonus
 
-    updates = []
-    for k in range(args.updates):  # update k trains on every args.updates-th group: from the second on, the ratio is not 1
-        groups = [(s, A) for s, A in zip(trained[k :: args.updates], advantages[k :: args.updates])]
+    updates, share = [], -(-len(trained) // args.updates)
+    for k in range(args.updates):  # each on its share of the groups; from the second on, the ratio is not 1
+        part = slice(k * share, (k + 1) * share)
         with timed("train"):
-            totals = grpo_gradient(policy, reference, groups, mine, args)
-        with timed("optimizer"):
-            updates.append(totals | optimize())
+            totals = grpo_gradient(policy, reference, list(zip(trained[part], advantages[part])), mine, args)
+        with timed("optimizer"):  # no token had a gradient: no step, which would only move by momentum and weight decay
+            updates.append(totals | (optimize() if totals["tokens"] else {"grad_norm": 0.0, "skipped_update": True}))
     total = lambda name: sum(u[name] for u in updates)
-    per_token = {name: total(name) / max(total("tokens"), 1) for name in ("kl", "entropy", "clipped", "ratio", "mismatch")}
+    per_token = {name: total(name) / max(total("tokens"), 1) for name in ("kl", "entropy", "clipped", "ratio")}
+    per_token["mismatch"] = updates[0]["mismatch"] / max(updates[0]["tokens"], 1)  # before the policy has moved
     column = lambda name: torch.tensor([s[name] for s in everyone], dtype=torch.float64)  # everything that was sampled
     frames, pixels = column("shown").mean(0).tolist()
     mean = lambda name: float(column(name).mean())
@@ -112,9 +116,15 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
              "loss": total("loss") / args.updates, "response_length": mean("lengths"), "truncated": mean("truncated"),
              "zero_std_groups": float(grpo.zero_std(column("reward")).double().mean()), "trained_groups": len(trained),
              "refills": rounds, "frames": frames, "pixels": pixels, "grad_norm": max(u["grad_norm"] for u in updates),
-             "lr": updates[-1]["lr"], "skipped_update": any(u["skipped_update"] for u in updates)}
-    some = [dict(step=step + 1, id=s.id, path=s.path, question=s.question, answer=s.answer, response=text, **part)
-            for m in list(mine.values())[:2] for s in [m.group.prompt.sample] for text, part in zip(m.texts[:2], m.parts)]
+             "skipped_update": any(u["skipped_update"] for u in updates)}
+    numbers = {s["position"]: s for s in everyone}
+    some = []
+    for i, m in list(mine.items())[:2]:
+        s, n = m.group.prompt.sample, numbers[i]
+        about = dict(step=step + 1, id=s.id, path=s.path, question=s.question, answer=s.answer)
+        if n["orders"]:
+            about |= dict(orders=n["orders"], shuffled_accuracies=n["shuffled"])
+        some += [about | dict(response=text, **part, temporal_bonus=b) for text, part, b in zip(m.texts[:2], m.parts, n["bonus"])]
     return entry, some, int(column("lengths").sum())
 
 
@@ -135,7 +145,7 @@ def roll(policy, prompts, builder, step, args):
     with timed("rollout"):
         seeds = [seed(args.seed, step, i) for i, _ in prompts]
         groups = generate(policy, [p for _, p in prompts], args.group, seeds=seeds, features=features, **sampling)
-    shuffled = {}  # position -> accuracies of the shuffled responses
+    shuffled = {}  # position -> (accuracies of the shuffled responses, the orders their frames were in)
     if args.algo == "tgrpo":
         with timed("shuffled"):
             shuffled = shuffled_rollout(policy, prompts, features, builder, step, sampling, args)
@@ -146,7 +156,7 @@ def roll(policy, prompts, builder, step, args):
             parts = [score(text, len(r), prompt.sample, args) for text, r in zip(texts, group.responses)]
             mine[i] = Rolled(group, feature, texts, parts)
             numbers.append(dict(position=i, lengths=[len(r) for r in group.responses], truncated=group.truncated,
-                                shuffled=shuffled.get(i), shown=prompt.frames_x_pixels,
+                                **dict(zip(("shuffled", "orders"), shuffled.get(i, (None, None)))), shown=prompt.frames_x_pixels,
                                 **{name: [p[name] for p in parts] for name in PARTS}))
         return mine, sorted(sum(gather(numbers), []), key=lambda s: s["position"])
 
@@ -157,36 +167,33 @@ def seed(*parts):
 
 
 def shuffled_rollout(policy, prompts, features, builder, step, sampling, args):
-    """T-GRPO's G/2 responses to every video with its frames in another order -> {position: accuracies}; images have none."""
-    shuffled, embedded, seeds, positions = [], [], [], []
+    """T-GRPO's G/2 responses to every video in another order -> {position: (accuracies, orders)}; images have none."""
+    shuffled, embedded, seeds, positions, out = [], [], [], [], {}
     for (i, prompt), feature in zip(prompts, features):
         media, = prompt.media
         if media.kind == "image" or (args.shuffle == "grid" and media.grid[0] < 2):
             continue
         for k in range(args.shuffles):
-            order = seed(args.seed, step, i, "order", k)
+            units = media.grid[0] if args.shuffle == "grid" else len(media.frames)
+            order = tgrpo.permutation(units, seed(args.seed, step, i, "order", k))
+            frames = tgrpo.reorder(media.frames, order)
             if args.shuffle == "grid":
-                frames, feature_k = tgrpo.shuffle_grids(media.frames, feature, order)
-                embedded.append(feature_k)
-            else:
-                frames = tgrpo.shuffle_frames(media.frames, order)
+                embedded.append(tgrpo.reorder(feature, order))
+            out.setdefault(i, ([], []))[1].append(order.tolist())
             shuffled.append(replace(prompt, media=[replace(media, frames=frames)]))
             seeds.append(seed(args.seed, step, i, "shuffled", k))
             positions.append(i)
-    accuracies = {i: [] for i in positions}
     groups = generate(policy, shuffled, args.group // 2 // args.shuffles, seeds=seeds, features=embedded or None, **sampling)
     for i, group in zip(positions, groups):
-        accuracies[i] += [rewards.accuracy_reward(builder.decode(r), group.prompt.sample) for r in group.responses]
-    return accuracies
+        out[i][0].extend(rewards.accuracy_reward(builder.decode(r), group.prompt.sample) for r in group.responses)
+    return out
 
 
 def temporal_bonus(groups, args):
-    """T-GRPO's bonus of every response (B, G), 0 for images, and its log entry: shares of the step's groups."""
-    accuracy = torch.tensor([s["accuracy"] for s in groups], dtype=torch.float64).view(len(groups), args.group)
+    """Gives every group its "bonus", [G] numbers, 0 for images and without T-GRPO -> log entry: shares of the step's groups."""
+    accuracy = torch.tensor([s["accuracy"] for s in groups], dtype=torch.float64)  # (B, G)
     bonus = torch.zeros_like(accuracy)
     rows = [b for b, s in enumerate(groups) if s["shuffled"]]
-    if args.algo != "tgrpo" or not groups:
-        return bonus, {}
     entry = {"temporal_passed": 0.0, "temporal_vacuous": 0.0, "temporal_not_applicable": 1 - len(rows) / len(groups),
              "temporal_bonus": 0.0}
     if rows:
@@ -195,7 +202,9 @@ def temporal_bonus(groups, args):
         passed, vacuous = tgrpo.temporal_test(accuracy[rows], shuffled, mu=args.mu, correct=args.correct)
         entry |= {"temporal_passed": int(passed.sum()) / len(groups), "temporal_vacuous": int(vacuous.sum()) / len(groups),
                   "temporal_bonus": float(bonus.mean()), "shuffled_accuracy": float(shuffled.mean())}
-    return bonus, entry
+    for s, b in zip(groups, bonus.tolist()):
+        s["bonus"] = b
+    return entry if args.algo == "tgrpo" else {}
 
 
 def grpo_gradient(policy, reference, groups, mine, args):
@@ -207,7 +216,8 @@ def grpo_gradient(policy, reference, groups, mine, args):
     used = [torch.tensor([not (args.mask_truncated and cut) for cut in s["truncated"]], dtype=torch.float64) for s, _ in groups]
     responses = float(sum(u.sum() for u in used))
     tokens = float(sum((u * torch.tensor(s["lengths"])).sum() for u, (s, _) in zip(used, groups)))
-    denominator = max(1.0, {"sequence": responses, "token": tokens, "constant": responses * args.max_new}[args.average])
+    longest = len(groups) * args.group * args.max_new
+    denominator = max(1.0, {"sequence": responses, "token": tokens, "constant": longest}[args.average])
     batch = [(mine[s["position"]], A, u) for u, (s, A) in zip(used, groups)
              if s["position"] in mine and u.any() and (args.beta or A.any())]
     totals = dict.fromkeys(("loss", "tokens", "ratio", "clipped", "kl", "entropy", "mismatch"), 0.0)

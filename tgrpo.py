@@ -47,17 +47,12 @@ def permutation(n, seed):
     return torch.tensor(order)
 
 
-def shuffle_frames(frames, seed):
-    """frames (T, 3, H, W) in another order, before the model's 2-frame grids are formed (as published)."""
-    return frames[permutation(len(frames), seed)]
+def reorder(x, order):
+    """The rows of x, in as many equal runs as `order` is long, in that order.
 
-
-def shuffle_grids(frames, features, seed):
-    """Whole 2-frame grids in another order: frames (T, 3, H, W) and their embeddings (V, D) alike.
-
-    The vision tower of Qwen2-VL and Qwen2.5-VL sees one grid at a time, so permuting embeddings equals encoding the permuted
-    video: no second pass. Neighbouring frames stay together, so this hides less of the order than shuffling frames.
+    On frames (T, 3, H, W): with T numbers frames are shuffled, before the model's 2-frame grids are formed (as published);
+    with T / 2 numbers whole grids are. On embeddings (V, D), with T / 2 numbers: the vision tower of Qwen2-VL and Qwen2.5-VL
+    sees one grid at a time, so this equals encoding the permuted video, without a second pass. Neighbouring frames then stay
+    together, which hides less of the order.
     """
-    order = permutation(len(frames) // 2, seed)
-    by_grid = lambda x: x.unflatten(0, (len(order), -1))[order].flatten(0, 1)
-    return by_grid(frames), by_grid(features)
+    return x.unflatten(0, (len(order), -1))[order].flatten(0, 1)

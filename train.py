@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add(g, "eval_data", None, "held-out records, answered greedily every --eval_every steps")
     add(g, "media_root", None, "what relative paths in the records start from; the records' own folder unless told")
     add(g, "out", None, "run folder (default: out/toy or out/run)")
-    add(g, "steps", 1000, "optimizer steps")
+    add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates")
     add(g, "seed", 0, "of the order of the data and of the sampling")
     flag(g, "resume", "go on from the newest checkpoint in --out")
     g = p.add_argument_group("media and prompts")
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add(g, "max_new", 768, "tokens of a response, at most")
     add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained")
     add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased")
-    add(g, "updates", 1, "optimizer steps on the rollouts of one step, each on its share of the prompts")
+    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the prompts")
     add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)")
     g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
     add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
     add(g, "variant", "grpo", "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
         choices=grpo.VARIANTS)
-    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low")
+    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low (none in cispo)")
     add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
     add(g, "dual_clip", 0.0, "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off")
     flag(g, "drop_zero_std", "leave groups with equal rewards out of the batch (and of its averages)")
@@ -141,6 +141,8 @@ def parse_args(argv=None):
         p.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected above 0, and above 0 up to 1")
     if args.updates > args.prompts or (args.refill and not args.drop_zero_std):
         p.error("--updates: expected at most --prompts; --refill: expected --drop_zero_std beside it")
+    if args.dual_clip and (args.dual_clip <= 1 or args.variant == "cispo"):
+        p.error(f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, which does not clip below")
     if args.algo == "tgrpo" and args.group // 2 % max(args.shuffles, 1):
         p.error(f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses")
     return args
@@ -179,6 +181,7 @@ def evaluate(policy, samples, loader, args):
 # ---- the loop
 
 def learning_rate(step, args):
+    """Of a step (from 0): linear warm-up, then constant or a half cosine down to 0."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.schedule == "constant":
@@ -194,11 +197,12 @@ def make_optimizer(policy, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2)), trained
 
 
-def refill(loader, step, k):
-    """The prompts of this rank for refill k of a step; a sample that cannot be loaded is said and left out."""
-    loaded = loader.refill(step, k)
-    for message in sum(gather([str(p) for _, p in loaded if isinstance(p, DataError)]), []):
+def usable(loaded, errors):
+    """The prompts of this rank, of what a loader gave; what could not be loaded, on any rank, is said and added to errors."""
+    failed = sum(gather([str(p) for _, p in loaded if isinstance(p, DataError)]), [])
+    for message in failed:
         say(f"skipped: {message}")
+    errors += failed
     return [(i, p) for i, p in loaded if not isinstance(p, DataError)]
 
 
@@ -209,10 +213,11 @@ def update(optimizer, trained, step, args):
     norm = float(torch.nn.utils.clip_grad_norm_(trained, args.clip_grad))
     if math.isfinite(norm):
         optimizer.step()
+        torch.clear_autocast_cache()  # it holds bf16 copies of the weights as they were
     else:
         say(f"step {step + 1}: the gradient's norm is {norm}, so this update is skipped")
     optimizer.zero_grad()
-    return {"grad_norm": norm, "lr": learning_rate(step, args), "skipped_update": not math.isfinite(norm)}
+    return {"grad_norm": norm, "skipped_update": not math.isfinite(norm)}
 
 
 def load(args, checkpoint):
@@ -283,12 +288,9 @@ def train(args):
         seconds.clear()
         done = step + 1
         with timed("step"):
+            errors = []
             with timed("data"):
-                loaded = loader.load(step)
-                errors = sum(gather([str(p) for _, p in loaded if isinstance(p, DataError)]), [])
-            for message in errors:
-                say(f"skipped: {message}")
-            prompts = [(i, p) for i, p in loaded if not isinstance(p, DataError)]
+                prompts = usable(loader.load(step), errors)
             entry, some, tokens = {"skipped_update": True}, [], 0
             if len(errors) < args.prompts:
                 empty_steps = 0
@@ -298,12 +300,12 @@ def train(args):
                     if args.algo == "sft":
                         entry, some, tokens = sft_step(wrapped, prompts, optimize, args)
                     else:
-                        more = partial(refill, loader, step)
+                        more = lambda k: usable(loader.refill(step, k), errors)
                         entry, some, tokens = grpo_step(wrapped, reference, prompts, more, loader.builder, step, optimize, args)
                 policy.eval()
             elif (empty_steps := empty_steps + 1) == EMPTY_STEPS:
                 raise DataError(f"none of the samples of {EMPTY_STEPS} steps in a row could be loaded; the last: {errors[-1]}")
-        entry |= {"skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}
+        entry |= {"lr": learning_rate(step, args), "skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}
         if held_out and (done % args.eval_every == 0 or done == args.steps):
             entry |= held_out_accuracy()
         bar.update()
@@ -331,6 +333,7 @@ def toy_runs(args, argv):
 
 
 def main(argv=None):
+    """The command line: one run, or the embedded default's."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     hf_logging.set_verbosity_error()

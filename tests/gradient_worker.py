@@ -1,6 +1,6 @@
-"""One step's gradient in float64, by train.py's own functions, saved to OUT.RANK.
+"""One step's gradient in float64, by step.py's own functions, saved to OUT.RANK.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/gradient_worker.py WORLD OUT ALGO [bypass]
+    python -m torch.distributed.run --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [bypass]
 
 With `bypass` the loss goes through the module inside DistributedDataParallel instead of through its forward: the mistake
 whose gradients are never averaged.
@@ -21,7 +21,8 @@ import train  # noqa: E402
 from data import PromptBuilder, load_samples  # noqa: E402
 from model import Policy  # noqa: E402
 
-world, out, algo, *bypass = sys.argv[1:]
+world, out, *extra = sys.argv[1:]
+bypass = "bypass" in extra
 if run.WORLD > 1:
     dist.init_process_group("gloo")
 args = train.parse_args(
@@ -30,8 +31,6 @@ args = train.parse_args(
         world,
         "--data",
         world,
-        "--algo",
-        algo,
         "--prompts",
         "5",
         "--group",
@@ -46,6 +45,7 @@ args = train.parse_args(
         "--w_format",
         "0",
         "--mask_truncated",
+        *(x for x in extra if x != "bypass"),
     ]
 )
 policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in range(2))
@@ -59,13 +59,14 @@ samples = load_samples(f"{world}/cot.json")
 prompts = [(i, builder(samples[i])) for i in range(run.RANK, 5, run.WORLD)]
 if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
-stay = lambda: {"grad_norm": 0.0, "lr": 0.0, "skipped_update": False}  # keeps the gradient
+stay = lambda: {"grad_norm": 0.0, "skipped_update": False}  # keeps the gradient
+more = lambda k: [(5 * k + i, builder(samples[5 * k + i])) for i in range(run.RANK, 5, run.WORLD)]
 for _, prompt in prompts:
     prompt.target = builder.target(prompt.sample)
 entry = (
     step.sft_step(wrapped, prompts, stay, args)[0]
-    if algo == "sft"
-    else step.grpo_step(wrapped, reference, prompts, None, builder, 0, stay, args)[0]
+    if args.algo == "sft"
+    else step.grpo_step(wrapped, reference, prompts, more, builder, 0, stay, args)[0]
 )
 grads = {name: p.grad for name, p in policy.named_parameters()}
 torch.save({"grads": grads, "entry": entry}, f"{out}.{run.RANK}")

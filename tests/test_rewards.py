@@ -40,6 +40,10 @@ def sample(problem_type="multiple choice", answer="B", options=("A. left", "B. r
         ("A, B", None),
         ("A and B", None),
         ("A. or B.", None),
+        ("a. or b.", None),
+        ("(a) or (b)", None),
+        ("A. or b", None),
+        ("B. a turn", "B"),
         ("AB", None),
         ("A B", None),
         ("B. A", None),
@@ -136,6 +140,7 @@ def test_extract_answer(response, answer):
         ("OCR", "No entry", "a b c d e f", 0),
         ("free-form", "The dog is running", "the dog runs", (6 / 7 + 2 / 5 + 6 / 7) / 3),
         ("free-form", "A cat", "A cat!", 1),
+        ("free-form", "cat", "cat", 2 / 3),  # ROUGE-2 sees no pair of words
         ("free-form", "A cat", "a dog barks", (2 / 5 + 0 + 2 / 5) / 3),
     ],
 )
@@ -233,6 +238,7 @@ def test_rewards_on_every_real_record():
         for s in load_samples(file):
             reward = lambda said, s=s: rewards.accuracy_reward(f"<think>so</think>\n<answer>{said}</answer>", s)
             assert reward(s.answer) == 1 and rewards.accuracy_reward(s.answer, s) == 0, s
+            assert rewards.format_reward(f"<think>so</think>\n<answer>{s.answer}</answer>") == 1
             if s.options:
                 gold = s.answer[0]
                 letters = [o.strip()[0] for o in s.options]

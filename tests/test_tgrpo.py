@@ -59,9 +59,10 @@ def test_a_permutation_is_seeded_and_never_the_identity():
 
 def test_shuffling_frames_changes_their_order_and_nothing_else(prompts):
     frames = prompts[0].media[0].frames
-    shuffled = tgrpo.shuffle_frames(frames, 3)
-    assert not torch.equal(shuffled, frames)
-    assert torch.equal(shuffled, frames[tgrpo.permutation(16, 3)])
+    order = tgrpo.permutation(16, 3)
+    assert torch.equal(tgrpo.reorder(frames, order), frames[order]) and not torch.equal(frames[order], frames)
+    grids = tgrpo.reorder(frames, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0]))
+    assert torch.equal(grids[:4], frames[[14, 15, 12, 13]])
 
 
 def test_permuted_embeddings_are_the_embeddings_of_the_permuted_video(policy, prompts):
@@ -70,7 +71,8 @@ def test_permuted_embeddings_are_the_embeddings_of_the_permuted_video(policy, pr
     media = prompt.media[0]
     with torch.no_grad():
         feature = policy.encode([prompt])[0]
-        frames, permuted = tgrpo.shuffle_grids(media.frames, feature, 5)
+        order = tgrpo.permutation(media.grid[0], 5)
+        frames, permuted = tgrpo.reorder(media.frames, order), tgrpo.reorder(feature, order)
         again = policy.encode([data.Prompt(prompt.sample, prompt.ids, [data.Media(frames, "video", media.seconds_per_grid)])])[0]
     assert not torch.equal(permuted, feature) and not torch.equal(frames, media.frames)
     torch.testing.assert_close(permuted, again, atol=1e-12, rtol=0)

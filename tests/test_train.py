@@ -15,6 +15,7 @@ from conftest import ROOT, SHARED, needs_shared, run
 from safetensors.torch import load_file
 
 import data
+import model
 import step
 import toy
 import train
@@ -94,27 +95,43 @@ def test_grpo_from_files_to_files(tmp_path, world, cold_start):
     assert "--lr 0.001" in again and train.parse_args([f"@{tmp_path}/rl/config.txt"]).prompts == 4
 
 
-@pytest.mark.parametrize("algo", ["sft", "grpo"])
-def test_gradients_are_the_same_on_one_two_and_three_ranks(tmp_path, world, algo):
+def gradients(tmp_path, world, ranks, *extra):
+    """What tests/gradient_worker.py saves on each rank."""
+    run("tests/gradient_worker.py", world, tmp_path / "g", *extra, ranks=ranks)
+    return [torch.load(tmp_path / f"g.{rank}") for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(
+    "flags, rank_counts",
+    [
+        (["--algo", "sft"], [2, 3]),
+        (["--algo", "grpo", "--average", "token"], [2, 3]),
+        (["--algo", "tgrpo", "--group", "4", "--temporal", "advantage", "--shuffle", "grid", "--correct", "0.2"], [2]),
+        (["--algo", "grpo", "--drop_zero_std", "--refill", "2", "--prompts", "7", "--updates", "2"], [2]),
+    ],
+)
+def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags, rank_counts):
     """Same global batch: 5 prompts, unequal groups, several rows a rank, truncated responses masked, KL; in float64
     (but for RMSNorm and RoPE, which transformers computes in fp32: hence 1e-5)."""
-    for ranks in (1, 2, 3):
-        run("tests/gradient_worker.py", world, tmp_path / f"{ranks}", algo, ranks=ranks)
-    one = torch.load(tmp_path / "1.0")
+    (one,) = gradients(tmp_path, world, 1, *flags)
     assert any(g.abs().max() > 1e-4 for g in one["grads"].values())
-    for ranks in (2, 3):
-        for rank in range(ranks):
-            many = torch.load(tmp_path / f"{ranks}.{rank}")
+    for ranks in rank_counts:
+        for many in gradients(tmp_path, world, ranks, *flags):
             for name, g in one["grads"].items():
                 torch.testing.assert_close(many["grads"][name], g, atol=1e-5 * float(g.abs().max()) + 1e-12, rtol=0, msg=name)
             for key, value in one["entry"].items():
                 assert many["entry"][key] == pytest.approx(value, abs=1e-6), key
+    if "--temporal" in flags:
+        (without,) = gradients(tmp_path, world, 1, *flags, "--alpha", "0")
+        assert one["entry"]["temporal_bonus"] > 0 == without["entry"]["temporal_bonus"]
+        assert any((without["grads"][name] - g).abs().max() > 1e-4 for name, g in one["grads"].items())
+    if "--refill" in flags:
+        assert one["entry"]["refills"] > 0
 
 
 def test_the_rank_test_catches_a_loss_that_bypasses_ddp(tmp_path, world):
     """Through anything but the wrapped forward, gradients stay a rank's own, without any error: the test above sees it."""
-    run("tests/gradient_worker.py", world, tmp_path / "bad", "grpo", "bypass", ranks=2)
-    a, b = (torch.load(tmp_path / f"bad.{rank}")["grads"] for rank in (0, 1))
+    a, b = (g["grads"] for g in gradients(tmp_path, world, 2, "bypass"))
     assert any((a[name] - b[name]).abs().max() > 1e-4 for name in a)
 
 
@@ -130,9 +147,7 @@ def test_two_ranks_take_the_same_steps(tmp_path, world, cold_start):
     one, two = weights(tmp_path / "one", 2), weights(tmp_path / "two", 2)
     start = weights(cold_start, 60)
     assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3  # two steps of Adam at 1e-3
-    for name in one:  # Adam divides a gradient by its own size: where it is rounding only, so is its direction
-        difference = (one[name] - two[name]).abs()
-        assert difference.mean() < 2e-6 and difference.max() < 2e-4, name
+    assert_same_steps(one, two)
 
 
 def test_more_ranks_than_prompts(tmp_path, world):
@@ -227,38 +242,90 @@ def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
 
 @pytest.mark.parametrize("change", [dict(), dict(temporal="advantage", shuffle="grid", shuffles=2)])
 def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
-    """Two ranks, of which one has only images at times. The shuffled responses are counted, and trained on never."""
-    run(*flags(world, tmp_path / "a", "tgrpo", steps=3, model=cold_start, prompts=2, **change), ranks=2)
+    """Two ranks with one prompt each, of which one draws an image while the other draws a video, or both do."""
+    records = json.loads((world / "train.json").read_text())
+    of = lambda kind: [r for r in records if r["data_type"] == kind][:4]
+    (tmp_path / "mixed.json").write_text(json.dumps(of("video") + of("image")))
+    extra = dict(model=cold_start, prompts=2, data=tmp_path / "mixed.json", media_root=world)
+    run(*flags(world, tmp_path / "a", "tgrpo", steps=4, **extra, **change), ranks=2)
     entries = log(tmp_path / "a")
-    shares = [(e["temporal_passed"], e["temporal_vacuous"], e["temporal_not_applicable"]) for e in entries]
-    assert all(0 <= vacuous <= passed <= 1 - images for passed, vacuous, images in shares)
-    assert any("shuffled_accuracy" in e for e in entries) and any(e["temporal_not_applicable"] < 1 for e in entries)
-    plain = flags(world, tmp_path / "b", "grpo", steps=1, model=cold_start, prompts=2)
-    run(*plain)
+    assert sum(e["temporal_not_applicable"] for e in entries) == 2.0 and 0.5 in [e["temporal_not_applicable"] for e in entries]
+    for e in entries:
+        assert 0 <= e["temporal_vacuous"] <= e["temporal_passed"] <= 1 - e["temporal_not_applicable"]
+        assert ("shuffled_accuracy" in e) == (e["temporal_not_applicable"] < 1)
+    run(*flags(world, tmp_path / "b", "grpo", steps=1, **extra))
     assert log(tmp_path / "b")[0]["accuracy"] == entries[0]["accuracy"]  # the ordered rollouts are those of GRPO
+
+
+def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, monkeypatch):
+    """The same tokens, the same time, the same frames in another order; images get none."""
+    asked = {}
+    monkeypatch.setattr(step, "generate", lambda policy, shuffled, G, **kw: asked.update(prompts=shuffled, G=G, **kw) or [])
+    args = train.parse_args(["--algo", "tgrpo", "--model", "m", "--data", "d", "--shuffles", "2"])
+    out = step.shuffled_rollout(None, list(enumerate(prompts)), [None] * 6, builder, 0, {}, args)
+    assert (
+        sorted(out) == [0, 1, 3, 4]
+        and all(len(orders) == 2 for _, orders in out.values())
+        and asked["G"] == 2
+        and len(set(asked["seeds"])) == 8
+        and asked["features"] is None
+    )
+    for i, shuffled in zip((0, 0, 1, 1, 3, 3, 4, 4), asked["prompts"]):
+        (before,), (after,) = prompts[i].media, shuffled.media
+        assert shuffled.ids is prompts[i].ids and after.seconds_per_grid == before.seconds_per_grid and after.grid == before.grid
+        in_some_order = lambda m: sorted(frame.numpy().tobytes() for frame in m.frames)
+        assert in_some_order(after) == in_some_order(before) and not torch.equal(after.frames, before.frames)
+    first, second = asked["prompts"][:2]
+    assert not torch.equal(first.media[0].frames, second.media[0].frames)
+
+
+def assert_same_steps(one, two):
+    """Adam divides a gradient by its own size: where a gradient is rounding only, so is its direction. Hence two bounds."""
+    for name in one:
+        difference = (one[name] - two[name]).abs()
+        assert difference.mean() < 5e-6 and difference.max() < 1e-3, name
 
 
 @pytest.mark.parametrize("variant", ["grpo", "gspo", "cispo"])
 def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
-    """The first update is on-policy; by the last, the policy has moved away from the one that sampled."""
-    extra = dict(steps=1, model=cold_start, prompts=6, variant=variant, dual_clip=3.0)
+    """The first update is on-policy; by the last, the policy has moved away from the one that sampled. On 1 rank as on 2."""
+    extra = dict(steps=1, model=cold_start, prompts=6, variant=variant, updates=3)
+    if variant != "cispo":
+        extra |= dict(dual_clip=3.0)
     run(*flags(world, tmp_path / "one", **extra))
-    run(*flags(world, tmp_path / "three", updates=3, **extra), ranks=2)
-    one, three = log(tmp_path / "one")[0], log(tmp_path / "three")[0]
-    assert one["mismatch"] < 1e-5 and one["accuracy"] == three["accuracy"]
-    assert three["mismatch"] > 1e-4 and three["grad_norm"] > 0
+    run(*flags(world, tmp_path / "two", **extra), ranks=2)
+    one, two = log(tmp_path / "one")[0], log(tmp_path / "two")[0]
+    assert one["mismatch"] < 1e-5 and abs(one["ratio"] - 1) > 1e-6 and one["grad_norm"] > 0
+    assert two["ratio"] == pytest.approx(one["ratio"], abs=1e-4) and two["accuracy"] == one["accuracy"]
+    assert_same_steps(weights(tmp_path / "one", 1), weights(tmp_path / "two", 1))
+
+
+def test_an_update_under_autocast_is_seen_by_the_next_forward(world, prompts):
+    """autocast keeps bf16 copies of the weights; a second update of the same step must not train on the old ones."""
+    policy = model.Policy.load(world / "model").train()
+    args = train.parse_args(["--model", "m", "--data", "d", "--lr", "1e-2"])
+    optimizer, trained = train.make_optimizer(policy, args)
+    responses = [[torch.arange(20, 30)]]
+    with torch.autocast("cpu", torch.bfloat16):
+        policy(prompts[:1], responses)[0].sum().backward()
+        train.update(optimizer, trained, 0, args)
+        within = policy(prompts[:1], responses)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(policy(prompts[:1], responses)[0], within)
 
 
 def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(tmp_path, world, cold_start):
     dapo = dict(drop_zero_std=True, refill=3, average="token", clip_high=0.28, mask_truncated=True, prompts=4)
-    out = run(*flags(world, tmp_path / "a", steps=2, model=cold_start, **dapo), ranks=2)
+    run(*flags(world, tmp_path / "a", steps=2, model=cold_start, **dapo), ranks=2)
     for entry in log(tmp_path / "a"):
         assert 0 < entry["trained_groups"] <= 4 and entry["refills"] <= 3
         assert entry["trained_groups"] == 4 or entry["refills"] == 3
     out = run(*flags(world, tmp_path / "b", steps=1, **dapo))  # a random model: every reward is 0
     assert "step 1: 0 of 4 groups have mixed rewards after 3 refills" in out
     (entry,) = log(tmp_path / "b")
-    assert (entry["trained_groups"], entry["refills"], entry["grad_norm"]) == (0, 3, 0.0)
+    assert (entry["trained_groups"], entry["refills"], entry["skipped_update"]) == (0, 3, True)
+    start = load_file(world / "model" / "model.safetensors")
+    assert all(torch.equal(x, start[name]) for name, x in weights(tmp_path / "b", 1).items())  # no gradient, no step
 
 
 def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
