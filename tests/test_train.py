@@ -210,7 +210,9 @@ def test_steps_without_any_sample_are_skipped_and_ten_in_a_row_are_an_error(tmp_
     records = json.loads((world / "train.json").read_text())[:2]
     (tmp_path / "half.json").write_text(json.dumps([records[0], records[1] | {"path": "./nowhere.y4m"}]))
     run(*flags(world, tmp_path / "half", steps=4, prompts=1, data=tmp_path / "half.json", media_root=world))
-    assert sorted(e["skipped_update"] for e in log(tmp_path / "half")) == [False, False, True, True]
+    entries = log(tmp_path / "half")
+    assert sorted(e["skipped_samples"] for e in entries) == [0, 0, 1, 1]
+    assert all(e["skipped_update"] and "reward" not in e for e in entries if e["skipped_samples"])
     (tmp_path / "bad.json").write_text(json.dumps([r | {"path": "./nowhere.y4m"} for r in records]))
     out = run(*flags(world, tmp_path / "bad", steps=50, data=tmp_path / "bad.json"), expect=1)
     assert "none of the samples of 10 steps in a row could be loaded; the last: record" in out
