@@ -81,7 +81,7 @@ class DecodeCache:
     def __init__(self, config, lengths, G, max_new, *, device, dtype):
         L, heads, d = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         B, P = len(lengths), max(lengths)
-        self.G, self.t, self.max_new = G, 0, max_new
+        self.G, self.t = G, 0  # responses of a prompt; tokens that each has in the cache
         new = lambda *shape: torch.zeros(*shape, device=device, dtype=dtype)  # zeros: a masked NaN would still be a NaN
         self.prompt_kv = [(new(B, heads, P, d), new(B, heads, P, d)) for _ in range(L)]
         self.own_kv = [(new(B * G, heads, max_new, d), new(B * G, heads, max_new, d)) for _ in range(L)]

@@ -24,7 +24,7 @@ import attention
 from data import normalize, patchify
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so a split is exact
+PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
 LOGITS_PER_CHUNK = 2**27  # fp32 numbers of one chunk of log-softmax: 512 MB
 
 
@@ -160,7 +160,7 @@ class Policy(nn.Module):
         """Visual embeddings of each prompt's media in order, [(V, D), ...]; V = sum of t * h * w / merge^2, (0, D) for text.
 
         With gradients under torch.enable_grad, for a vision tower that is trained. Splits and batches of media at 2-frame
-        grids are exact: the tower attends within one grid only.
+        grids are exact up to rounding: the tower attends within one grid only.
         """
         visual, V = self.net.model.visual, self.merge**2
         grids = [(m, i) for p in prompts for m in p.media for i in range(m.grid[0])]  # every 2-frame grid of every medium

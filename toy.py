@@ -1,7 +1,7 @@
 """The embedded default: a tiny video world and a tiny Qwen2.5-VL, written as real files.
 
     python toy.py out/world          writes clips (Y4M, read back by decord), images, records in the Video-R1 form
-                                     (train.json, cot.json with reasoning, test.json) and a random checkpoint (model/)
+                                     (train.json; cot.json and test.json with reasoning) and a random checkpoint (model/)
 
 A clip is 8 seconds of a coloured square that drifts over a dark floor, and of lamps that light up beneath it. Each kind of
 question asks for another way of watching:

@@ -3,7 +3,7 @@
 decord can hang or crash inside native code, holding the interpreter's lock: no signal and no in-process timeout helps.
 So this file is also a program (`python video.py`, a worker that answers requests on its standard input), and
 `read_video` asks it and kills it when it does not answer. A bad file then costs one sample, never the run.
-Sampling and resizing are those of Video-R1 (arXiv 2503.21776; papers' numbers in the README): they run in the worker,
+Sampling and resizing are those of Video-R1 (arXiv 2503.21776, released code): they run in the worker,
 frame by frame, so that an hour of video never stands in memory at full size.
 """
 

@@ -97,6 +97,19 @@ def test_sampling_follows_the_distribution():
     assert rollout.sample(logits, u, 0, 1.0)[0].tolist() == [3] * 5
 
 
+def test_prompts_that_do_not_fit_the_cache_together_are_decoded_in_parts(talkative, prompts, monkeypatch):
+    together = rollout.generate(talkative, prompts, 3, max_new=10, seeds=range(6))
+    widest, build = [], rollout.DecodeCache
+    monkeypatch.setattr(
+        rollout, "DecodeCache", lambda config, lengths, *a, **kw: widest.append(lengths) or build(config, lengths, *a, **kw)
+    )
+    monkeypatch.setattr(rollout, "CACHE_TOKENS", 200)
+    parts = rollout.generate(talkative, prompts, 3, max_new=10, seeds=range(6))
+    assert sum(widest, []) == [len(p.ids) for p in prompts] and len(widest) > 2
+    for a, b in zip(together, parts, strict=True):
+        assert a.prompt is b.prompt and [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses]
+
+
 def test_no_prompts():
     assert rollout.generate(None, [], 8) == []
 
