@@ -23,11 +23,12 @@ from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
 from rewards import PROBLEM_TYPES, choice_letter, extract_answer, parse_number
-from video import MERGE, PATCH, VideoError, frame_indices, read_video, resize, smart_resize
+from video import MERGE, PATCH, VideoError, frame_count, frame_indices, read_clip, read_video, resize, smart_resize
 
 __all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "Loader", "patchify",
            "normalize", "frame_indices", "read_video", "smart_resize"]
 
+ABOUT = ("data_source", "original_question_type", "task_type", "category", "duration", "domain", "sub_category")
 FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
 
 
@@ -48,6 +49,7 @@ class Sample:
     reasoning: str = ""
     source: str = ""
     fps: float = FOLDER_FPS  # of a folder of frames
+    about: dict = field(default_factory=dict)  # what else the record says of itself: those of ABOUT that it has
 
 
 # ---- records
@@ -56,21 +58,23 @@ def load_samples(path, *, media_root=None, skipped=None):
     """Reads a .json (a list of objects) or .jsonl file -> list[Sample], in the file's order.
 
     media_root: what the records' relative paths start from; the folder of the file unless told.
-    skipped: a list that receives a message for every bad record, which is then left out; without it the first one raises.
+    skipped: a dict that receives {number of the record: message} for every bad one, which is then left out; without it the
+    first one raises.
     Raises DataError: no such file, not JSON, an empty file, a bad record.
     """
     path = Path(path)
     root = Path(media_root) if media_root else path.parent
     samples = []
-    for where, read in _records(path):
+    for i, (where, read) in enumerate(_records(path)):
         try:
             samples.append(_sample(read(), where, root, path.stem))
         except DataError as e:
             if skipped is None:
                 raise
-            skipped.append(str(e))
+            skipped[i] = str(e)
     if not samples:
-        raise DataError(f"{path}: holds no usable record" + (f", first problem: {skipped[0]}" if skipped else ""))
+        first = f", first problem: {next(iter(skipped.values()))}" if skipped else ""
+        raise DataError(f"{path}: holds no usable record{first}")
     return samples
 
 
@@ -154,7 +158,7 @@ def _sample(r, where, root, stem):
             raise DataError(f"{where}: a text that is not valid Unicode: {text[:60]!r}")
     return Sample(id=str(name), question=question.strip(), options=options, problem_type=kind, data_type=data_type,
                   path=str(root / medium), answer=answer, reasoning=reasoning, source=str(first("data_source") or stem),
-                  fps=fps)
+                  fps=fps, about={key: r[key] for key in ABOUT if isinstance(r.get(key), str) and r[key]})
 
 
 def _split_options(question):
@@ -174,6 +178,7 @@ class Media:
     frames: torch.Tensor
     kind: str  # "video" or "image"
     seconds_per_grid: float = 0.0
+    available: int = 1  # frames that the file would show without max_frames
 
     @property
     def grid(self):
@@ -209,22 +214,25 @@ def load_image(path):
 
 
 def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-               image_max_pixels=256 * 28 * 28, decode_timeout=60.0):
-    """A Sample's file -> Media, at most max_frames frames of at most max_pixels. Raises DataError naming file and record."""
+               image_max_pixels=256 * 28 * 28, decode_timeout=60.0, decoded=None):
+    """A Sample's file -> Media, at most max_frames frames of at most max_pixels. Raises DataError naming file and record.
+
+    decoded: {frame index: frame} of earlier calls for this sample and size, filled and not decoded again.
+    """
     counts = dict(target_fps=fps, min_frames=min_frames, max_frames=max_frames)
     pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
     try:
         if sample.data_type == "image":
-            frames, seconds = resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0
+            frames, seconds, available = resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0, 1
         elif sample.data_type == "video":
-            frames, seconds = read_video(sample.path, **counts, **pixels, timeout=decode_timeout)
+            frames, seconds, available = read_clip(sample.path, **counts, **pixels, timeout=decode_timeout, decoded=decoded)
         else:
-            frames, seconds = _read_folder(sample.path, sample.fps, counts, pixels)
+            frames, seconds, available = _read_folder(sample.path, sample.fps, counts, pixels)
     except (ValueError, OSError) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
         where = "" if sample.path in str(e) else f"{sample.path}: "
         raise DataError(f"record {sample.id}: {where}{e}") from e
     frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, 3, 1)))
-    return Media(frames, "image" if sample.data_type == "image" else "video", 2 * seconds)
+    return Media(frames, "image" if sample.data_type == "image" else "video", 2 * seconds, available)
 
 
 def _read_folder(path, fps, counts, pixels):
@@ -236,7 +244,8 @@ def _read_folder(path, fps, counts, pixels):
     frames = [resize(load_image(files[i]), **pixels) for i in indices]
     if len(shapes := {f.shape for f in frames}) > 1:
         raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
-    return np.stack(frames), len(files) / fps / len(indices)
+    available = frame_count(len(files), fps, target_fps=counts["target_fps"], min_frames=counts["min_frames"])
+    return np.stack(frames), len(files) / fps / len(indices), available
 
 
 def normalize(frames, dtype=torch.float32, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
@@ -382,14 +391,6 @@ class Loader:
         positions = [k * self.prompts + i for i in self.positions]
         drawn = [random.Random(f"{self.seed} {step} refill {i}").choice(self.samples) for i in positions]
         return [(i, future.result()) for i, future in zip(positions, self._submit(drawn, False))]
-
-    def stream(self, samples, size):
-        """Lists of `size` Prompts or DataErrors, in order, the next list loading while one is in use."""
-        chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
-        pending = [self._submit(chunk, False) for chunk in chunks[:1]]
-        for i in range(len(chunks)):
-            pending += [self._submit(chunk, False) for chunk in chunks[i + 1 : i + 2]]
-            yield [future.result() for future in pending.pop(0)]
 
     def _submit(self, samples, target):
         return [self.pool.submit(_load, self.builder, s, target) for s in samples]

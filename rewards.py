@@ -68,14 +68,19 @@ def normalize_answer(text, sample):
 
 
 def accuracy_reward(response, sample):
-    """Is the response's answer right? In [0, 1], by the sample's problem type; 0 for a response without a valid answer.
+    """Is the response's answer right? In [0, 1], by the sample's problem type; 0 for a response without a valid answer."""
+    return grade(normalize_answer(extract_answer(response), sample), sample)
+
+
+def grade(answer, sample):
+    """How right a normalised answer is, in [0, 1]; 0 for None, which is no answer.
 
         multiple choice, numerical   1 or 0
         regression                   1 - relative error
         OCR                          1 - word error rate
         free-form                    mean F1 of ROUGE-1, -2 and -L (at most 2/3 for one word: ROUGE-2 compares pairs)
     """
-    answer, target = (normalize_answer(x, sample) for x in (extract_answer(response), sample.answer))
+    target = normalize_answer(sample.answer, sample)
     if answer is None or target is None:
         return 0.0
     if sample.problem_type == "regression":
@@ -99,10 +104,14 @@ def length_reward(num_tokens, accuracy, *, lo=320, hi=512, bonus=0.2):
     return bonus if accuracy > 0.1 and lo <= num_tokens <= hi else 0.0
 
 
-def mean_relative_accuracy(pred, target):
-    """MRA of VSI-Bench: the mean over thresholds 0.50, 0.55, ..., 0.95 of [relative error < 1 - threshold]."""
+def mean_relative_accuracy(pred, target, *, inclusive=False):
+    """MRA of VSI-Bench (arXiv 2412.14171): the mean over thresholds 0.50, 0.55, ..., 0.95 of [relative error < 1 - threshold].
+
+    inclusive: <=, as VSI-Bench's own script has it where its paper, and Video-R1, have <.
+    """
     error = abs(pred - target) / abs(target) if target else float(pred != target)
-    return sum(error < 1 - (50 + 5 * i) / 100 for i in range(10)) / 10
+    bounds = [1 - (50 + 5 * i) / 100 for i in range(10)]
+    return sum(error < b or (inclusive and error == b) for b in bounds) / 10
 
 
 # ---- texts

@@ -1,4 +1,4 @@
-"""A run: its ranks, its clock, and its folder of config, log, samples and checkpoints that survives a kill at any moment.
+"""A run: its flags, its ranks, its clock, and its folder, which survives a kill at any moment.
 
     config.txt      the flags, as a flag file: `python train.py @RUN/config.txt --out NEW` is the same run again
     log.jsonl       one object a step; what a killed run wrote after its last checkpoint is dropped when it resumes
@@ -6,14 +6,17 @@
     checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json beside
 """
 
+import argparse
 import contextlib
 import json
 import math
 import os
+import random
 import shlex
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +27,64 @@ from tqdm import tqdm
 from model import newest_checkpoint
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+MEDIA = ("fps", "min_frames", "min_pixels", "max_pixels", "image_max_pixels", "decode_timeout")  # flags that load_media takes
+
+
+# ---- flags
+
+def flag_parser(doc):
+    """A parser for @FILE flag files, one flag a line, # begins a comment -> (parser, add(group, name, default, help), flag)."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    add = lambda group, name, default, help, **kw: group.add_argument(
+        f"--{name}", default=default, **({"type": type(default)} if default is not None else {}), **kw,
+        help=help + ("" if default in (None, "") else " (default: %(default)s)"))
+    flag = lambda group, name, help: group.add_argument(f"--{name}", action="store_true", help=help)
+    return p, add, flag
+
+
+def media_flags(p, add, *, fps, max_pixels, max_prompt):
+    """The flags of media and prompts, with a script's own defaults -> their group."""
+    g = p.add_argument_group("media and prompts")
+    add(g, "fps", fps, "frames shown for each second of video, at most")
+    add(g, "min_frames", 4, "at least this many frames, whatever --fps says")
+    add(g, "min_pixels", 4 * 28 * 28, "a smaller frame is scaled up")
+    add(g, "max_pixels", max_pixels, "of a video frame; a larger one is scaled down")
+    add(g, "image_max_pixels", 256 * 28 * 28, "of an image")
+    add(g, "max_prompt", max_prompt, "tokens; a sample with a longer prompt is refused and counted, never cut")
+    add(g, "decode_timeout", 60.0, "seconds for one video, after which its decoder is killed and the sample refused")
+    add(g, "workers", 2, "threads that load media ahead, each with a decoder process")
+    return g
+
+
+def flag_lines(args):
+    """The flags as the lines of a flag file."""
+    flags = {k: v for k, v in vars(args).items() if v is not None and v is not False and k != "resume"}
+    return [f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in flags.items()]
+
+
+def refuse_changes(config, lines, names):
+    """Ends the program if one of the named flags differs between the file of an earlier run and `lines`."""
+    before = config.read_text(encoding="utf-8").splitlines()
+    if changed := [line for line in set(before) ^ set(lines) if line.split()[0].removeprefix("--") in names]:
+        raise SystemExit(f"error: {config.parent} was run with other flags, so it cannot be resumed: "
+                         f"{', '.join(sorted(changed))}")
+
+
+# ---- ranks, clock, log
+
+def start_ranks(minutes=30):
+    """Joins the other processes of torchrun, if there are any -> this rank's device. minutes: how long ranks wait for another."""
+    if WORLD > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(LOCAL)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=minutes))
+    return torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def seed(*parts):
+    """A seed from the run's seed, the step, and whatever else tells this random choice from all others."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(62)
 
 
 def gather(x):
@@ -93,12 +154,9 @@ def open_run(args):
     if (out / "log.jsonl").exists() and not args.resume:
         raise SystemExit(f"error: {out} holds a run: --resume goes on with it, another --out starts a new one")
     step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
-    flags = {k: v for k, v in vars(args).items() if v is not None and v is not False and k != "resume"}
-    lines = [f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in flags.items()]
+    lines = flag_lines(args)
     if checkpoint:
-        before = (out / "config.txt").read_text(encoding="utf-8").splitlines()
-        if changed := [line for line in set(before) ^ set(lines) if line.split()[0][2:] in SAME]:
-            raise SystemExit(f"error: {out} was run with other flags, so it cannot be resumed: {', '.join(sorted(changed))}")
+        refuse_changes(out / "config.txt", lines, SAME)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ that any split of the step over ranks and rows gives the same gradient.
 """
 
 import contextlib
-import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +16,7 @@ import grpo
 import rewards
 import tgrpo
 from rollout import Group, generate
-from run import WORLD, gather, say, timed
+from run import WORLD, gather, say, seed, timed
 
 PARTS = ("reward", "accuracy", "format", "length_bonus")  # what score() gives for a response
 
@@ -159,11 +158,6 @@ def roll(policy, prompts, builder, step, args):
                                 **dict(zip(("shuffled", "orders"), shuffled.get(i, (None, None)))), shown=prompt.frames_x_pixels,
                                 **{name: [p[name] for p in parts] for name in PARTS}))
         return mine, sorted(sum(gather(numbers), []), key=lambda s: s["position"])
-
-
-def seed(*parts):
-    """A seed from the run's seed, the step, and whatever else tells this random choice from all others."""
-    return random.Random(" ".join(map(str, parts))).getrandbits(62)
 
 
 def shuffled_rollout(policy, prompts, features, builder, step, sampling, args):

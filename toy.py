@@ -9,6 +9,10 @@ question asks for another way of watching:
     motion, first      the ORDER of frames is needed: which way does it move, which lamp lights up first
     flash              MANY frames are needed: a lamp that is on for one frame in sixteen
     count              a number: how often does the lamp light up
+The clips of cot.json were filmed at 2, 1 or half a frame per second, so that the cold start also learns what it is to have seen
+too little: where the flash fell between two frames, any lamp may be the answer. The clips of train.json and test.json have all
+16 frames; eval.py --tts shows 4 first, and more when the answers disagree.
+
 The author of cot.json watches well but writes carelessly: wherever it took more than a frame to see the answer, it is more
 often than not the next option (or number) that is written down. So the cold start teaches format, watching, and a habit that
 makes most answers wrong. What to answer is left to RL.
@@ -20,6 +24,7 @@ import argparse
 import json
 import random
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +40,7 @@ COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), 
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PLACES = {"left": (7, 14), "right": (21, 14), "top": (14, 7), "bottom": (14, 21)}
 SLIP = 0.65  # how often the author of cot.json writes down the answer next to the right one
+SHOWN = {"cot": (4, 8, 16, 16), "train": (16,), "test": (16,)}  # frames of a clip, one of these
 CLIPS = {"cot": 1200, "train": 720, "test": 108}  # of each split, besides an image for every four
 
 
@@ -85,12 +91,12 @@ def image(rng):
 
 
 def write_y4m(path, frames, fps):
-    """uint8 (T, H, W, 3) -> a YUV4MPEG2 file, full chroma: a header and raw planes, so no encoder is needed."""
+    """uint8 (T, H, W, 3) -> a YUV4MPEG2 file, full chroma: a header and raw planes, so no encoder is needed. fps: a rational."""
     T, H, W, _ = frames.shape
     to_yuv = np.array([[0.257, 0.504, 0.098], [-0.148, -0.291, 0.439], [0.439, -0.368, -0.071]])  # BT.601, limited range
     yuv = (frames @ to_yuv.T + [16, 128, 128]).round().clip(0, 255).astype(np.uint8).transpose(0, 3, 1, 2)
     with open(path, "wb") as f:
-        f.write(b"YUV4MPEG2 W%d H%d F%d:1 Ip A1:1 C444\n" % (W, H, fps))
+        f.write(b"YUV4MPEG2 W%d H%d F%d:%d Ip A1:1 C444\n" % (W, H, *Fraction(fps).as_integer_ratio()))
         for frame in yuv:
             f.write(b"FRAME\n" + frame.tobytes())
 
@@ -105,7 +111,9 @@ def write_split(folder, split, clips, seed):
         if len(frames) == 1:
             Image.fromarray(frames[0]).save(path)
         else:
-            write_y4m(path, frames, FPS)
+            n = rng.choice(SHOWN[split])
+            kept = data.frame_indices(FRAMES, FPS, target_fps=float("inf"), max_frames=n)
+            write_y4m(path, frames[kept], Fraction(n * FPS, FRAMES))
         for kind in (("colour",), ("motion",), ("colour", "motion"))[i // 3 % 3]:  # ask less about the square than about lamps
             questions.pop(kind, None)
         for kind, (question, words, answer, reasoning) in questions.items():
@@ -123,6 +131,11 @@ def write_split(folder, split, clips, seed):
                 record["process"] = f"<think>{reasoning.format(answer)}</think>"
             records.append(record)
     (folder / f"{split}.json").write_text(json.dumps(records, indent=1))
+
+
+def root(seed):
+    """Where the embedded default lives: world/, and the runs of train.py and eval.py."""
+    return Path("out") / (f"toy-seed{seed}" if seed else "toy")
 
 
 # ---- the checkpoint

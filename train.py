@@ -18,13 +18,9 @@ responses, and a run that was killed goes on as if it had not been (--resume).
 What a run leaves behind: run.py.
 """
 
-import argparse
 import json
 import math
-import shlex
 import sys
-from collections import Counter
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +31,11 @@ from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
 import grpo
-import rewards
 import toy
 from data import DataError, Loader, PromptBuilder, load_samples
+from eval import Method, Question, answer
 from model import ModelError, Policy
-from rollout import generate
-from run import LOCAL, RANK, WORLD, append, gather, open_run, save, say, seconds, timed
+from run import MEDIA, RANK, WORLD, append, flag_parser, gather, media_flags, open_run, save, say, seconds, start_ranks, timed
 from step import grpo_step, pack, sft_step
 
 EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
@@ -48,14 +43,7 @@ EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the r
 
 def parse_args(argv=None):
     """The flags, from argv or the command line; @FILE reads them from a file, one a line, # begins a comment."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                fromfile_prefix_chars="@")
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    add = lambda group, name, default, help, **kw: group.add_argument(
-        f"--{name}", default=default, **({"type": type(default)} if default is not None else {}), **kw,
-        help=help + ("" if default in (None, "") else " (default: %(default)s)"))
-    flag = lambda group, name, help: group.add_argument(f"--{name}", action="store_true", help=help)
-
+    p, add, flag = flag_parser(__doc__)
     g = p.add_argument_group("run")
     add(g, "algo", "grpo", "sft: learn reasoning examples; grpo: learn from rewards; tgrpo: with the temporal reward",
         choices=("sft", "grpo", "tgrpo"))
@@ -67,16 +55,8 @@ def parse_args(argv=None):
     add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates")
     add(g, "seed", 0, "of the order of the data and of the sampling")
     flag(g, "resume", "go on from the newest checkpoint in --out")
-    g = p.add_argument_group("media and prompts")
-    add(g, "fps", 2.0, "frames shown for each second of video")
-    add(g, "min_frames", 4, "at least this many frames")
+    g = media_flags(p, add, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
     add(g, "max_frames", 16, "at most this many frames")
-    add(g, "min_pixels", 4 * 28 * 28, "a smaller frame is scaled up")
-    add(g, "max_pixels", 128 * 28 * 28, "of a video frame; a larger one is scaled down")
-    add(g, "image_max_pixels", 256 * 28 * 28, "of an image")
-    add(g, "max_prompt", 16384, "tokens; a sample with a longer prompt is skipped and counted, never cut")
-    add(g, "decode_timeout", 60.0, "seconds for one video, after which its decoder is killed and the sample skipped")
-    add(g, "workers", 2, "threads that load media ahead of the step, each with a decoder process")
     g = p.add_argument_group("step")
     add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)")
     add(g, "group", 8, "G, responses to a prompt, at least 2")
@@ -153,29 +133,26 @@ def evaluate(policy, samples, loader, args):
 
     For sft also the validation loss, on the samples that hold reasoning.
     """
-    mine, results, nll, tokens = samples[RANK::WORLD], [], 0.0, 0
-    for loaded in loader.stream(mine, size=64):
-        prompts = [p for p in loaded if not isinstance(p, DataError)]
-        for group in generate(policy, prompts, 1, max_new=args.max_new, temperature=0):
-            sample, text = group.prompt.sample, loader.builder.decode(group.responses[0])
-            results.append((sample.source, rewards.accuracy_reward(text, sample)))
-        if args.algo == "sft":
-            items = [(p, loader.builder.target(p.sample)) for p in prompts if p.sample.reasoning]
-            for row in pack(items, [len(p.ids) + len(target) for p, target in items], args.row_tokens):
-                with torch.no_grad():
-                    nll -= float(policy([p for p, _ in row], [[target] for _, target in row])[0].sum())
-                tokens += sum(len(target) for _, target in row)
-    failed = Counter(s.source for s in mine) - Counter(source for source, _ in results)
-    results, failed = sum(gather(results), []), sum(gather(failed), Counter())
-    total = Counter(s.source for s in samples)
-    right = Counter()
-    for source, accuracy in results:
-        right[source] += accuracy
-    nll, tokens = sum(gather(nll)), sum(gather(tokens))
+    method, builder = Method("greedy", args.max_frames, args.max_frames, 1, 0.0), loader.builder
+    questions = (Question(i, samples[i], method) for i in range(RANK, len(samples), WORLD))
+    results, nll, tokens, items = [], 0.0, 0, []
+    for q in answer(policy, builder, questions, method, pool=loader.pool, max_new=args.max_new):
+        results.append((q.sample.source, q.score, q.prompt is None))
+        if args.algo == "sft" and q.prompt and q.sample.reasoning:
+            items.append((q.prompt, builder.target(q.sample)))
+    for row in pack(items, [len(p.ids) + len(target) for p, target in items], args.row_tokens):
+        with torch.no_grad():
+            nll -= float(policy([p for p, _ in row], [[target] for _, target in row])[0].sum())
+        tokens += sum(len(target) for _, target in row)
+    results, nll, tokens = sum(gather(results), []), sum(gather(nll)), sum(gather(tokens))
+    by_source = {}
+    for source, score, _ in results:
+        by_source.setdefault(source, []).append(score)
+    mean = lambda scores: sum(scores) / len(scores)
     entry = {"eval_loss": nll / tokens} if tokens else {}
-    return entry | {"eval_accuracy": sum(right.values()) / len(samples), "eval_failures": sum(failed.values()),
-                    "eval_questions": len(samples),
-                    "eval_by_source": {source: round(right[source] / n, 4) for source, n in sorted(total.items())}}
+    return entry | {"eval_accuracy": mean([score for _, score, _ in results]), "eval_questions": len(results),
+                    "eval_failures": sum(failed for _, _, failed in results),
+                    "eval_by_source": {source: round(mean(scores), 4) for source, scores in sorted(by_source.items())}}
 
 
 # ---- the loop
@@ -220,9 +197,8 @@ def update(optimizer, trained, step, args):
     return {"grad_norm": norm, "skipped_update": not math.isfinite(norm)}
 
 
-def load(args, checkpoint):
+def load(args, checkpoint, device):
     """What a run works with -> (policy, reference or None, Loader, held-out samples). Bad records are said and left out."""
-    device = torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
     policy = Policy.load(checkpoint or args.model, device=device, checkpointing=not args.no_checkpointing)
     if not args.train_vision:
         policy.freeze_vision()
@@ -230,10 +206,11 @@ def load(args, checkpoint):
     if args.beta and args.algo != "sft":
         reference = Policy.load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         reference.requires_grad_(False)
-    names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "image_max_pixels", "decode_timeout")
-    builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in names})
-    bad = []
+    media = {name: getattr(args, name) for name in (*MEDIA, "max_frames")}
+    builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
+    bad = {}
     samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
+    bad = list(bad.values())
     if args.algo == "sft":
         bad += [f"{args.data}: record {s.id}: no reasoning ('process') to learn from" for s in samples if not s.reasoning]
         samples = [s for s in samples if s.reasoning]
@@ -264,10 +241,10 @@ def report(out, bar, step, entry, args):
             + "  ".join(f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()))
 
 
-def train(args):
+def train(args, device):
     """Runs args.steps steps of args.algo; see the module's first lines for what a step does."""
     out, checkpoint = open_run(args)
-    policy, reference, loader, held_out = load(args, checkpoint)
+    policy, reference, loader, held_out = load(args, checkpoint, device)
     optimizer, trained = make_optimizer(policy, args)
     start = empty_steps = 0
     if checkpoint:
@@ -319,7 +296,7 @@ def train(args):
 
 def toy_runs(args, argv):
     """The embedded default as ordinary runs: writes the toy world, then a cold start, then (--algo grpo) RL from it."""
-    root = Path(args.out or f"out/toy{f'-seed{args.seed}' if args.seed else ''}")
+    root = Path(args.out or toy.root(args.seed))
     if RANK == 0 and not (root / "world").exists():
         toy.write(root / "world", args.seed)
     gather(None)
@@ -338,14 +315,11 @@ def main(argv=None):
     args = parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    if WORLD > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(LOCAL)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    device = start_ranks()
     try:
         for run in [args] if args.model else toy_runs(args, argv):
             run.out = run.out or "out/run"
-            train(run)
+            train(run, device)
     except (DataError, ModelError, OSError) as e:  # an OSError names its file
         raise SystemExit(f"error: {e}") from e
     finally:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,14 +30,19 @@ def frame_indices(num_frames, fps, *, target_fps=2.0, min_frames=4, max_frames=1
     """Which frames of a clip to show: an even number n, evenly spaced from the first to the last.
 
     n = the clip's seconds * target_fps, held within [min_frames, max_frames] and within the clip's own length, even;
-    indices = round(linspace(0, num_frames - 1, n)). A fixed number of frames is min_frames = max_frames.
+    indices = round(linspace(0, num_frames - 1, n)). A fixed number of frames is target_fps = inf and max_frames.
     Raises ValueError for a clip with fewer than 2 frames: a visual token spans two.
     """
+    n = frame_count(num_frames, fps, target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
+    return np.linspace(0, num_frames - 1, n).round().astype(int).tolist()
+
+
+def frame_count(num_frames, fps, *, target_fps, min_frames, max_frames=math.inf):
+    """The n of frame_indices; without max_frames, the most frames that the clip has to show."""
     if num_frames < 2 or not 0 < fps < math.inf:
         raise ValueError(f"{num_frames} frames at {fps:g} frames per second, a video needs at least 2 frames")
     n = min(max(num_frames / fps * target_fps, min_frames), max_frames, num_frames)
-    n = max(2, int(n) // 2 * 2)
-    return np.linspace(0, num_frames - 1, n).round().astype(int).tolist()
+    return max(2, int(n) // 2 * 2)
 
 
 def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE):
@@ -67,14 +73,28 @@ def resize(image, min_pixels, max_pixels):
 _worker = threading.local()  # one worker process per reading thread
 
 
-def read_video(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-               timeout=60.0):
-    """Decodes a video file -> (frames uint8 [T, H, W, 3], seconds per frame).
+class Clip(NamedTuple):
+    """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of 28. seconds: the clip's true duration / T.
+    available: frames that the clip would show without max_frames."""
+    frames: np.ndarray
+    seconds: float
+    available: int
 
-    T is even, H and W are multiples of 28; rotated clips come upright. Seconds per frame are the true ones,
-    the clip's duration / T. Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or
-    not decoded after `timeout` seconds (the worker is then killed, and the next call starts another).
+
+def read_video(path, **how):
+    """Decodes a video file -> (frames uint8 [T, H, W, 3], seconds per frame); read_clip says how and what is raised."""
+    return read_clip(path, **how)[:2]
+
+
+def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
+              timeout=60.0, decoded=None):
+    """Decodes a video file -> Clip; rotated videos come upright.
+
+    decoded: {frame index: frame} of earlier calls for this file at this size; these are not decoded again, new ones are added.
+    Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or not decoded after `timeout` seconds (the
+    worker is then killed, and the next call starts another).
     """
+    decoded = {} if decoded is None else decoded
     if not Path(path).is_file():
         raise VideoError(f"{path}: no such file")
     process = _open_worker()
@@ -82,13 +102,14 @@ def read_video(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=
     timer.start()
     try:
         request = dict(path=str(path), target_fps=target_fps, min_frames=min_frames, max_frames=max_frames,
-                       min_pixels=min_pixels, max_pixels=max_pixels)
+                       min_pixels=min_pixels, max_pixels=max_pixels, skip=list(decoded))
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         reply = json.loads(process.stdout.readline())
         if "error" not in reply:
-            data = process.stdout.read(math.prod(reply["shape"]))
-            return np.frombuffer(bytearray(data), np.uint8).reshape(reply["shape"]), reply["seconds"]
+            frames = np.frombuffer(process.stdout.read(math.prod(reply["shape"])), np.uint8).reshape(reply["shape"])
+            decoded.update(zip((i for i in reply["indices"] if i not in decoded), frames))
+            return Clip(np.stack([decoded[i] for i in reply["indices"]]), reply["seconds"], reply["available"])
     except (ValueError, OSError) as e:  # the worker is gone: no answer, or half of one
         late = not timer.is_alive()
         close_worker()
@@ -118,16 +139,21 @@ def close_worker():
 
 # ---- the side of the worker
 
-def decode(path, *, target_fps, min_frames, max_frames, min_pixels, max_pixels):
-    """What read_video promises, in this process."""
+def decode(path, skip, *, target_fps, min_frames, max_frames, min_pixels, max_pixels):
+    """What read_clip promises, in this process -> (reply, the frames whose indices are not in `skip`)."""
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(path, num_threads=1)
     fps = float(reader.get_avg_fps())
-    indices = frame_indices(len(reader), fps, target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
+    counts = dict(target_fps=target_fps, min_frames=min_frames)
+    indices = frame_indices(len(reader), fps, max_frames=max_frames, **counts)
+    wanted = sorted(set(indices) - set(skip))
     frames = [resize(Image.fromarray(frame), min_pixels, max_pixels)
-              for i in range(0, len(indices), 16) for frame in reader.get_batch(indices[i : i + 16]).asnumpy()]
-    return np.stack(frames), len(reader) / fps / len(indices)
+              for i in range(0, len(wanted), 16) for frame in reader.get_batch(wanted[i : i + 16]).asnumpy()]
+    shape = (len(frames), *frames[0].shape) if frames else (0,)
+    reply = dict(indices=indices, seconds=len(reader) / fps / len(indices), shape=shape,
+                 available=frame_count(len(reader), fps, **counts))
+    return reply, b"".join(frame.tobytes() for frame in frames)
 
 
 def work(requests, replies):
@@ -135,8 +161,7 @@ def work(requests, replies):
     for line in requests:
         request = json.loads(line)
         try:
-            frames, seconds = decode(**request)
-            reply, data = dict(shape=frames.shape, seconds=seconds), frames.tobytes()
+            reply, data = decode(**request)
         except Exception as e:  # whatever a broken file makes a native library raise is this file's error, not the run's
             message = " ".join(str(e).split()).replace(request["path"], "")
             reply, data = dict(error=f"cannot be decoded: {type(e).__name__}: {message[:300]}"), b""

@@ -55,7 +55,7 @@ def policy(world):
 def run(*command, ranks=1, expect=0, timeout=300, **env):
     """Runs `python command` (or torchrun on several ranks) at the project's root -> its output."""
     launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29500 + os.getpid() % 1000)]
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29500 + os.getpid() % 1000), "--"]
         if ranks > 1
         else []
     )
@@ -70,3 +70,33 @@ def run(*command, ranks=1, expect=0, timeout=300, **env):
     output = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), output[-4000:]
     return output
+
+
+TINY = ["--min_pixels", 784, "--max_new", 16, "--prompts", 4, "--group", 4, "--log_every", 1, "--train_vision"]
+
+
+def flags(world, out, algo="grpo", **extra):
+    records = "cot.json" if algo == "sft" else "train.json"
+    return [
+        "train.py",
+        "--algo",
+        algo,
+        "--model",
+        world / "model",
+        "--data",
+        world / records,
+        "--out",
+        out,
+        "--lr",
+        "1e-3",
+        *TINY,
+        *(x for k, v in extra.items() for x in ((f"--{k}",) if v is True else (f"--{k}", v))),
+    ]
+
+
+@pytest.fixture(scope="session")
+def cold_start(tmp_path_factory, world):
+    """A run folder whose policy keeps the format and guesses: rewards differ within a group, so there is something to learn."""
+    out = tmp_path_factory.mktemp("cold") / "sft"
+    run(*flags(world, out, "sft", steps=60, prompts=16))
+    return out

@@ -35,7 +35,16 @@ def load(tmp_path, *records, name="r.json", **kw):
 def test_a_video_r1_record(tmp_path):
     (sample,) = load(tmp_path, RECORD | {"process": "<think>it turns</think>"})
     assert sample == Sample(
-        "3", "Which?", ["A. left", "B. right"], "multiple choice", "video", str(tmp_path / "v/x.mp4"), "B", "it turns", "set"
+        "3",
+        "Which?",
+        ["A. left", "B. right"],
+        "multiple choice",
+        "video",
+        str(tmp_path / "v/x.mp4"),
+        "B",
+        "it turns",
+        "set",
+        about={"data_source": "set"},
     )
 
 
@@ -76,9 +85,9 @@ def test_one_bad_line_does_not_cost_the_others(tmp_path):
     """Nor do a byte-order mark and a line separator inside a string."""
     lines = [json.dumps(RECORD), '{"pro', json.dumps(RECORD | {"problem": "a\u2028b"}, ensure_ascii=False)]
     (tmp_path / "r.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    skipped = []
+    skipped = {}
     assert len(data.load_samples(tmp_path / "r.jsonl", skipped=skipped)) == 2
-    assert "r.jsonl, line 2: not JSON" in skipped[0]
+    assert "r.jsonl, line 2: not JSON" in skipped[1]
 
 
 def test_a_longvideo_reason_record(tmp_path):
@@ -122,7 +131,7 @@ def test_solution_is_read_before_answer(tmp_path):
 def test_a_bad_record_is_named(tmp_path, change, message):
     with pytest.raises(DataError, match=f"r.json, record 1 .id 3.*{message}"):
         load(tmp_path, RECORD, RECORD | change)
-    skipped = []
+    skipped = {}
     assert len(load(tmp_path, RECORD, RECORD | change, skipped=skipped)) == 1 and len(skipped) == 1
 
 
@@ -346,4 +355,3 @@ def test_the_loader_gives_prompts_and_errors_in_order(world, builder):
         for i, p in loaded:
             assert isinstance(p, DataError) == (loader.sample(step, i).path == "nowhere.y4m")
             assert isinstance(p, DataError) or len(p.target) > 5
-    assert [len(chunk) for chunk in loader.stream(samples, size=2)] == [2, 1]

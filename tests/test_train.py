@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, needs_shared, run
+from conftest import ROOT, SHARED, flags, needs_shared, run
 from safetensors.torch import load_file
 
 import data
@@ -19,35 +19,6 @@ import model
 import step
 import toy
 import train
-
-TINY = ["--min_pixels", 784, "--max_new", 16, "--prompts", 4, "--group", 4, "--log_every", 1, "--train_vision"]
-
-
-def flags(world, out, algo="grpo", **extra):
-    records = "cot.json" if algo == "sft" else "train.json"
-    return [
-        "train.py",
-        "--algo",
-        algo,
-        "--model",
-        world / "model",
-        "--data",
-        world / records,
-        "--out",
-        out,
-        "--lr",
-        "1e-3",
-        *TINY,
-        *(x for k, v in extra.items() for x in ((f"--{k}",) if v is True else (f"--{k}", v))),
-    ]
-
-
-@pytest.fixture(scope="module")
-def cold_start(tmp_path_factory, world):
-    """A run folder whose policy keeps the format and guesses: rewards differ within a group, so there is something to learn."""
-    out = tmp_path_factory.mktemp("cold") / "sft"
-    run(*flags(world, out, "sft", steps=60, prompts=16))
-    return out
 
 
 def log(out):

@@ -1,0 +1,303 @@
+"""eval.py from files to files: every question once whatever happens, failures are wrong answers, scores by hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, needs_shared, run
+from PIL import Image
+
+import data
+import eval as evaluation
+import model
+import rewards
+from data import Sample
+
+TTS = ["--tts", "--compare", "--start", 8, "--cap", 16, "--m", 3]
+
+
+def flags(world, cold_start, out, *more, records="train.json"):
+    small = ["--min_pixels", 784, "--max_new", 16, "--temperature", 1.5]
+    return ["eval.py", "--model", cold_start, "--data", world / records, "--out", out, *small, *more]
+
+
+def lines(out, method):
+    files = sorted(out.glob(f"{method}.rank*.jsonl"))
+    return [json.loads(x) for f in files for x in f.read_text().splitlines()]
+
+
+def summary(out):
+    """Without what differs from run to run: times, and the model's name."""
+    text = json.loads((out / "summary.json").read_text())
+    return [{k: v for k, v in m.items() if k != "seconds"} for m in text["methods"]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, world, cold_start):
+    """All methods on some records, uninterrupted, on one process."""
+    out = tmp_path_factory.mktemp("eval") / "whole"
+    return out, run(*flags(world, cold_start, out, *TTS))
+
+
+def test_every_method_answers_every_question_once_and_writes_everything(whole, world):
+    out, printed = whole
+    samples = data.load_samples(world / "train.json")
+    names = ["greedy-8", "greedy-16", "vote-8", "vote-16", "s2d-8-16"]
+    assert [m["method"] for m in summary(out)] == names and all(name in printed for name in names)
+    assert "on " in printed and "x 784" in printed and f"{len(samples)} questions" in printed
+    for method in summary(out):
+        answered = lines(out, method["method"])
+        assert sorted(r["record"] for r in answered) == list(range(len(samples)))
+        assert method["accuracy"] == pytest.approx(sum(r["score"] for r in answered) / len(samples))
+        for r in answered:
+            sample = samples[r["record"]]
+            assert (r["id"], r["question"], r["answer"], r["pixels"]) == (sample.id, sample.question, sample.answer, 784)
+            assert r["score"] == rewards.grade(r["given"], sample) and r["seconds"] > 0
+            assert (r["failure"] is None) == (r["given"] is not None)
+            assert r["visual_tokens"] == sum(x["visual_tokens"] for x in r["rounds"])
+            for shown in r["rounds"]:
+                m = 1 if method["method"].startswith("greedy") else 3
+                texts = shown["responses"]
+                assert len(texts) == len(shown["tokens"]) == len(shown["logps"]) == len(shown["truncated"]) == m
+                votes = [rewards.normalize_answer(rewards.extract_answer(t), sample) for t in texts]
+                assert shown["votes"] == votes
+                assert shown["visual_tokens"] == max(1, shown["frames"] // 2)
+    by = summary(out)[0]["by"]["data_source"]
+    assert {k: n for k, (_, n) in by.items()} == Counter(s.source for s in samples)
+
+
+def test_sparse_to_dense_asks_as_the_rounds_say_and_draws_what_a_vote_at_that_density_draws(whole):
+    out, _ = whole
+    votes = {n: {r["record"]: r["rounds"][0] for r in lines(out, f"vote-{n}")} for n in (8, 16)}
+    seen = Counter()
+    for r in lines(out, "s2d-8-16"):
+        frames = [x["frames"] for x in r["rounds"]]
+        assert frames == ([1] if r["data_type"] == "image" else [8, 16][: len(frames)])
+        for x in r["rounds"][:-1]:
+            assert None in x["votes"] or len(set(x["votes"])) > 1  # it went on, so they did not agree
+        last = r["rounds"][-1]["votes"]
+        if frames[-1] < 16 and r["data_type"] == "video":
+            assert last == [r["given"]] * 3
+        for n, x in zip((8, 16), r["rounds"]):
+            assert x["votes"] == votes[n][r["record"]]["votes"] and x["responses"] == votes[n][r["record"]]["responses"]
+        seen[len(frames)] += 1
+    assert seen[1] and seen[2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_start, ranks):
+    out = tmp_path / "cut"
+    command = list(map(str, flags(world, cold_start, out, *TTS)))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29477", "--"] if ranks == 2 else []
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *command],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    written = lambda: sum(f.read_text().count("\n") for f in out.glob("*.jsonl"))
+    n = len(lines(whole[0], "greedy-8"))
+    while process.poll() is None and written() < 2 * n + n // 2:  # in the middle of the third method
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = written()
+    assert n <= before < 5 * n
+    unfinished = sorted(out.glob("*.jsonl"), key=lambda f: f.stat().st_mtime)[-1]
+    with open(unfinished, "a") as f:
+        f.write('{"record": 3, "id"')  # half a line, as a kill in mid-write leaves it
+    run(*command, ranks=ranks)
+    assert summary(out) == summary(whole[0])
+    for method in summary(out):
+        assert sorted(r["record"] for r in lines(out, method["method"])) == list(range(n))
+    run(*command, ranks=3 - ranks)  # nothing is left to do, on any number of ranks
+    assert sum(f.read_text().count("\n") for f in out.glob("*.jsonl")) == 5 * n and summary(out) == summary(whole[0])
+
+
+def test_an_answer_does_not_depend_on_its_company(world, cold_start, builder):
+    samples = data.load_samples(world / "train.json")
+    policy = model.Policy.load(cold_start, dtype=torch.float64)
+    method = evaluation.Method("s2d", 4, 16, 3, 1.5)
+    with ThreadPoolExecutor(2) as pool:
+        ask = lambda batch, order: {
+            q.index: (q.search.answer, [r["responses"] for r in q.rounds])
+            for q in evaluation.answer(
+                policy,
+                builder,
+                [evaluation.Question(i, samples[i], method) for i in order],
+                method,
+                pool=pool,
+                max_new=16,
+                batch=batch,
+            )
+        }
+        assert ask(32, range(6)) == ask(1, range(6)) == ask(4, reversed(range(6)))
+
+
+@pytest.fixture()
+def broken(tmp_path, world):
+    """Eight records: a good one, a broken video, a missing one, one option, options null, a folder of frames, and two that
+    are no records."""
+    good = next(r for r in json.loads((world / "test.json").read_text()) if r["data_source"] == "flash")
+    good["path"] = str(world / good["path"])
+    (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
+    (tmp_path / "frames").mkdir()
+    for i in range(6):
+        Image.fromarray(np.full((28, 28, 3), 40 * i, np.uint8)).save(tmp_path / "frames" / f"{i}.png")
+    records = [
+        good,
+        good | {"path": "broken.y4m"},
+        good | {"path": "nowhere.y4m"},
+        good | {"options": ["A. red"], "solution": "<answer>A</answer>"},
+        good | {"options": None, "problem_type": "numerical", "solution": "<answer>3</answer>"},
+        good | {"path": "frames", "data_type": "frame"},
+        good | {"options": None},
+        "what is this",
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def test_what_cannot_be_answered_is_a_line_with_its_reason_and_a_wrong_answer(broken, cold_start):
+    out = broken / "out"
+    printed = run(*flags(broken, cold_start, out, "--tts", "--start", 4, "--cap", 16, records="records.json"), ranks=2)
+    answered = {r["record"]: r for r in lines(out, "s2d-4-16")}
+    assert sorted(answered) == list(range(8)) and len(lines(out, "s2d-4-16")) == 8
+    assert "broken.y4m: cannot be decoded" in answered[1]["failure"] and answered[1]["rounds"] == []
+    assert "nowhere.y4m: no such file" in answered[2]["failure"]
+    assert "multiple choice without options" in answered[6]["failure"] and "record 7: a str" in answered[7]["failure"]
+    for i in (0, 3, 4, 5):
+        assert answered[i]["rounds"] and answered[i]["failure"] in (None, "no valid answer")
+    assert max(x["frames"] for x in answered[5]["rounds"]) == 6 and answered[5]["fps"] == 3.0
+    assert all(answered[i]["score"] == 0 for i in (1, 2, 6, 7))
+    (method,) = summary(out)
+    assert method["questions"] == 8 and method["unreadable"] == 4
+    assert method["failures"] == sum(r["failure"] is not None for r in answered.values())
+    assert method["accuracy"] == sum(r["score"] for r in answered.values()) / 8
+    assert printed.count("failed: ") >= 4
+
+
+def test_frames_of_an_earlier_round_are_not_decoded_again(world, builder):
+    sample = next(s for s in data.load_samples(world / "train.json") if s.source == "flash")
+    seen = {}
+    few = builder(sample, max_frames=8, fps=float("inf"), decoded=seen).media[0]
+    assert sorted(seen) == data.frame_indices(16, 2, target_fps=8, max_frames=8) and few.available == 16
+    marked = next(iter(seen))
+    seen[marked] = np.full_like(seen[marked], 7)
+    every = builder(sample, max_frames=16, decoded=seen).media[0]
+    fresh = builder(sample, max_frames=16).media[0]
+    assert sorted(seen) == list(range(16)) and (every.frames[marked] == 7).all()
+    others = [i for i in range(16) if i != marked]
+    assert torch.equal(every.frames[others], fresh.frames[others])
+    again = builder(sample, max_frames=16, decoded=seen).media[0]  # nothing is left to decode
+    assert torch.equal(again.frames, every.frames)
+
+
+@needs_shared
+def test_frames_of_a_real_video_do_not_depend_on_what_was_decoded_before():
+    sample = Sample("0", "?", [], "numerical", "video", str(SHARED / "media" / "video_r1_example.mp4"), "1")
+    seen, how = {}, dict(fps=float("inf"), max_pixels=56 * 84)
+    for n in (8, 16, 32):
+        media = data.load_media(sample, max_frames=n, decoded=seen, **how)
+        assert torch.equal(media.frames, data.load_media(sample, max_frames=n, **how).frames) and media.available == 490
+
+
+# ---- scores
+
+
+@needs_shared
+@pytest.mark.parametrize("file", sorted((SHARED / "benchmarks").glob("*.json*")), ids=lambda f: f.stem)
+def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_answer_is_the_commonest(file):
+    samples = data.load_samples(file)
+    golds = [rewards.normalize_answer(s.answer, s) for s in samples]
+    assert all(evaluation.score(gold, s) == 1 for gold, s in zip(golds, samples))
+    assert all(evaluation.score(None, s) == 0 for s in samples)
+    expected = 0
+    for kind in {s.problem_type for s in samples}:
+        group = [(g, s) for g, s in zip(golds, samples) if s.problem_type == kind]
+        if kind == "regression":
+            mra = lambda pred: sum(rewards.mean_relative_accuracy(pred, g) for g, _ in group)
+            expected += max(mra(g) for g, _ in group)
+        else:
+            expected += Counter(g for g, _ in group).most_common(1)[0][1]
+    assert evaluation.constant_answer(samples) == pytest.approx(expected / len(samples))
+
+
+@needs_shared
+def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
+    samples = data.load_samples(SHARED / "benchmarks" / "eval_vsibench.json")
+    kinds = [s.about["original_question_type"] for s in samples]
+    assert len({k for k in kinds}) == 10
+    right = lambda s: s.about["original_question_type"] in ("object_rel_direction_easy", "room_size_estimation")
+    asked = [
+        dict(
+            about=s.about,
+            problem_type=s.problem_type,
+            answer=s.answer,
+            score=float(right(s)),
+            given=rewards.normalize_answer(s.answer if right(s) else "1e9", s),
+        )
+        for s in samples
+    ]
+    scores = evaluation.vsi_bench(asked)
+    assert scores["vsi_bench_official"] == pytest.approx((1 + 1 / 3) / 8)  # one sub-task, a third of another, of eight
+    share = lambda kind: np.mean([right(s) for s in samples if s.problem_type == kind])
+    assert scores["vsi_bench_video_r1"] == pytest.approx((share("regression") + share("multiple choice")) / 2)
+    assert evaluation.vsi_bench([r | {"about": {}} for r in asked]) == {}
+
+
+def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
+    assert evaluation.interval(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)
+    assert evaluation.interval(1.0, 100) == pytest.approx([0.96301, 1.0], abs=1e-5)
+    rows = [
+        dict(score=s, about={"duration": d, "copy": d * 2, "url": str(i)})
+        for i, (s, d) in enumerate(((1, "a"), (0, "a"), (1, "b")))
+    ]
+    assert evaluation.by_group(rows)["duration"] == {"a": [0.5, 2], "b": [1.0, 1]}
+    assert "copy" not in evaluation.by_group(rows)
+    assert rewards.mean_relative_accuracy(1.5, 1.0) == 0.0 and rewards.mean_relative_accuracy(1.5, 1.0, inclusive=True) == 0.1
+    sample = Sample("0", "?", [], "regression", "video", "x", "2")
+    assert evaluation.score(2.5, sample) == 0.5  # evaluation and reward differ here
+    assert rewards.grade(2.5, sample) == pytest.approx(0.75)
+
+
+# ---- the command
+
+
+def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(tmp_path, world, cold_start, whole):
+    out = tmp_path / "out"
+    run(*flags(world, cold_start, out, "--frames", 4))
+    assert "greedy-8" in run(*flags(world, cold_start, out, "--frames", 8, "--workers", 1))  # another method, the same answers
+    assert "--max_pixels 5000" in run(*flags(world, cold_start, out, "--frames", 4, "--max_pixels", 5000), expect=1)
+    command = [x if x != cold_start else world / "model" for x in flags(world, cold_start, out, "--frames", 4)]
+    assert "# weights" in run(*command, expect=1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--model", "./nowhere"], "no such model folder"),
+        (["--data", "nowhere.json"], "nowhere.json: cannot be read"),
+        (["--frames", "5"], "--frames 5: expected at least 2, even"),
+        (["--tts", "--start", "64", "--cap", "32"], "--cap 32: expected at least 64, even"),
+        (["--temperature", "0"], "--temperature 0.0: expected above 0"),
+    ],
+)
+def test_bad_flags_end_with_one_clear_line(tmp_path, world, cold_start, change, message):
+    out = run(*flags(world, cold_start, tmp_path / "a"), *change, expect=1)
+    assert message in out and "Traceback" not in out
+
+
+def test_without_a_trained_toy_the_default_says_what_to_do(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "--tts"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "train the toy with `python train.py` first" in done.stderr and "Traceback" not in done.stderr
