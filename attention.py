@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 NAME = "shared_prefix"
+CACHE_TOKENS = 2**19  # prompts are decoded together up to so many tokens of keys and values: 28 GB for a 7B in bf16
+LOGITS_PER_CHUNK = 2**27  # fp32 numbers of one chunk of log-softmax: 512 MB
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, scaling, **_):
@@ -42,7 +44,9 @@ class PackedRow:
 
     lengths: for each group (P, [R_1, ..., R_G]); [] responses is a plain prompt (prefill).
     cache: a DecodeCache that receives the prompts' keys and values, prompt i of the row in slot `first_slot` + i.
+    `own`, `find` and `collect` matter where a row is dealt over ranks (mrsp.ShardedRow); here all tokens are at hand.
     """
+    own = slice(None)
 
     def __init__(self, lengths, device, cache=None, first_slot=0):
         self.cache, self.first_slot = cache, first_slot
@@ -68,6 +72,14 @@ class PackedRow:
                 k_g, v_g = (x.repeat_interleave(per_kv, dim=1) for x in (k_g, v_g))
                 out.append(attention(q_g[:, :, P:], k_g, v_g, attn_mask=mask))
         return torch.cat(out, dim=2)
+
+    def find(self, tokens):
+        """Of the given tokens of the row: the indices of those that are here, and where their hidden states are."""
+        return slice(None), tokens
+
+    def collect(self, x, tokens):
+        """x (k, ...) of what `find` gave -> (len(tokens), ...) of all tokens."""
+        return x
 
 
 class DecodeCache:

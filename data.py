@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
 from rewards import PROBLEM_TYPES, choice_letter, extract_answer, parse_number
-from video import MERGE, PATCH, VideoError, frame_count, frame_indices, read_clip, read_video, resize, smart_resize
+from video import MERGE, PATCH, Clip, VideoError, frame_count, frame_indices, read_clip, read_video, resize, smart_resize
 
 __all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "Loader", "patchify",
            "normalize", "frame_indices", "read_video", "smart_resize"]
@@ -65,7 +65,7 @@ def load_samples(path, *, media_root=None, skipped=None):
     path = Path(path)
     root = Path(media_root) if media_root else path.parent
     samples = []
-    for i, (where, read) in enumerate(_records(path)):
+    for i, (where, read) in enumerate(read_records(path)):
         try:
             samples.append(_sample(read(), where, root, path.stem))
         except DataError as e:
@@ -78,8 +78,9 @@ def load_samples(path, *, media_root=None, skipped=None):
     return samples
 
 
-def _records(path):
-    """[(where, a function that gives the record), ...]; `where` names file and record."""
+def read_records(path):
+    """The records of a file as they are -> [(where, a function that gives the record), ...]; `where` names file and record."""
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -179,6 +180,7 @@ class Media:
     kind: str  # "video" or "image"
     seconds_per_grid: float = 0.0
     available: int = 1  # frames that the file would show without max_frames
+    key: str | None = None  # what the pixels are a function of: file (path, size, time), frame indices, frame size
 
     @property
     def grid(self):
@@ -222,17 +224,25 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
     counts = dict(target_fps=fps, min_frames=min_frames, max_frames=max_frames)
     pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
     try:
+        file = _identity(Path(sample.path))
         if sample.data_type == "image":
-            frames, seconds, available = resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0, 1
+            clip = Clip(resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0, 1, [0])
         elif sample.data_type == "video":
-            frames, seconds, available = read_clip(sample.path, **counts, **pixels, timeout=decode_timeout, decoded=decoded)
+            clip = read_clip(sample.path, **counts, **pixels, timeout=decode_timeout, decoded=decoded)
         else:
-            frames, seconds, available = _read_folder(sample.path, sample.fps, counts, pixels)
+            clip = _read_folder(sample.path, sample.fps, counts, pixels)
     except (ValueError, OSError) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
         where = "" if sample.path in str(e) else f"{sample.path}: "
         raise DataError(f"record {sample.id}: {where}{e}") from e
-    frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, 3, 1)))
-    return Media(frames, "image" if sample.data_type == "image" else "video", 2 * seconds, available)
+    frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip.frames, 3, 1)))
+    return Media(frames, "image" if sample.data_type == "image" else "video", 2 * clip.seconds, clip.available,
+                 repr((file, clip.indices, tuple(frames.shape[2:]))))
+
+
+def _identity(path):
+    """What tells a file (or the files of a folder) from what stood there before: paths, sizes, times of change."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] * path.exists()
+    return [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
 
 
 def _read_folder(path, fps, counts, pixels):
@@ -245,7 +255,7 @@ def _read_folder(path, fps, counts, pixels):
     if len(shapes := {f.shape for f in frames}) > 1:
         raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
     available = frame_count(len(files), fps, target_fps=counts["target_fps"], min_frames=counts["min_frames"])
-    return np.stack(frames), len(files) / fps / len(indices), available
+    return Clip(np.stack(frames), len(files) / fps / len(indices), available, indices)
 
 
 def normalize(frames, dtype=torch.float32, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):

@@ -4,6 +4,7 @@
                                             sparse-to-dense, at 4, 8 and 16 frames
     python eval.py --model DIR --data eval_mvbench.json --frames 32        one greedy answer to every question
     python eval.py --model DIR --data eval_videomme.json --tts             sparse-to-dense: 32 to 128 frames, m = 5
+    python eval.py --model DIR --data train.json --m 10 --filter kept.json      what is neither too easy nor too hard to learn
     torchrun --nproc_per_node 8 -- eval.py ...      the same on 8 processes (without --, torchrun takes --start for its own)
 
 What it leaves in --out: METHOD.rankN.jsonl, one line per question with everything (rounds, votes, responses, frames, tokens,
@@ -29,7 +30,7 @@ from transformers.utils import logging as hf_logging
 import rewards
 import toy
 import tts
-from data import DataError, Prompt, PromptBuilder, Sample, load_samples
+from data import DataError, Prompt, PromptBuilder, Sample, load_samples, read_records
 from model import ModelError, Policy, fingerprint, local_folder
 from rollout import generate
 from run import MEDIA, RANK, WORLD, flag_lines, flag_parser, gather, media_flags, refuse_changes, say, seed, start_ranks
@@ -67,6 +68,8 @@ def parse_args(argv=None):
     add(g, "m", 5, "responses of a round")
     add(g, "temperature", 1.0, "of the m responses; a single one is greedy")
     flag(g, "compare", "with --tts: also a greedy answer, and a vote of --m, at every number of frames from --start to --cap")
+    add(g, "filter", None, "write to this file the records that --m responses at --frames frames answer neither always right nor "
+        "always wrong, with their pass_rate: what RL can learn from (LongVILA-R1: --m 10)")
     args = p.parse_args(argv)
     if bool(args.model) != bool(args.data):
         p.error("--model and --data: expected both, or neither for the toy")
@@ -74,6 +77,8 @@ def parse_args(argv=None):
         if getattr(args, name) < least or (name in ("frames", "start", "cap") and getattr(args, name) % 2):
             even = ", even" if name in ("frames", "start", "cap") else ""
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}{even}")
+    if args.filter and args.tts:
+        p.error("--filter: expected without --tts")
     if args.temperature <= 0:
         p.error(f"--temperature {args.temperature}: expected above 0")
     return args
@@ -82,14 +87,14 @@ def parse_args(argv=None):
 def methods(args):
     """The methods that the flags ask for."""
     greedy = lambda n: Method(f"greedy-{n}", n, n, 1, 0.0)
+    vote = lambda n: Method(f"vote-{n}", n, n, args.m, args.temperature)
     if not args.tts:
-        return [greedy(args.frames)]
+        return [vote(args.frames) if args.filter else greedy(args.frames)]
     frames = [args.start]
     while frames[-1] < args.cap:
         frames.append(min(2 * frames[-1], args.cap))
-    votes = [Method(f"vote-{n}", n, n, args.m, args.temperature) for n in frames]
     search = Method(f"s2d-{args.start}-{args.cap}", args.start, args.cap, args.m, args.temperature)
-    return [*map(greedy, frames), *votes, search] if args.compare else [search]
+    return [*map(greedy, frames), *map(vote, frames), search] if args.compare else [search]
 
 
 # ---- answering
@@ -330,6 +335,20 @@ def table(summary):
     return "\n".join(out)
 
 
+def write_filtered(lines, samples, source, target):
+    """Writes the records whose responses are sometimes right (score above 0.5), each with its pass_rate -> what to say of it."""
+    rates = {r["record"]: mean(rewards.grade(vote, samples[r["record"]]) > 0.5 for vote in r["rounds"][0]["votes"])
+             for r in lines if r["rounds"]}
+    kept = [read() | {"pass_rate": rates[i]} for i, (_, read) in enumerate(read_records(source)) if 0 < rates.get(i, 0) < 1]
+    partial = Path(f"{target}.partial")
+    rows = "".join(json.dumps(r) + "\n" for r in kept)
+    partial.write_text(rows if Path(target).suffix == ".jsonl" else json.dumps(kept, indent=1), encoding="utf-8")
+    partial.replace(target)
+    always, never = (sum(rate == x for rate in rates.values()) for x in (1, 0))
+    return (f"{target}: {len(kept)} of {len(lines)} records kept; always right: {always}, never: {never}, "
+            f"unreadable: {len(lines) - len(rates)}")
+
+
 # ---- the command
 
 def main(argv=None):
@@ -380,6 +399,8 @@ def evaluate(args, device):
     if RANK == 0:
         (out / "summary.json").write_text(json.dumps(summary, indent=1))
         say(table(summary))
+        if args.filter:
+            say(write_filtered(read(out, asked[0]), samples, args.data, args.filter))
     return summary
 
 

@@ -22,11 +22,11 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import attention
+import mrsp
 from data import normalize, patchify
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
-LOGITS_PER_CHUNK = 2**27  # fp32 numbers of one chunk of log-softmax: 512 MB
 
 
 class ModelError(ValueError):
@@ -111,6 +111,7 @@ class Policy(nn.Module):
     def __init__(self, net, folder):
         super().__init__()
         self.net, self.folder = net, Path(folder)
+        self.group, self.embedding_cache = mrsp.ALONE, None  # sequence parallelism: mrsp.py
         # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
         files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in self.folder.glob(pattern)]
         self.side_files = {f.name: f.read_bytes() for f in files if not f.name.endswith((".index.json", "state.json"))}
@@ -164,6 +165,13 @@ class Policy(nn.Module):
     def device(self):
         return self.banned.device
 
+    @property
+    def compute_dtype(self):
+        """What the network computes in: autocast's dtype, or that of the weights."""
+        device = self.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self.text.embed_tokens.weight.dtype
+
     def freeze_vision(self):
         """Keeps the vision tower as it is: no gradients, and embeddings of `encode` stay valid for the whole run."""
         self.net.model.visual.requires_grad_(False)
@@ -173,12 +181,16 @@ class Policy(nn.Module):
     def encode(self, prompts):
         """Visual embeddings of each prompt's media in order, [(V, D), ...]; V = sum of t * h * w / merge^2, (0, D) for text.
 
-        With gradients under torch.enable_grad, for a vision tower that is trained. Splits and batches of media at 2-frame
-        grids are exact up to rounding: the tower attends within one grid only.
+        The work of the sequence-parallel group, once for each medium (mrsp.encode); with gradients under torch.enable_grad.
         """
-        visual, V = self.net.model.visual, self.merge**2
-        grids = [(m, i) for p in prompts for m in p.media for i in range(m.grid[0])]  # every 2-frame grid of every medium
-        out, i = [], 0
+        return mrsp.encode(self, prompts)
+
+    def encode_grids(self, grids):
+        """The vision tower on 2-frame grids [(Media, number of the grid), ...] -> their embeddings in order (V, D).
+
+        Splits and batches at grids are exact up to rounding: the tower attends within one grid only.
+        """
+        visual, out, i = self.net.model.visual, [], 0
         while i < len(grids):
             end, patches = i + 1, grids[i][0].grid[1] * grids[i][0].grid[2]
             while end < len(grids) and patches + (more := grids[end][0].grid[1] * grids[end][0].grid[2]) <= PATCHES_PER_CALL:
@@ -193,9 +205,10 @@ class Policy(nn.Module):
             sizes = torch.tensor([(n, *m.grid[1:]) for m, _, n in runs], device=self.device)
             out.append(visual(pixels, grid_thw=sizes).pooler_output)
             i = end
-        out.append(self.text.embed_tokens.weight.new_zeros(0, self.config.text_config.hidden_size))  # text only: no rows
-        out = torch.cat(out)
-        return list(out.split([sum(m.grid[0] * m.grid[1] * m.grid[2] // V for m in p.media) for p in prompts]))
+        if not out:  # no rows, but a gradient of zero where one is wanted: all ranks reduce the same parameters
+            nothing = torch.zeros(0, self.config.text_config.hidden_size, device=self.device) + _nothing(visual)
+            out.append(nothing.to(self.compute_dtype))
+        return torch.cat(out)
 
     def positions(self, prompt):
         """(3, P) M-RoPE ids of a prompt and the id of its first response token."""
@@ -203,20 +216,14 @@ class Policy(nn.Module):
                                video_token=self.config.video_token_id, image_token=self.config.image_token_id,
                                tokens_per_second=self.tokens_per_second)
 
-    def embed(self, ids, features=None):
-        """Token embeddings (S, D), the visual tokens replaced by `features` (V, D) in order."""
-        ids = ids.to(self.device)
-        x = self.text.embed_tokens(ids)
-        if features is not None and len(features):
-            visual = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
-            x = x.masked_scatter(visual[:, None], features.to(x.dtype))
-        return x
+    def embed(self, ids):
+        """Token embeddings (..., D) of token ids; visual tokens are run_row's to replace."""
+        return self.text.embed_tokens(ids.to(self.device))
 
     def run_text(self, x, positions, plan):
         """The language model on embeddings x (N, S, D) at positions (3, N, S): last hidden states (N, S, D)."""
-        if torch.is_autocast_enabled(self.device.type):
-            x = x.to(torch.get_autocast_dtype(self.device.type))
-        out = self.text(inputs_embeds=x, position_ids=positions.to(self.device), attention_mask=None, use_cache=False, plan=plan)
+        out = self.text(inputs_embeds=x.to(self.compute_dtype), position_ids=positions.to(self.device), attention_mask=None,
+                        use_cache=False, plan=plan)
         return out.last_hidden_state
 
     def logits(self, hidden):
@@ -229,6 +236,28 @@ class Policy(nn.Module):
 
     # ---- packed groups -> log-probs
 
+    def run_row(self, prompts, responses, features, cache=None, first_slot=0):
+        """One packed row through the language model -> (hidden states of this rank's tokens (n, D), the row's plan, the
+        position after each prompt). responses: lists of token ids, one list a prompt.  cache, first_slot: see PackedRow."""
+        ids, visual, positions, lengths, following = [], [], [], [], []
+        for prompt, group in zip(prompts, responses, strict=True):
+            where, first = self.positions(prompt)
+            ids += [prompt.ids, *(r.cpu() for r in group)]
+            visual += [(prompt.ids == self.config.video_token_id) | (prompt.ids == self.config.image_token_id),
+                       torch.zeros(sum(map(len, group)), dtype=torch.bool)]
+            positions += [where, *((first + torch.arange(len(r))).expand(3, -1) for r in group)]
+            lengths.append((len(prompt.ids), [len(r) for r in group]))
+            following.append(first)
+        if self.group.size == 1:
+            plan = attention.PackedRow(lengths, self.device, cache, first_slot)
+        else:
+            plan = mrsp.ShardedRow(lengths, self.device, self.group, cache, first_slot)
+        ids, visual, positions = (torch.cat(parts, dim=-1).to(self.device) for parts in (ids, visual, positions))
+        number, visual = (visual.cumsum(0) - 1)[plan.own], visual[plan.own]  # of each visual token, and where this rank has one
+        x = self.embed(ids[plan.own])
+        x = x.masked_scatter(visual[:, None], torch.cat(features)[number[visual]].to(x.dtype))
+        return self.run_text(x[None], positions[:, None, plan.own], plan)[0], plan, following
+
     def forward(self, prompts, responses, features=None, temperature=1.0):
         """Log-probs of all response tokens of B groups, each prompt run once (shared prefix).
 
@@ -237,44 +266,45 @@ class Policy(nn.Module):
         0 beyond a response's end. Parameters that took no part get a zero gradient, so that every rank of a
         DistributedDataParallel group reduces the same set: also with no groups at all.
         """
-        flat = [r.to(self.device) for group in responses for r in group]
-        lengths = [len(r) for r in flat]
-        untouched = [] if prompts else [p for p in self.parameters() if p.requires_grad]
+        lengths = [len(r) for group in responses for r in group]
+        untouched = None if prompts else self
         if prompts:
             if features is None:
                 features = self.encode(prompts)
             if not any(len(f) for f in features) or not any(f.requires_grad for f in features):
-                untouched = [p for p in self.net.model.visual.parameters() if p.requires_grad]
+                untouched = self.net.model.visual
             logp, entropy = self._score(prompts, responses, features, temperature)
         else:
             logp = entropy = torch.zeros(0, device=self.device)
-        if untouched and torch.is_grad_enabled():
-            logp = logp + sum(p.flatten()[0] * 0 for p in untouched)
+        if untouched is not None:
+            logp = logp + _nothing(untouched)
         pad = lambda x: nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) if lengths else x.view(0, 0)
         return pad(logp), pad(entropy)
 
     def _score(self, prompts, responses, features, temperature):
-        x, positions, lengths, sources, start = [], [], [], [], 0
-        for prompt, group, feature in zip(prompts, responses, features, strict=True):
-            where, following = self.positions(prompt)
-            x += [self.embed(prompt.ids, feature), *(self.embed(r) for r in group)]
-            positions += [where, *((following + torch.arange(len(r))).expand(3, -1) for r in group)]
-            lengths.append((len(prompt.ids), [len(r) for r in group]))
+        hidden, plan, _ = self.run_row(prompts, responses, features)
+        sources, start = [], 0  # of every response token, the token of the row that predicts it
+        for prompt, group in zip(prompts, responses):
             last, start = start + len(prompt.ids) - 1, start + len(prompt.ids)
             for r in group:  # token 0 of EVERY response is predicted by the last prompt token, token t by token t - 1
                 sources += [torch.tensor([last]), torch.arange(start, start + len(r) - 1)]
                 start += len(r)
-        plan = attention.PackedRow(lengths, self.device)
-        hidden = self.run_text(torch.cat(x)[None], torch.cat(positions, dim=1)[:, None], plan)[0]
-        hidden = hidden[torch.cat(sources).to(self.device)]  # (all response tokens, D): no logits for the prompt
-        targets = torch.cat([r for group in responses for r in group]).to(self.device)
-        chunk = max(1, LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
-        out = [checkpoint(self._log_softmax, h, t, temperature, use_reentrant=False)
-               for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-        return tuple(torch.cat(column) for column in zip(*out))
+        sources = torch.cat(sources).to(self.device)
+        targets = torch.cat([r.to(self.device) for group in responses for r in group])
+        mine, where = plan.find(sources)
+        chunk = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
+        out = [checkpoint(self._log_softmax, h, t, temperature, use_reentrant=False)  # no logits for the prompt
+               for h, t in zip(hidden[where].split(chunk), targets[mine].split(chunk))]
+        return tuple(plan.collect(torch.cat(column), sources) for column in zip(*out))
 
     def _log_softmax(self, hidden, targets, temperature):
         logits = self.logits(hidden) / temperature  # (chunk, vocabulary), recomputed in the backward pass
         logp = logits.log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def _nothing(module):
+    """Zero, with a gradient of zero for every parameter that is trained."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return sum(p.flatten()[0] * 0 for p in trained) if trained and torch.is_grad_enabled() else 0

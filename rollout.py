@@ -1,7 +1,8 @@
 """Rollout: G responses from one prompt. Encode once, prefill once, decode all.
 
     encode   visual embeddings of every prompt (model.Policy.encode, shared with the log-prob passes of the step)
-    prefill  every prompt once through the language model, its keys and values kept in ONE copy
+    prefill  every prompt once through the language model, its keys and values kept in ONE copy (of every rank of policy.group,
+             which deals the responses: mrsp.py)
     decode   the groups of all prompts together, one token a step, against that copy (attention.DecodeCache)
     sample   by inverse transform: token = first whose cumulative probability exceeds u. The u of (prompt, response, step)
              come from the prompt's own seed, so a rollout does not depend on which rank or batch it ran in.
@@ -11,12 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attention import DecodeCache, PackedRow
+from attention import CACHE_TOKENS, DecodeCache
 from data import Prompt
 
 COMPACT_EVERY = 4  # decode steps between two looks at who has finished: each look is a host sync
 PREFILL_TOKENS = 16384  # of one packed row of prompts
-CACHE_TOKENS = 2**19  # prompts are decoded together up to so many tokens of keys and values: 28 GB for a 7B in bf16
 
 
 @dataclass(eq=False)
@@ -49,10 +49,12 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
         settings = dict(max_new=max_new, temperature=temperature, top_p=top_p)
         halves = slice(len(prompts) // 2), slice(len(prompts) // 2, None)
         return sum((generate(policy, prompts[h], G, seeds=seeds[h], features=features[h], **settings) for h in halves), [])
-    uniform = torch.stack([torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-                           for s in seeds]).flatten(0, 1).to(device)  # (B * G, max_new)
+    ranks, whole = policy.group, G
+    G = len(range(ranks.rank, whole, ranks.size))  # the responses of each prompt that this rank decodes
+    uniform = torch.stack([torch.rand(whole, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+                           for s in seeds])[:, ranks.rank :: ranks.size].flatten(0, 1).to(device)  # (B * G, max_new)
 
-    cache = DecodeCache(policy.config.text_config, lengths, G, max_new, device=device, dtype=_compute_dtype(policy))
+    cache = DecodeCache(policy.config.text_config, lengths, G, max_new, device=device, dtype=policy.compute_dtype)
     last, following = prefill(policy, prompts, features, cache)
     N = len(prompts) * G
     eos = torch.tensor(policy.eos_ids, device=device)
@@ -63,7 +65,7 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
     done = torch.zeros(N, dtype=torch.bool, device=device)
     hidden = last.repeat_interleave(G, dim=0)  # (N, D): the last prompt token predicts the first token of every response
 
-    for t in range(max_new):
+    for t in range(max_new if N else 0):
         token, logp = sample(policy.logits(hidden), uniform[rows, t], temperature, top_p)
         tokens[rows, t] = torch.where(done, -1, token)
         logps[rows, t] = torch.where(done, 0.0, logp.to(logps.dtype))
@@ -79,16 +81,15 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
         cache.t += 1
 
     policy.train(training)
-    tokens, logps = tokens.cpu(), logps.cpu()
-    groups = []
-    for b, prompt in enumerate(prompts):
-        group = Group(prompt)
-        for i in range(b * G, (b + 1) * G):
-            n = int((tokens[i] >= 0).sum())
-            group.responses.append(tokens[i, :n].clone())
-            group.logps.append(logps[i, :n].clone())
-            group.truncated.append(int(tokens[i, n - 1]) not in policy.eos_ids)
-        groups.append(group)
+    dealt = ranks.exchange(tuple(x.cpu().view(len(prompts), G, max_new) for x in (tokens, logps)))
+    groups = [Group(prompt) for prompt in prompts]
+    for b, group in enumerate(groups):
+        for i in range(whole):
+            response, logp = (x[b, i // ranks.size] for x in dealt[i % ranks.size])
+            n = int((response >= 0).sum())
+            group.responses.append(response[:n].clone())
+            group.logps.append(logp[:n].clone())
+            group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
     return groups
 
 
@@ -99,12 +100,9 @@ def prefill(policy, prompts, features, cache):
         end, total = i + 1, len(prompts[i].ids)
         while end < len(prompts) and total + len(prompts[end].ids) <= PREFILL_TOKENS:
             end, total = end + 1, total + len(prompts[end].ids)
-        positions, nexts = zip(*(policy.positions(p) for p in prompts[i:end]))
-        x = torch.cat([policy.embed(p.ids, f) for p, f in zip(prompts[i:end], features[i:end])])
-        plan = PackedRow([(len(p.ids), []) for p in prompts[i:end]], policy.device, cache, first_slot=i)
-        hidden = policy.run_text(x[None], torch.cat(positions, dim=1)[:, None], plan)[0]
-        ends = torch.tensor([len(p.ids) for p in prompts[i:end]]).cumsum(0) - 1
-        last.append(hidden[ends.to(policy.device)])
+        hidden, plan, nexts = policy.run_row(prompts[i:end], [[] for _ in range(i, end)], features[i:end], cache, first_slot=i)
+        ends = torch.tensor([len(p.ids) for p in prompts[i:end]], device=policy.device).cumsum(0) - 1
+        last.append(plan.collect(hidden[plan.find(ends)[1]], ends))
         following += nexts
         i = end
     return torch.cat(last), torch.tensor(following, device=policy.device)
@@ -140,8 +138,3 @@ def compact(cache, rows, position, done, token):
     kept = (prompts[:, None] * cache.G + order).flatten()
     cache.keep(prompts, kept, G)
     return rows[kept], position[kept], done[kept], token[kept]
-
-
-def _compute_dtype(policy):
-    device = policy.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else next(policy.text.parameters()).dtype

@@ -87,13 +87,13 @@ def seed(*parts):
     return random.Random(" ".join(map(str, parts))).getrandbits(62)
 
 
-def gather(x):
-    """The objects of all ranks, as a list."""
+def gather(x, every=1):
+    """The objects of all ranks, as a list; every: of the first rank of every so many, which all have the same."""
     if WORLD == 1:
         return [x]
     out = [None] * WORLD
     dist.all_gather_object(out, x)
-    return out
+    return out[::every]
 
 
 def say(text):

@@ -3,7 +3,8 @@
     sft_step    the log-prob of the reasoning and answer that a record holds goes up
     grpo_step   rollout and rewards (roll), advantages, gradient (grpo_gradient), update; with T-GRPO's shuffled responses
 Rewards are gathered from all ranks before advantages are taken, and every loss is divided by a count over the whole batch, so
-that any split of the step over ranks and rows gives the same gradient.
+that any split of the step over ranks and rows gives the same gradient. The ranks of a sequence-parallel group (mrsp.py) have the
+same prompts here, compute the same losses, and their gradients add up; their numbers are counted once.
 """
 
 import contextlib
@@ -33,6 +34,11 @@ def pack(items, lengths, budget):
     return rows
 
 
+def core(policy):
+    """The Policy inside DistributedDataParallel."""
+    return policy.module if WORLD > 1 else policy
+
+
 def backward(policy, rows, loss):
     """Accumulates the gradient of loss(row), each row's share of the GLOBAL loss, computed through policy's forward.
 
@@ -51,8 +57,8 @@ def sft_step(policy, prompts, optimize, args):
 
     prompts: [(position in the step, Prompt)] of this rank. Returns as grpo_step; there are no samples to log.
     """
-    prompts = [p for _, p in prompts]
-    tokens = sum(gather(sum(len(p.target) for p in prompts)))
+    prompts, size = [p for _, p in prompts], core(policy).group.size
+    tokens = sum(gather(sum(len(p.target) for p in prompts), size))
     total = []
 
     def loss(row):
@@ -64,9 +70,9 @@ def sft_step(policy, prompts, optimize, args):
         backward(policy, pack(prompts, [len(p.ids) + len(p.target) for p in prompts], args.row_tokens), loss)
     with timed("optimizer"):
         entry = optimize()
-    shown = torch.tensor(sum(gather([p.frames_x_pixels for p in prompts]), []), dtype=torch.float64).mean(0)
-    return {"loss": sum(gather(sum(total))), "response_length": tokens / sum(gather(len(prompts))),
-            "frames": float(shown[0]), "pixels": float(shown[1]), **entry}, [], tokens
+    shown = torch.tensor(sum(gather([p.frames_x_pixels for p in prompts], size), []), dtype=torch.float64)
+    return {"loss": sum(gather(sum(total), size)), "response_length": tokens / len(shown),
+            "frames": float(shown[:, 0].mean()), "pixels": float(shown[:, 1].mean()), **entry}, [], tokens
 
 
 def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
@@ -75,8 +81,7 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
     prompts: as in sft_step.  more(k): the prompts of refill k (DAPO's dynamic sampling).  reference: frozen, when beta > 0.
     optimize: clips the gradient and steps the optimizer -> log entry. Returns (log entry, samples to log, response tokens).
     """
-    core = policy.module if WORLD > 1 else policy
-    mine, everyone = roll(core, prompts, builder, step, args)
+    mine, everyone = roll(core(policy), prompts, builder, step, args)
     rounds = 0
     if args.drop_zero_std:
         mixed = lambda: [s for s in everyone if len(set(s["reward"])) > 1]
@@ -84,7 +89,7 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
             rounds += 1
             with timed("data"):
                 extra = more(rounds)
-            more_mine, more_everyone = roll(core, extra, builder, step, args)
+            more_mine, more_everyone = roll(core(policy), extra, builder, step, args)
             mine, everyone = mine | more_mine, everyone + more_everyone
         if args.refill and len(mixed()) < args.prompts:
             say(f"step {step + 1}: {len(mixed())} of {args.prompts} groups have mixed rewards after {rounds} refills")
@@ -157,7 +162,7 @@ def roll(policy, prompts, builder, step, args):
             numbers.append(dict(position=i, lengths=[len(r) for r in group.responses], truncated=group.truncated,
                                 **dict(zip(("shuffled", "orders"), shuffled.get(i, (None, None)))), shown=prompt.frames_x_pixels,
                                 **{name: [p[name] for p in parts] for name in PARTS}))
-        return mine, sorted(sum(gather(numbers), []), key=lambda s: s["position"])
+        return mine, sorted(sum(gather(numbers, policy.group.size), []), key=lambda s: s["position"])
 
 
 def shuffled_rollout(policy, prompts, features, builder, step, sampling, args):
@@ -174,7 +179,7 @@ def shuffled_rollout(policy, prompts, features, builder, step, sampling, args):
             if args.shuffle == "grid":
                 embedded.append(tgrpo.reorder(feature, order))
             out.setdefault(i, ([], []))[1].append(order.tolist())
-            shuffled.append(replace(prompt, media=[replace(media, frames=frames)]))
+            shuffled.append(replace(prompt, media=[replace(media, frames=frames, key=None)]))
             seeds.append(seed(args.seed, step, i, "shuffled", k))
             positions.append(i)
     groups = generate(policy, shuffled, args.group // 2 // args.shuffles, seeds=seeds, features=embedded or None, **sampling)
@@ -241,7 +246,8 @@ def grpo_gradient(policy, reference, groups, mine, args):
 
     lengths = [len(m.group.prompt.ids) + sum(map(len, m.group.responses)) for m, _, _ in batch]
     backward(policy, pack(batch, lengths, args.row_tokens), loss)
-    return {name: sum(t[name] for t in gather(totals)) for name in totals}
+    every = gather(totals, core(policy).group.size)
+    return {name: sum(t[name] for t in every) for name in totals}
 
 
 def score(text, tokens, sample, args):

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
 import grpo
+import mrsp
 import toy
 from data import DataError, Loader, PromptBuilder, load_samples
 from eval import Method, Question, answer
@@ -101,6 +102,10 @@ def parse_args(argv=None):
     add(g, "clip_grad", 1.0, "largest gradient norm")
     flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
     flag(g, "no_checkpointing", "keep all activations instead of recomputing each layer in the backward pass")
+    g = p.add_argument_group("long videos (mrsp.py)")
+    add(g, "sp", "1", "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length")
+    add(g, "embedding_cache", None, "folder for the embeddings of a frozen vision tower, shared by runs")
+    add(g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first")
     g = p.add_argument_group("logs and checkpoints")
     add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)")
     add(g, "eval_every", 100, "steps between evaluations on --eval_data, also done before the first and after the last")
@@ -123,6 +128,10 @@ def parse_args(argv=None):
         p.error("--updates: expected at most --prompts; --refill: expected --drop_zero_std beside it")
     if args.dual_clip and (args.dual_clip <= 1 or args.variant == "cispo"):
         p.error(f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, which does not clip below")
+    if args.sp != "auto" and (not args.sp.isdigit() or int(args.sp) < 1 or WORLD % int(args.sp)):
+        p.error(f"--sp {args.sp}: expected auto or a divisor of the {WORLD} ranks")
+    if args.embedding_cache and args.train_vision:
+        p.error("--embedding_cache: expected a frozen vision tower; with --train_vision its embeddings change with every step")
     if args.algo == "tgrpo" and args.group // 2 % max(args.shuffles, 1):
         p.error(f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses")
     return args
@@ -183,6 +192,11 @@ def usable(loaded, errors):
     return [(i, p) for i, p in loaded if not isinstance(p, DataError)]
 
 
+def share(group, prompts):
+    """The prompts of a sequence-parallel group: each was loaded by one of its ranks, now all have them, in order."""
+    return sorted(sum(group.exchange(prompts), []), key=lambda p: p[0])
+
+
 def update(optimizer, trained, step, args):
     """Clips the gradient and steps, unless the gradient is not finite -> log entry."""
     for group in optimizer.param_groups:
@@ -217,12 +231,15 @@ def load(args, checkpoint, device):
     if not samples:
         raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
     held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
+    if args.embedding_cache:
+        tower = [str(policy.net.model.visual.dtype), device.type, mrsp.digest(*policy.net.model.visual.parameters())]
+        policy.embedding_cache = mrsp.EmbeddingCache(args.embedding_cache, args.cache_gb, tower)
     for message in bad[:5]:
         say(f"skipped: {message}")
     say(f"{args.algo}: {args.out}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped, "
         f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}")
     loader = Loader(samples, builder, prompts=args.prompts, seed=args.seed, workers=args.workers, target=args.algo == "sft",
-                    rank=RANK, world=WORLD)
+                    rank=mrsp.turn(RANK, WORLD), world=WORLD)
     return policy, reference, loader, held_out
 
 
@@ -255,6 +272,7 @@ def train(args, device):
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
 
     def held_out_accuracy():
+        policy.group = mrsp.ALONE  # every rank answers its own questions
         with autocast, timed("evaluate"):
             return evaluate(policy, held_out, loader, args)
 
@@ -268,6 +286,14 @@ def train(args, device):
             errors = []
             with timed("data"):
                 prompts = usable(loader.load(step), errors)
+                lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
+                size, estimate = mrsp.smallest_group(policy, reference, lengths, args, WORLD)
+                group = policy.group = mrsp.group_of(size)
+                if reference:
+                    reference.group = group
+                if step == start and WORLD > 1:
+                    say(f"sequence parallelism: {estimate}")
+                prompts = share(group, prompts)
             entry, some, tokens = {"skipped_update": True}, [], 0
             if len(errors) < args.prompts:
                 empty_steps = 0
@@ -277,7 +303,7 @@ def train(args, device):
                     if args.algo == "sft":
                         entry, some, tokens = sft_step(wrapped, prompts, optimize, args)
                     else:
-                        more = lambda k: usable(loader.refill(step, k), errors)
+                        more = lambda k: share(group, usable(loader.refill(step, k), errors))
                         entry, some, tokens = grpo_step(wrapped, reference, prompts, more, loader.builder, step, optimize, args)
                 policy.eval()
             elif (empty_steps := empty_steps + 1) == EMPTY_STEPS:

@@ -75,10 +75,11 @@ _worker = threading.local()  # one worker process per reading thread
 
 class Clip(NamedTuple):
     """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of 28. seconds: the clip's true duration / T.
-    available: frames that the clip would show without max_frames."""
+    available: frames that the clip would show without max_frames. indices: of the T frames in the file."""
     frames: np.ndarray
     seconds: float
     available: int
+    indices: list[int]
 
 
 def read_video(path, **how):
@@ -108,8 +109,9 @@ def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4
         reply = json.loads(process.stdout.readline())
         if "error" not in reply:
             frames = np.frombuffer(process.stdout.read(math.prod(reply["shape"])), np.uint8).reshape(reply["shape"])
-            decoded.update(zip((i for i in reply["indices"] if i not in decoded), frames))
-            return Clip(np.stack([decoded[i] for i in reply["indices"]]), reply["seconds"], reply["available"])
+            indices = reply["indices"]
+            decoded.update(zip((i for i in indices if i not in decoded), frames))
+            return Clip(np.stack([decoded[i] for i in indices]), reply["seconds"], reply["available"], indices)
     except (ValueError, OSError) as e:  # the worker is gone: no answer, or half of one
         late = not timer.is_alive()
         close_worker()

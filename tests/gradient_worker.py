@@ -15,6 +15,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+import mrsp  # noqa: E402
 import run  # noqa: E402
 import step  # noqa: E402
 import train  # noqa: E402
@@ -56,11 +57,14 @@ step.rewards.accuracy_reward = lambda text, sample: len(text) / 100  # a random 
 wrapped = DistributedDataParallel(policy.train(), broadcast_buffers=False) if run.WORLD > 1 else policy
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
-prompts = [(i, builder(samples[i])) for i in range(run.RANK, 5, run.WORLD)]
+group = policy.group = reference.group = mrsp.group_of(int(args.sp))
+media = lambda i: builder(samples[i], min_pixels=784 if i % 2 else 56 * 84)  # videos of two shapes, 4 to 16 frames, and images
+deal = lambda first: train.share(group, [(first + i, media(first + i)) for i in range(run.RANK, 5, run.WORLD)])
+prompts = deal(0)
 if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
 stay = lambda: {"grad_norm": 0.0, "skipped_update": False}  # keeps the gradient
-more = lambda k: [(5 * k + i, builder(samples[5 * k + i])) for i in range(run.RANK, 5, run.WORLD)]
+more = lambda k: deal(5 * k)
 for _, prompt in prompts:
     prompt.target = builder.target(prompt.sample)
 entry = (

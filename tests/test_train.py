@@ -73,21 +73,22 @@ def gradients(tmp_path, world, ranks, *extra):
 
 
 @pytest.mark.parametrize(
-    "flags, rank_counts",
+    "flags, ranks_and_sp",
     [
-        (["--algo", "sft"], [2, 3]),
-        (["--algo", "grpo", "--average", "token"], [2, 3]),
-        (["--algo", "tgrpo", "--group", "4", "--temporal", "advantage", "--shuffle", "grid", "--correct", "0.2"], [2]),
-        (["--algo", "grpo", "--drop_zero_std", "--refill", "2", "--prompts", "7", "--updates", "2"], [2]),
+        (["--algo", "sft"], [(3, 1), (2, 2)]),
+        (["--algo", "grpo", "--average", "token"], [(2, 1), (2, 2), (3, 3), (4, 4), (4, 2)]),
+        (["--algo", "tgrpo", "--group", "4", "--temporal", "advantage", "--shuffle", "grid", "--correct", "0.2"], [(4, 2)]),
+        (["--algo", "grpo", "--drop_zero_std", "--refill", "2", "--prompts", "7", "--updates", "2"], [(2, 1), (2, 2)]),
     ],
 )
-def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags, rank_counts):
-    """Same global batch: 5 prompts, unequal groups, several rows a rank, truncated responses masked, KL; in float64
-    (but for RMSNorm and RoPE, which transformers computes in fp32: hence 1e-5)."""
+def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags, ranks_and_sp):
+    """Same global batch: 5 prompts of videos of several shapes and images, unequal groups, several rows a rank, truncated
+    responses masked, KL, the tower trained; every prompt on one rank, or its row and its frames on a group of `sp` ranks.
+    In float64 (but for RMSNorm and RoPE, which transformers computes in fp32: hence 1e-5)."""
     (one,) = gradients(tmp_path, world, 1, *flags)
     assert any(g.abs().max() > 1e-4 for g in one["grads"].values())
-    for ranks in rank_counts:
-        for many in gradients(tmp_path, world, ranks, *flags):
+    for ranks, sp in ranks_and_sp:
+        for many in gradients(tmp_path, world, ranks, *flags, "--sp", sp):
             for name, g in one["grads"].items():
                 torch.testing.assert_close(many["grads"][name], g, atol=1e-5 * float(g.abs().max()) + 1e-12, rtol=0, msg=name)
             for key, value in one["entry"].items():

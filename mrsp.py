@@ -1,0 +1,342 @@
+"""MR-SP, multi-modal reinforcement sequence parallelism (LongVILA-R1, arXiv 2507.07966, section 4): one long video, many GPUs.
+
+`size` neighbouring ranks form a group that works on the same prompts; WORLD / size groups work beside each other.
+
+    load      every video is decoded by one rank, then the prompts are exchanged within the group   (Group.exchange)
+    stage 1   the 2-frame grids of all videos are dealt by cost; every rank encodes its share, embeddings are gathered, and used
+              by every rollout and every log-prob pass of the step                                    (encode, EmbeddingCache)
+    stage 2   the packed row [prompt | o_1 ... o_G] is dealt in blocks; every rank computes its own tokens, and attends with
+              them to the keys and values of all, gathered layer by layer                             (deal, ShardedRow)
+    rollout   the prompt is prefilled as in stage 2, which leaves its keys and values on every rank; then the responses are
+              dealt, and every rank decodes its own                                                   (rollout.generate)
+
+Who holds what in stage 2, on 2 ranks (the blocks of a prompt grow dearer to the right, so the first goes with the last):
+
+    rank 0    [ block 0 |         |         | block 3 | responses, first half  |                        ]
+    rank 1    [         | block 1 | block 2 |         |                        | responses, second half ]
+
+Gathering K and V instead of exchanging heads (Ulysses) sets no limit on the number of heads or ranks (28 heads on 8 GPUs), and
+with grouped-query attention moves less for up to 8 ranks. Decoding reads the prompt's keys and values from every rank's own
+memory (7.8 GB for an hour of video on a 3B): left sharded, every token of every layer would wait for a collective.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention.bias import causal_lower_right
+
+from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow
+
+# ---- groups
+
+class Group:
+    """The ranks that share a row: this is `rank` of `size`. A group of one communicates with nobody."""
+
+    def __init__(self, size=1, rank=0, tensors=None, objects=None):
+        self.size, self.rank, self._tensors, self._objects = size, rank, tensors, objects
+
+    def gather(self, x):
+        """x (n, ...) of every rank -> (size, n, ...). In the backward pass, x gets the sum of what all ranks want of it."""
+        return x[None] if self.size == 1 else _Gather.apply(x, self, True)
+
+    def join(self, x):
+        """As gather, for values from which every rank goes on to compute the same loss: x gets this rank's gradient only."""
+        return x[None] if self.size == 1 else _Gather.apply(x, self, False)
+
+    def exchange(self, x):
+        """The objects of the group's ranks, as a list."""
+        if self.size == 1:
+            return [x]
+        out = [None] * self.size
+        dist.all_gather_object(out, x, group=self._objects)
+        return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, reduce):
+        ctx.group, ctx.reduce = group, reduce
+        out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group._tensors)
+        return out.unflatten(0, (group.size, -1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.reduce:
+            return grad[ctx.group.rank], None, None
+        out = grad.new_empty(grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad.flatten(0, 1).contiguous(), group=ctx.group._tensors)
+        return out, None, None
+
+
+ALONE = Group()
+
+
+@lru_cache
+def group_of(size):
+    """This rank's group of `size` neighbours. Every rank must ask for the same sizes in the same order."""
+    if size == 1:
+        return ALONE
+    world, me = dist.get_world_size(), dist.get_rank()
+    if world % size:
+        raise ValueError(f"{world} ranks cannot be split into groups of {size}")
+    for first in range(0, world, size):
+        ranks = list(range(first, first + size))
+        made = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")  # frames are exchanged through the CPU
+        if me in ranks:
+            mine = made
+    return Group(size, me % size, *mine)
+
+
+# ---- stage 1: embeddings
+
+def encode(policy, prompts):
+    """Visual embeddings of each prompt's media in order -> [(V, D), ...], each medium encoded once, by policy.group together.
+
+    With gradients under torch.enable_grad, for a vision tower that is trained: what all ranks want of an embedding flows back
+    to the rank that encoded it. Otherwise policy.embedding_cache is asked first, if there is one.
+    """
+    group, cache = policy.group, None if torch.is_grad_enabled() else policy.embedding_cache
+    same = {m: m.key or id(m) for p in prompts for m in p.media}  # two questions about one video share its embedding
+    media = {key: m for m, key in same.items()}
+    known = {}
+    if cache:
+        found = {key: cache.get(m) for key, m in media.items()}
+        everywhere = zip(*group.exchange([x is not None for x in found.values()]))  # an entry may go between two looks
+        known = {key: x.to(policy.device) for (key, x), hits in zip(found.items(), everywhere) if all(hits)}
+    missing = {key: m for key, m in media.items() if key not in known}
+    grids = [(m, i) for m in missing.values() for i in range(m.grid[0])]
+    costs = [m.grid[1] * m.grid[2] for m, _ in grids]
+    owners = share_out(costs, group.size)
+    own = policy.encode_grids([grid for grid, owner in zip(grids, owners) if owner == group.rank])
+    merged = [c // policy.merge**2 for c in costs]  # visual tokens of a grid
+    counts = [sum(n for n, owner in zip(merged, owners) if owner == r) for r in range(group.size)]
+    if grids:
+        padded = F.pad(own, (0, 0, 0, max(counts) - len(own)))
+        everything = torch.cat([x[:n] for x, n in zip(group.gather(padded), counts)])
+        known |= dict(zip(missing, everything.split([m.tokens for m in missing.values()])))
+    if cache and group.rank == 0:
+        for key, m in missing.items():
+            cache.put(m, known[key])
+    return [torch.cat([known[same[m]] for m in p.media]) if p.media else own.new_zeros(0, own.shape[1]) for p in prompts]
+
+
+def share_out(costs, size):
+    """Owners (one of `size` ranks for every item) of contiguous shares of nearly equal cost."""
+    total, before, owners = sum(costs), 0, []
+    for cost in costs:
+        owners.append(int((before + cost / 2) / total * size))
+        before += cost
+    return owners
+
+
+class EmbeddingCache:
+    """Embeddings of a frozen vision tower on disk, a safetensors file for each medium, least recently used out first.
+
+    folder: may be shared by processes and runs.  gigabytes: its bound.  tower: what tells the weights and their dtype.
+    The name of an entry is a hash of all that changes the result: file (path, size, time), frame indices, frame size, tower.
+    An entry that is torn, or says that it is of something else, is no entry.
+    """
+
+    def __init__(self, folder, gigabytes, tower):
+        self.folder, self.bytes, self.tower = Path(folder), gigabytes * 1e9, tower
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _entry(self, media):
+        key = json.dumps([media.key, self.tower])
+        return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors", key
+
+    def get(self, media):
+        """The embedding (V, D) of a Media, or None."""
+        if media.key is None:
+            return None
+        path, key = self._entry(media)
+        try:
+            with safe_open(path, "pt") as f:
+                x, about = f.get_tensor("embedding"), f.metadata()
+            os.utime(path)
+        except (OSError, SafetensorError):
+            return None
+        whole = about.get("key") == key and about.get("digest") == digest(x) and len(x) == media.tokens
+        return x if whole else None
+
+    def put(self, media, embedding):
+        """Writes an entry under another name and moves it into place; then deletes the oldest until all fit the bound."""
+        if media.key is None:
+            return
+        path, key = self._entry(media)
+        partial_path, x = path.with_suffix(f".{os.getpid()}.partial"), embedding.detach().cpu().contiguous()
+        save_file({"embedding": x}, partial_path, {"key": key, "digest": digest(x)})
+        partial_path.replace(path)
+        entries = []
+        for entry in self.folder.glob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # another process deletes too
+                entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry))
+        total = sum(size for _, size, _ in entries)
+        for _, size, entry in sorted(entries):
+            if total <= self.bytes:
+                break
+            entry.unlink(missing_ok=True)
+            total -= size
+
+
+def digest(*tensors):
+    """Hex digits of the tensors' bytes."""
+    h = hashlib.blake2b(digest_size=16)
+    for x in tensors:
+        h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+# ---- stage 2: the row
+
+def deal(lengths, size):
+    """Deals a packed row over ranks -> for each rank its spans [(first, last), ...] of the row, three for every group.
+
+    lengths: [(P, [R_1, ..., R_G]), ...]. A prompt is cut into 2 * size blocks, rank r has blocks r and 2 * size - 1 - r; the
+    responses together are cut into `size` parts. Every token is somebody's, and ranks differ by 3 tokens a group at most.
+    """
+    cut = lambda n, k, at: [at + n * i // k for i in range(k + 1)]
+    spans, start = [[] for _ in range(size)], 0
+    for P, responses in lengths:
+        T = sum(responses)
+        p, o = cut(P, 2 * size, start), cut(T, size, start + P)
+        for r in range(size):
+            spans[r] += [(p[r], p[r + 1]), (p[2 * size - 1 - r], p[2 * size - r]), (o[r], o[r + 1])]
+        start += P + T
+    return spans
+
+
+class ShardedRow(PackedRow):
+    """One rank's part of a PackedRow: its own tokens attend to the keys and values of the whole row.
+
+    own: (n,) which tokens of the row this rank has, in the order of its hidden states; n is the same on all ranks of the
+    group, the shorter ones repeat token 0 at the tail, where nobody attends to it and nobody reads it.
+    """
+
+    def __init__(self, lengths, device, group, cache=None, first_slot=0):
+        self.group, self.cache, self.first_slot = group, cache, first_slot
+        spans = deal(lengths, group.size)
+        counts = [sum(b - a for a, b in s) for s in spans]
+        self.n = max(counts)
+        tokens = [torch.cat([torch.arange(a, b) for a, b in s]) for s in spans]
+        slot = torch.empty(sum(counts), dtype=torch.long)  # of every token of the row, in what gather gives
+        for r, t in enumerate(tokens):
+            slot[t] = r * self.n + torch.arange(len(t))
+        pad = self.n - counts[group.rank]
+        self.slot, self.own = slot.to(device), F.pad(tokens[group.rank], (0, pad)).to(device)
+        self.pieces = [b - a for a, b in spans[group.rank]] + [pad]  # of this rank's tokens
+        self.groups, start, mine = [], 0, iter(spans[group.rank])
+        for P, responses in lengths:
+            blocks, (a, b) = [next(mine)[1] - start for _ in range(2)], next(mine)
+            a, b = a - start - P, b - start - P
+            owner = torch.repeat_interleave(torch.arange(len(responses)), torch.tensor(responses, dtype=torch.long))
+            own = owner[a:b, None].eq(owner) & (torch.arange(len(owner)) <= torch.arange(a, b)[:, None])
+            mask = torch.cat([torch.ones(len(own), P, dtype=torch.bool), own], dim=1)  # (own response tokens, P + T)
+            self.groups.append((P, len(owner), blocks, mask.to(device)))
+            start += P + len(owner)
+
+    def attend(self, layer, q, k, v, scale):
+        attention = partial(F.scaled_dot_product_attention, scale=scale)
+        per_kv = q.shape[1] // k.shape[1]
+        kv = self.group.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
+        kv = kv.permute(1, 2, 0, 3, 4).flatten(2, 3).index_select(2, self.slot)  # (2, Hkv, S, d), in the row's order
+        mine, out = iter(q.split(self.pieces, 2)), []
+        for i, ((P, _, blocks, mask), kv_g) in enumerate(zip(self.groups, kv.split([P + T for P, T, _, _ in self.groups], 2))):
+            if self.cache is not None:
+                self.cache.store_prompt(layer, self.first_slot + i, kv_g[0, :, :P], kv_g[1, :, :P])
+            for end in blocks:  # each attends to all of the prompt up to its own end
+                q_b, (k_b, v_b) = next(mine), kv_g[:, :, :end].split(1)
+                if q_b.shape[2]:
+                    q_b = attention(q_b, k_b, v_b, attn_mask=causal_lower_right(q_b.shape[2], end), enable_gqa=True)
+                out.append(q_b)
+            q_o = next(mine)
+            if q_o.shape[2]:
+                k_o, v_o = kv_g.repeat_interleave(per_kv, dim=1).split(1)
+                q_o = attention(q_o, k_o, v_o, attn_mask=mask)
+            out.append(q_o)
+        return torch.cat([*out, torch.zeros_like(next(mine))], dim=2)
+
+    def find(self, tokens):
+        """Of the given tokens of the row: the indices of those that are here, and where their hidden states are."""
+        here = (self.slot[tokens] // self.n == self.group.rank).nonzero()[:, 0]
+        return here, self.slot[tokens[here]] % self.n
+
+    def collect(self, x, tokens):
+        """x (k, ...) of the tokens that `find` gave this rank -> (len(tokens), ...) of all, on every rank."""
+        owner = self.slot[tokens] // self.n
+        counts = owner.bincount(minlength=self.group.size)
+        width = int(counts.max())
+        order = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
+        place = torch.empty_like(order)
+        place[order] = torch.cat([r * width + torch.arange(n, device=x.device) for r, n in enumerate(counts.tolist())])
+        padded = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, width - len(x)))
+        return self.group.join(padded).flatten(0, 1)[place]
+
+
+# ---- which degree
+
+def turn(rank, world):
+    """When a rank's turn to load a prompt comes: first a rank of each half, then of each quarter, and so on, so that few prompts
+    land in different groups, whatever the groups' size."""
+    if world == 1:
+        return 0
+    parts = next(n for n in range(2, world + 1) if world % n == 0)
+    share = world // parts
+    return rank // share + parts * turn(rank % share, share)
+
+
+def memory(policy, reference, *, row, prompts, decoded, answers, size):
+    """Bytes that a step needs on each GPU of a group of `size`, without the vision tower's activations -> {term: bytes}.
+
+    In tokens, at most: row, of a packed row; prompts, of all prompts of the group; decoded, of those that are decoded together;
+    answers, of the responses to one prompt.
+    """
+    c, bytes_ = policy.config.text_config, 2 if policy.device.type == "cuda" else 4  # bf16 under autocast, or fp32
+    total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad >= only) for only in (False, True))
+    L, D, heads, own = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, row / size
+    kv = 2 * D * c.num_key_value_heads / heads * bytes_  # of a token in one layer
+    train = {"layer inputs": L * own * D * bytes_,
+             "one layer's activations": 2 * own * (6 * D + 3 * c.intermediate_size) * bytes_,
+             "one layer's K/V": 2 * row * (kv + 2 * D * bytes_),  # gathered, and repeated for every head, with their gradients
+             "one layer's mask": answers / size * row * (1 + bytes_),
+             "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4}
+    decode = {"prompts' K/V": L * decoded * kv, "responses' K/V": L * answers / size * kv}
+    return {"weights, gradients, moments": 12 * trained + 4 * total, "copies in bf16": 2 * total * (bytes_ == 2),
+            "reference": total * bytes_ * (reference is not None), "embeddings": prompts * D * bytes_,
+            **max(train, decode, key=lambda terms: sum(terms.values()))}  # training and decoding come one after the other
+
+
+def smallest_group(policy, reference, lengths, args, world):
+    """The smallest degree that leaves no group without a prompt and whose estimate fits 90 % of a rank's memory, else the largest
+    -> (degree, the estimate as text). lengths: of the step's prompts.
+
+    Sharding costs time where it is not needed (the paper's figure: below 256 frames), so --sp auto shards no more than it must.
+    """
+    if policy.device.type == "cuda":
+        limit = torch.cuda.get_device_properties(policy.device).total_memory
+    else:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world
+    divisors = [d for d in range(1, world + 1) if world % d == 0 and (d == world or world // d <= len(lengths))]
+    degrees = divisors if args.sp == "auto" else [int(args.sp)]
+    longest, answers = max(lengths, default=0), args.group * args.max_new
+    for size in degrees:
+        share = -(-len(lengths) * size // world)  # prompts of a group
+        prompts = sum(sorted(lengths, reverse=True)[:share])
+        row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
+        terms = memory(policy, reference, row=row, prompts=prompts, decoded=min(prompts, max(longest, CACHE_TOKENS)),
+                       answers=answers, size=size)
+        if sum(terms.values()) < 0.9 * limit:
+            break
+    listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)
+    return size, (f"{size} ranks a row of up to {row} tokens: an estimated {sum(terms.values()) / 1e9:.2f} GB "
+                  f"of {limit / 1e9:.1f} on each ({listed})")

@@ -1,0 +1,343 @@
+"""mrsp.py: one prompt on several ranks computes what one rank computes, every token is somebody's, and no stale embedding is
+used. (Gradients on groups of ranks: test_train.py.)"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, flags, run
+
+import data
+import model
+import mrsp
+import step
+import tgrpo
+import toy
+
+# ---- stage 2
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, world):
+    """What tests/mrsp_worker.py computes on one to four ranks."""
+    out = tmp_path_factory.mktemp("mrsp")
+    for ranks in (1, 2, 3, 4):
+        run("tests/mrsp_worker.py", world, out / f"of{ranks}", ranks=ranks)
+    return {ranks: [torch.load(out / f"of{ranks}.{r}") for r in range(ranks)] for ranks in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_group_computes_what_one_rank_computes(results, ranks):
+    """Videos of several shapes and images in one row, groups of unequal size, visual tokens that divide by no degree."""
+    (one,) = results[1]
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=2e-6, rtol=0)  # RMSNorm and RoPE are fp32 in transformers
+    for many in results[ranks]:
+        for a, b in zip(many["features"], one["features"], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+        for name in ("logp", "entropy", "one token", "greedy logps", "sampled logps", "greedy scored"):
+            close(many[name], one[name])
+        for name in ("greedy", "sampled"):
+            assert [len(g) for g in many[name]] == [5] * 6 and many[f"{name} truncated"] == one[f"{name} truncated"]
+            assert all(torch.equal(a, b) for g, h in zip(many[name], one[name]) for a, b in zip(g, h, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_mistakes_of_the_release(results, ranks):
+    """Embeddings of another video after re-ordering; videos mixed in a row; the first response token's logits taken elsewhere;
+    positions of the sampler and of the scorer that differ."""
+    for r in results[ranks]:
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(r["features"], r["reversed"], strict=True))
+        assert not torch.allclose(r["features"][3], r["features"][4], atol=1e-3)
+        row = [x for x in r["logp"]]
+        assert len(row) == sum(len(a) for a in r["alone"])
+        scored = torch.cat([x[:n] for x, n in zip(r["greedy scored"], (len(t) for g in r["greedy"] for t in g))])
+        torch.testing.assert_close(scored, r["greedy logps"], atol=2e-6, rtol=0)
+
+
+def test_a_row_is_the_rows_of_its_groups(results):
+    """At temperature 1 a group's log-probs do not depend on what else is in the row."""
+    (one,) = results[1]
+    for ranks in (2, 3, 4):
+        for a, b in zip(results[ranks][0]["alone"], one["alone"], strict=True):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_video_is_encoded_once_by_the_group_together(results, ranks):
+    """13 grids of 28 x 28 and 6 of 84 x 84 pixels; the sixth prompt's video is the first's."""
+    shares = [r["patches"] for r in results[ranks]]
+    assert sum(shares) == 13 * 4 + 6 * 36
+    assert max(shares) <= sum(shares) / ranks + 36  # a grid is never split
+
+
+def test_every_token_is_dealt_once_for_any_length_and_any_degree():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        size = int(random.integers(1, 9))
+        lengths = [(int(random.integers(1, 60)), random.integers(0, 9, random.integers(0, 5)).tolist()) for _ in range(3)]
+        spans = mrsp.deal(lengths, size)
+        tokens = sorted(t for s in spans for a, b in s for t in range(a, b))
+        assert tokens == list(range(sum(P + sum(R) for P, R in lengths)))
+        counts = [sum(b - a for a, b in s) for s in spans]
+        assert max(counts) - min(counts) <= 3 * len(lengths)
+
+
+def test_the_work_is_balanced():
+    """Attention of a long prompt: each rank within 2 % of its share; contiguous slices would give the last of 4 ranks 1.75."""
+    P, size = 4001, 4
+    pairs = lambda spans: sum(t + 1 for a, b in spans for t in range(a, b))
+    work = [pairs(s) / (P * (P + 1) / 2 / size) for s in mrsp.deal([(P, [])], size)]
+    assert max(work) < 1.02 and min(work) > 0.98
+
+
+def test_grids_are_dealt_by_cost():
+    assert mrsp.share_out([1] * 8, 2) == [0] * 4 + [1] * 4  # one long video is split
+    assert mrsp.share_out([4, 1, 1, 1, 1], 2) == [0, 1, 1, 1, 1]  # a big one here, small ones there
+    assert mrsp.share_out([5], 3) == [1] and mrsp.share_out([], 3) == []
+
+
+def test_few_prompts_are_loaded_in_different_groups():
+    order = lambda world: sorted(range(world), key=lambda r: mrsp.turn(r, world))
+    assert order(8) == [0, 4, 2, 6, 1, 5, 3, 7] and order(6)[:2] == [0, 3] and order(3) == [0, 1, 2] and order(1) == [0]
+
+
+# ---- the embedding cache
+
+
+@pytest.fixture()
+def media(world):
+    sample = next(s for s in data.load_samples(world / "train.json") if s.data_type == "video")
+    return data.load_media(sample, min_pixels=784)
+
+
+def cache(folder, gigabytes=1.0, tower="digest"):
+    return mrsp.EmbeddingCache(folder, gigabytes, tower)
+
+
+def test_an_entry_comes_back_bit_for_bit_and_only_for_its_own_key(tmp_path, media):
+    x = torch.randn(8, 16, dtype=torch.bfloat16)
+    assert cache(tmp_path).get(media) is None
+    cache(tmp_path).put(media, x)
+    assert torch.equal(cache(tmp_path).get(media), x) and cache(tmp_path).get(media).dtype == x.dtype
+    assert cache(tmp_path, tower="other weights").get(media) is None
+    assert cache(tmp_path).get(replace(media, key=None)) is None
+
+
+def test_another_file_other_frames_or_another_size_is_another_entry(tmp_path, world):
+    path = tmp_path / "x.y4m"
+    sample = next(s for s in data.load_samples(world / "train.json") if s.data_type == "video")
+    shutil.copyfile(sample.path, path)
+    sample = replace(sample, path=str(path))
+    load = lambda **how: data.load_media(sample, **{"min_pixels": 784, **how}).key
+    first = load()
+    assert load() == first
+    assert len({first, load(max_frames=8), load(min_pixels=5000)}) == 3
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # replaced by a file of the same size
+    assert load() != first
+
+
+def test_frames_in_another_order_have_no_entry(world, prompts, monkeypatch):
+    """T-GRPO's shuffled frames must not be answered with the embedding of the ordered ones."""
+    asked = []
+    monkeypatch.setattr(step, "generate", lambda policy, shuffled, G, **kw: asked.extend(shuffled) or [])
+    args = SimpleNamespace(shuffle="frame", shuffles=1, group=4, seed=0)
+    step.shuffled_rollout(None, list(enumerate(prompts)), [None] * 6, None, 0, {}, args)
+    assert len(asked) == 4 and all(p.media[0].key is None for p in asked) and all(p.media[0].key for p in prompts)
+    assert torch.equal(
+        asked[0].media[0].frames, tgrpo.reorder(prompts[0].media[0].frames, tgrpo.permutation(16, step.seed(0, 0, 0, "order", 0)))
+    )
+
+
+def test_a_torn_or_wrong_entry_is_none(tmp_path, media, world):
+    x = torch.randn(8, 16)
+    for spoil in (
+        lambda f: f.write_bytes(f.read_bytes()[:-20]),  # truncated
+        lambda f: f.write_bytes(f.read_bytes()[:-4] + b"\0\1\2\3"),  # torn in the middle of a write
+        lambda f: f.write_bytes(b""),
+        lambda f: shutil.copyfile(other, f),  # another video under this name
+    ):
+        sample = [s for s in data.load_samples(world / "train.json") if s.data_type == "video"][-1]
+        cache(tmp_path / "other").put(data.load_media(sample, min_pixels=784), torch.randn(8, 16))
+        (other,) = (tmp_path / "other").glob("*.safetensors")
+        cache(tmp_path / "a").put(media, x)
+        (entry,) = (tmp_path / "a").glob("*.safetensors")
+        spoil(entry)
+        assert cache(tmp_path / "a").get(media) is None
+        cache(tmp_path / "a").put(media, x)
+        assert torch.equal(cache(tmp_path / "a").get(media), x)
+
+
+def test_the_bound_is_kept_and_what_was_used_longest_ago_goes_first(tmp_path, media):
+    named = [replace(media, key=f"video {i}") for i in range(5)]
+    x = torch.randn(8, 1000)  # 32 kB
+    store = cache(tmp_path, gigabytes=100e3 / 1e9)
+    for m in named[:3]:
+        store.put(m, x)
+        time.sleep(0.01)
+    assert store.get(named[0]) is not None  # used again
+    store.put(named[3], x)
+    assert [store.get(m) is not None for m in named] == [True, False, True, True, False]
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 100e3
+
+
+def test_two_processes_write_at_once(tmp_path):
+    """Each puts and gets the same few entries under a bound that holds only some: never a wrong one, never an error."""
+    code = """
+import sys, torch, mrsp
+from data import Media
+store = mrsp.EmbeddingCache(sys.argv[1], 70e3 / 1e9, "t")
+hits = 0
+for i in range(200):
+    n = i % 4
+    m = Media(torch.zeros(16, 3, 28, 28), "video", key=f"video {n}")
+    x = store.get(m)
+    assert x is None or torch.equal(x, torch.full((8, 1000), float(n)))
+    hits += x is not None
+    store.put(m, torch.full((8, 1000), float(n)))
+print(hits)
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        assert int(out) > 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prompts):
+    grids = []
+    policy.net.model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: grids.append(int(kwargs["grid_thw"][:, 0].sum())), with_kwargs=True
+    )
+    with torch.no_grad():
+        plain = policy.encode(prompts)
+        policy.embedding_cache = cache(tmp_path)
+        cold, count = policy.encode(prompts), sum(grids)
+        warm = policy.encode(prompts[::-1])[::-1]
+    assert sum(grids) == count  # nothing was encoded again
+    for a, b, c in zip(plain, cold, warm, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    policy.encode(prompts[:1])  # with gradient, for a tower that is trained: not from the cache
+    assert sum(grids) > count
+
+
+# ---- the degree
+
+
+def test_auto_takes_the_smallest_degree_that_fits_and_leaves_no_rank_idle(policy):
+    args = SimpleNamespace(sp="auto", group=8, max_new=16, row_tokens=1000)
+    degree = lambda lengths, world=8: mrsp.smallest_group(policy, None, lengths, args, world)[0]
+    assert degree([100] * 8) == 1 and degree([100] * 2) == 4 and degree([100]) == 8 and degree([]) == 8
+    degrees = [degree([2**n] * 8) for n in range(10, 30)]
+    assert degrees == sorted(degrees) and set(degrees) == {1, 2, 4, 8}
+    text = mrsp.smallest_group(policy, None, [100] * 8, args, 8)[1]
+    assert "weights, gradients, moments" in text and "layer inputs" in text or "prompts' K/V" in text
+    args.sp = "2"
+    assert degree([100] * 8) == 2
+
+
+# ---- whole runs
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_on_a_group_is_the_run_on_one_rank_with_and_without_the_cache(tmp_path, world, cold_start):
+    common = dict(steps=2, model=cold_start, prompts=4, beta=0.1)
+    command = lambda name, **extra: [
+        x for x in flags(world, tmp_path / name, "tgrpo", **common, **extra) if x != "--train_vision"
+    ]
+    run(*command("one"))
+    for i in range(2):  # the second finds all embeddings
+        out = run(*command(f"two{i}", sp="auto" if i else 2, embedding_cache=tmp_path / "cache"), ranks=2)
+        assert "sequence parallelism: " in out and "layer inputs" in out or "prompts' K/V" in out
+        for a, b in zip(log(tmp_path / "one"), log(tmp_path / f"two{i}"), strict=True):
+            for key in ("accuracy", "response_length", "loss", "kl", "entropy", "frames", "zero_std_groups", "shuffled_accuracy"):
+                assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), key
+    assert list((tmp_path / "cache").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--sp", "3"], "--sp 3: expected auto or a divisor of the 1 ranks"),
+        (["--embedding_cache", "x"], "--embedding_cache: expected a frozen vision tower"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, world, change, message):
+    assert message in run(*flags(world, tmp_path / "a", steps=1), *change, expect=1)
+
+
+def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number_of_ranks(tmp_path, world, cold_start):
+    out = tmp_path / "a"
+    command = list(map(str, flags(world, out, steps=400, model=cold_start, sp=2, save_every=1)))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29466", "--"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not (out / "checkpoint-000002").exists():
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=90)  # bounded
+    assert process.returncode and "exitcode  : -9" in printed
+    reached = int(model.newest_checkpoint(out).name.split("-")[1])
+    command = [x for x in command if x not in ("--sp", "2")]
+    command[command.index("--steps") + 1] = str(reached + 1)
+    run(*command, "--resume")
+    assert log(out)[-1]["step"] == reached + 1 and log(out)[-1]["grad_norm"] > 0
+
+
+def test_an_hour_of_video_on_two_ranks(tmp_path, world, cold_start):
+    """3,600 frames through decode, encode, prefill, rollout, T-GRPO's shuffled rollout and one training step."""
+    rng = np.random.default_rng(0)
+    frames = np.repeat(rng.integers(0, 255, (3600, 1, 1, 3), np.uint8), 28, 1).repeat(28, 2)
+    toy.write_y4m(tmp_path / "hour.y4m", frames, fps=1)
+    record = json.loads((world / "train.json").read_text())[0] | {"path": "hour.y4m", "data_type": "video"}
+    (tmp_path / "hour.json").write_text(json.dumps([record]))
+    extra = dict(data=tmp_path / "hour.json", model=cold_start, sp=2, fps=1, max_frames=3600, prompts=1, steps=1, norm="none")
+    run(*flags(world, tmp_path / "a", "tgrpo", **extra), ranks=2)
+    (entry,) = log(tmp_path / "a")
+    assert entry["frames"] == 3600 and entry["trained_groups"] == 1 and "shuffled_accuracy" in entry
+    assert entry["skipped_samples"] == 0 and entry["mismatch"] < 1e-4
+
+
+def test_decoding_an_hour_holds_resized_frames_only(tmp_path):
+    """The worker's peak memory over 3,600 frames of 112 x 112, shown at 28 x 28 (8 MB): far below the 135 MB of the whole."""
+    frames = np.zeros((3600, 112, 112, 3), np.uint8)
+    toy.write_y4m(tmp_path / "hour.y4m", frames, fps=1)
+    code = """
+import resource, sys, video
+how = dict(target_fps=1, min_frames=4, min_pixels=784, max_pixels=784)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+video.decode(sys.argv[1], [], max_frames=64, **how)
+before = peak()
+reply, frames = video.decode(sys.argv[1], [], max_frames=3600, **how)
+print(len(reply["indices"]), len(frames) / 1e6, peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "hour.y4m"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    n, megabytes, grown = map(float, done.stdout.split())
+    assert n == 3600 and megabytes == pytest.approx(8.5, abs=0.1) and grown < 50

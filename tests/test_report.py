@@ -1,0 +1,446 @@
+"""The page of a run: what it says, what it survives, how large it gets, and what a browser makes of it."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import SHARED, needs_shared, run
+from PIL import Image
+
+import data
+import report
+import toy
+
+HOSTILE = """</script><img src=x onerror="document.title='owned'"> & <b>'bold'</b> <!-- \u2028 \ud800"""
+
+
+def write_lines(path, lines, end=""):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
+
+
+def blob(text):
+    """The data that a page holds."""
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def pixels(sheet):
+    """The frames of a contact sheet, uint8 (n, H, W, 3)."""
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet["jpeg"]))))
+    return image.reshape(sheet["height"], len(sheet["at"]), sheet["width"], 3).swapaxes(0, 1)
+
+
+# ---- an evaluation
+
+
+def draw(frames, *votes, **more):
+    """A round; a vote of None has no valid answer."""
+    n = len(votes)
+    responses = [f"<think>so &amp; so</think>\n<answer>{v}</answer>" for v in votes]
+    numbers = dict(frames=frames, visual_tokens=frames // 2, seconds=0.5, tokens=[15] * n, truncated=[v is None for v in votes])
+    return dict(votes=list(votes), logps=[-0.25 - k for k in range(n)], responses=responses, **numbers) | more
+
+
+def line(record, sample, given, *rounds, failure=None, **more):
+    return {
+        "record": record,
+        "id": sample.id,
+        "path": sample.path,
+        "data_type": sample.data_type,
+        "fps": sample.fps,
+        "problem_type": sample.problem_type,
+        "question": sample.question,
+        "options": sample.options,
+        "about": sample.about,
+        "answer": sample.answer,
+        "given": given,
+        "score": float(given == sample.answer),
+        "failure": failure,
+        "frames": rounds[-1]["frames"] if rounds else 0,
+        "pixels": 784,
+        "visual_tokens": sum(r["visual_tokens"] for r in rounds),
+        "seconds": sum(r["seconds"] for r in rounds),
+        "rounds": list(rounds),
+    } | more
+
+
+@pytest.fixture(scope="module")
+def samples(world):
+    return [s for s in data.load_samples(world / "train.json") if s.data_type == "video" and s.options]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, samples):
+    """An evaluation by two methods, s2d of two ranks: right at once, wrong after two rounds, unreadable, hostile, gone, bad."""
+    out = tmp_path_factory.mktemp("answers")
+    wrong = next(x for x in "ABCD" if x != samples[1].answer)
+    lines = [
+        line(0, samples[0], samples[0].answer, draw(4, *[samples[0].answer] * 3)),
+        line(1, samples[1], wrong, draw(4, wrong, None, samples[1].answer), draw(8, wrong, wrong, samples[1].answer)),
+        line(2, samples[2], None, draw(4, None, None), draw(16, None, None), failure="no valid answer"),
+        line(3, samples[3], samples[3].answer, draw(4, samples[3].answer), path="/nowhere/x.mp4"),
+        line(
+            4,
+            samples[4],
+            None,
+            failure=f"record 4: {HOSTILE}",
+            question=HOSTILE,
+            options=[f"A. {HOSTILE}", "B. <hr>"],
+            answer="A",
+        ),
+        dict(record=5, score=0.0, failure="f.json, record 5: no 'solution'", rounds=[]),
+    ]
+    write_lines(out / "s2d-4-16.rank0.jsonl", lines[::2])
+    write_lines(out / "s2d-4-16.rank1.jsonl", lines[1::2], end='{"record": 7, "id": "7", "sco')
+    write_lines(out / "greedy-4.rank0.jsonl", [line(i, s, s.answer, draw(4, s.answer)) for i, s in enumerate(samples[:4])])
+    methods = [{"method": "s2d-4-16"}, {"method": "greedy-4"}]
+    summary = {"model": "m", "data": "d.json", "constant_answer": 0.25, "methods": methods}
+    (out / "summary.json").write_text(json.dumps(summary))
+    (out / "config.txt").write_text("--model m\n--tts\n--data 'd & <i>.json'\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def answers_page(answers):
+    printed = run("report.py", answers)
+    assert f"{answers}/report.html: 0.0 MB" in printed
+    return answers / "report.html"
+
+
+def test_an_evaluations_page_holds_its_methods_questions_and_rounds(answers_page, samples):
+    shown = blob(answers_page.read_text())["evaluation"]
+    s2d, greedy = shown["methods"]
+    assert (s2d["method"], s2d["questions"], s2d["failures"], greedy["method"]) == ("s2d-4-16", 6, 3, "greedy-4")
+    assert s2d["accuracy"] == pytest.approx(2 / 6) and greedy["accuracy"] == 1.0
+    assert [r["record"] for r in s2d["results"]] == [0, 1, 2, 3, 4, 5]
+    assert shown["questions"]["1"]["question"] == samples[1].question and shown["constant_answer"] == 0.25
+    assert [part["frames"] for part in s2d["results"][1]["rounds"]] == [4, 8]
+    assert s2d["results"][5]["rounds"] == [] and "no 'solution'" in s2d["results"][5]["failure"]
+
+
+def test_frames_are_those_that_were_shown_once_for_all_methods(answers_page, samples):
+    page = blob(answers_page.read_text())
+    s2d, greedy = (m["results"] for m in page["evaluation"]["methods"])
+    numbers = [part["sheet"] for part in s2d[1]["rounds"]]
+    assert greedy[1]["rounds"][0]["sheet"] == numbers[0] != numbers[1]
+    for number, n in zip(numbers, (4, 8)):
+        sheet = page["sheets"][number]
+        assert (sheet["of"], sheet["at"], sheet["seconds"]) == (n, list(range(n)), 8.0)
+        truth = data.load_media(samples[1], fps=float("inf"), min_frames=n, max_frames=n, min_pixels=784).frames
+        assert np.abs(pixels(sheet).astype(int) - truth.permute(0, 2, 3, 1).numpy()).mean() < 3  # JPEG
+    assert page["sheets"][s2d[3]["rounds"][0]["sheet"]]["error"] == "/nowhere/x.mp4: no such file"
+
+
+def test_the_page_holds_nothing_from_elsewhere_and_hostile_text_stays_text(answers_page):
+    text = answers_page.read_text()
+    assert text.count("</script>") == 2 and "<img" not in text and "</script><img" not in text
+    assert not re.search(r'(src|href)="?https?:|@import|url\((?!data:image/jpeg|\$)', text)
+    assert blob(text)["evaluation"]["questions"]["4"]["question"] == HOSTILE.replace("\ud800", "?")
+
+
+def test_an_evaluation_that_is_going_on(tmp_path, samples):
+    """No summary yet, an empty file of a rank that has just begun, NaN, a line that a kill has cut."""
+    cut = json.dumps(line(9, samples[0], "A"))[:40]
+    write_lines(
+        tmp_path / "vote-4.rank0.jsonl", [line(0, samples[0], samples[0].answer, draw(4, "A", logps=[float("nan")]))], end=cut
+    )
+    (tmp_path / "vote-4.rank1.jsonl").write_text("")
+    (tmp_path / "vote-8.rank0.jsonl").write_text(cut + "\n" + cut)
+    page = blob(report.page(tmp_path))
+    (method,) = page["evaluation"]["methods"]
+    assert (method["method"], method["questions"], method["accuracy"]) == ("vote-4", 1, 1.0)
+    assert method["results"][0]["rounds"][0]["logps"] == [None]
+    assert any("No summary.json yet" in note for note in page["notes"])
+    assert [note for note in page["notes"] if "vote" in note] == ["vote-8.rank0.jsonl: 1 lines that cannot be read are left out"]
+
+
+def test_500_questions_stay_within_the_budget(tmp_path):
+    """Noise, the worst that a JPEG can meet, and responses of 3,000 characters: 500 questions, three rounds each."""
+    rng = np.random.default_rng(0)
+    for k in range(30):
+        toy.write_y4m(tmp_path / f"{k}.y4m", rng.integers(0, 256, (16, 112, 112, 3), np.uint8), fps=4)
+    for k in range(60):
+        Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(tmp_path / f"{k}.png", compress_level=0)
+    long = "".join(map(chr, rng.integers(0x4E00, 0x9FFF, 3000)))  # three bytes a character
+    lines = []
+    for i in range(500):
+        name, kind = (f"{i // 2 % 60}.png", "image") if i % 2 else (f"{i // 2 % 30}.y4m", "video")
+        sample = data.Sample(
+            str(i), "What?", ["A. x", "B. y"], "multiple choice", kind, str(tmp_path / name), "B", about={"k": "v"}
+        )
+        rounds = [draw(n if kind == "video" else 1, *"AAAAB", responses=[long] * 5) for n in (8, 12, 16)]
+        lines.append(line(i, sample, "A", *rounds))
+    write_lines(tmp_path / "s2d-8-16.rank0.jsonl", lines)
+    began = time.monotonic()
+    text = report.page(tmp_path)
+    page = blob(text)
+    images = sum(len(sheet["jpeg"]) for sheet in page["sheets"])
+    responses = [x for r in page["evaluation"]["methods"][0]["results"] for part in r["rounds"] for x in part["responses"]]
+    total = sum(len(x.encode()) for x in responses)
+    assert len(page["sheets"]) == 150 and all(sheet["jpeg"] for sheet in page["sheets"])
+    assert 0.6 * report.IMAGES < images <= report.IMAGES and len(text.encode()) < 10e6
+    assert len(responses) == 7500 and 0.8 * report.TEXT < total < 1.1 * report.TEXT
+    assert any("without their middle" in note for note in page["notes"])
+    assert responses[0][0] == long[0] and responses[0][-1] == long[-1] and "[...]" in responses[0]
+    assert time.monotonic() - began < 60
+
+
+def test_beyond_500_questions_frames_are_for_what_went_wrong(tmp_path, monkeypatch, samples):
+    monkeypatch.setattr(report, "QUESTIONS", 2)
+    right = [line(i, s, s.answer, draw(4, s.answer)) for i, s in enumerate(samples[:4])]
+    write_lines(tmp_path / "greedy-4.rank0.jsonl", [*right, line(4, samples[4], "Z", draw(4, "Z"))])
+    page = blob(report.page(tmp_path))
+    results = page["evaluation"]["methods"][0]["results"]
+    assert [r["record"] for r in results if "sheet" in r["rounds"][0]] == [0, 4]
+    assert any("Frames of 2 of the 5 questions" in note for note in page["notes"])
+
+
+@needs_shared
+def test_real_videos(tmp_path):
+    lines = []
+    for i, (name, n) in enumerate(
+        (("video_r1_example.mp4", 64), ("video_90.mov", 8), ("corrupted.mp4", 8), ("coco_580957.jpg", 1))
+    ):
+        kind = "image" if name.endswith("jpg") else "video"
+        sample = data.Sample(str(i), "?", [], "free-form", kind, str(SHARED / "media" / name), "x")
+        lines.append(line(i, sample, "y", draw(n, "y")))
+    write_lines(tmp_path / "greedy-64.rank0.jsonl", lines)
+    example, rotated, corrupted, image = blob(report.page(tmp_path))["sheets"]
+    assert example["of"] == 64 and len(example["at"]) == 16 and example["at"][-1] == 63 and example["seconds"] > 10
+    assert rotated["height"] > rotated["width"] and rotated["of"] == 2
+    assert "corrupted.mp4: cannot be decoded" in corrupted["error"] and image["of"] == 1 and image["jpeg"]
+
+
+# ---- a training run
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, world, samples):
+    """A run of 30 steps: evaluated at 0 and 30, step 7 without a sample that loads, a half-written last line."""
+    out = tmp_path_factory.mktemp("training")
+    log = [dict(step=0, eval_accuracy=0.2, eval_questions=50, eval_failures=0, seconds={"evaluate": 2.0})]
+    for i in range(1, 31):
+        seconds = {"data": 0.1, "train": 1.0, "step": 2.0}
+        log.append(
+            dict(step=i, accuracy=i / 30, reward=1 + i / 30, kl=0.0, loss=None if i == 3 else 1 / i**3, grad_norm=1.0 + i % 3)
+        )
+        log[-1] |= dict(skipped_samples=0, skipped_update=False, seconds=seconds)
+    log[7] = dict(step=7, skipped_update=True, skipped_samples=4, seconds={"data": 0.1, "step": 0.1})
+    log[30] |= dict(eval_accuracy=0.9, eval_questions=50, eval_failures=1)
+    for entry, by in ((log[0], {"flash": 0.1, "place": 0.3}), (log[30], {"flash": 0.85, "place": 0.95})):
+        entry["eval_by_source"] = by
+    write_lines(out / "log.jsonl", log, end='{"step": 31, "rew')
+    sampled = []
+    for i in range(1, 31):
+        for accuracy in (1.0, 1.0, 1.0, 1.0, 0.0):
+            s = samples[i % len(samples)]
+            sampled.append(dict(step=i, id=s.id, path=s.path, question=s.question, answer=s.answer, response=f"{i} {HOSTILE}"))
+            sampled[-1] |= dict(reward=1 + accuracy, accuracy=accuracy, format=1.0, length_bonus=0.0, temporal_bonus=0.3)
+    sampled[-1] |= dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0])
+    write_lines(out / "samples.jsonl", sampled)
+    (out / "config.txt").write_text("--algo tgrpo\n--steps 40\n--fps 2.0\n--min_frames 4\n--max_frames 8\n--train_vision\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def training_page(training):
+    run("report.py", training, "--out", training / "page.html")
+    return training / "page.html"
+
+
+def test_a_training_runs_figures_curves_and_samples(training_page, samples):
+    page = blob(training_page.read_text())
+    figures = {name: (value, what) for name, value, what in page["training"]["figures"]}
+    assert figures["steps"] == ("30", "of 40")
+    first, last = (sum(x for x in range(1, 12) if x != 7) / 300, sum(range(21, 31)) / 300)
+    assert figures["training accuracy"] == (f"{first:.3f} → {last:.3f}", "means of the first and last 10 steps")
+    assert figures["held-out accuracy"] == ("0.200 → 0.900", "steps 0 and 30; 50 questions, 1 failed")
+    assert figures["skipped samples"] == ("4", "could not be loaded; 1 steps without an update")
+    assert figures["time"] == ("58.1 s", "and 2.0 s of evaluations")
+    curves = page["training"]["curves"]
+    assert curves["eval_by_source.flash"] == [[0, 30], [0.1, 0.85]] and curves["kl"][1] == [0.0] * 29
+    assert 3 not in curves["loss"][0] and 7 not in curves["accuracy"][0] and 31 not in curves["reward"][0]
+    shown = page["training"]["samples"]
+    assert [s["accuracy"] for s in shown].count(1.0) == report.SAMPLES and [s["accuracy"] for s in shown].count(0.0) == 30
+    assert page["training"]["left_out"] == 150 - 130
+    assert [s["step"] for s in shown] == sorted((s["step"] for s in shown), reverse=True) and shown[0]["step"] == 30
+    assert shown[0]["responses"] == ["30 " + HOSTILE.replace("\ud800", "?")]
+    assert page["sheets"][shown[0]["sheet"]]["of"] == 8 and page["algo"] == "tgrpo"
+
+
+def test_a_supervised_run_and_one_that_has_just_begun(tmp_path):
+    write_lines(tmp_path / "log.jsonl", [dict(step=i, loss=2.0 / i, seconds={"step": 1.0}) for i in (1, 2)])
+    page = blob(report.page(tmp_path))
+    assert page["training"]["figures"][1] == ["training loss", "1.500 → 1.500", "means of the first and last 2 steps"]
+    assert page["training"]["samples"] == [] and page["sheets"] == []
+    (tmp_path / "log.jsonl").write_text("")
+    assert blob(report.page(tmp_path))["training"]["figures"][0] == ["steps", "0", "of ?"]
+
+
+def test_errors_are_one_line(tmp_path):
+    missing = run("report.py", tmp_path / "nowhere", expect=1)
+    assert missing.strip() == f"error: {tmp_path}/nowhere: no such folder"
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(SystemExit, match="error: .*: neither a training log .log.jsonl. nor answers of an evaluation"):
+        report.main([str(tmp_path)])
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="error: .*/no/such/page.html"):
+        report.main([str(tmp_path), "--out", str(tmp_path / "no/such/page.html")])
+
+
+def test_no_decoder_is_left_behind(answers):
+    """The pool's threads own decoder processes; these end with the threads."""
+
+    def decoders():
+        ps = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,stat=,args="], capture_output=True, text=True).stdout
+        return {row.split()[0] for row in ps.splitlines() if "video.py" in row and " Z" not in row}
+
+    before = decoders()
+    report.page(answers)
+    deadline = time.monotonic() + 10
+    while (left := decoders() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+# ---- in a browser
+
+chromium = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(chromium is None, reason="needs chromium")
+
+
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    """browse(page, address, script) -> the DOM as text, after the script has run in it; no error may reach the console."""
+    folder = tmp_path_factory.mktemp("browser")
+    quiet = "quic background-networking component-update sync gpu".split()
+
+    def dom(page, address="", script=""):
+        copy = folder / "page.html"
+        text = page.read_text() if hasattr(page, "read_text") else page
+        copy.write_text(text + (f"<script>setTimeout(() => {{ {script} }}, 100)</script>" if script else ""))
+        command = [chromium, "--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr", "--v=0"]
+        command += [f"--user-data-dir={folder}/profile", "--virtual-time-budget=5000", *(f"--disable-{x}" for x in quiet)]
+        done = subprocess.run([*command, "--dump-dom", f"file://{copy}#{address}"], capture_output=True, text=True, timeout=120)
+        assert "CONSOLE" not in done.stderr and "Uncaught" not in done.stderr, done.stderr
+        return done.stdout.split('<script type="application/json">')[0]
+
+    return dom
+
+
+def articles(dom):
+    """The cards of a DOM -> [(verdict, text)]."""
+    found = re.findall(r'<article class="card (\w+)".*?</article>', dom, re.DOTALL)
+    texts = re.findall(r'<article class="card \w+".*?</article>', dom, re.DOTALL)
+    return [(kind, html.unescape(re.sub(r"<[^>]+>", "", text))) for kind, text in zip(found, texts)]
+
+
+@needs_chromium
+def test_the_browser_test_sees_errors(browse):
+    with pytest.raises(AssertionError, match="Uncaught"):
+        browse("<!doctype html><title>x</title>", script="throw new Error('on purpose')")
+
+
+@needs_chromium
+def test_the_page_may_load_nothing(browse, answers_page):
+    with pytest.raises(AssertionError, match="Content Security Policy"):
+        browse(answers_page, script="new Image().src = 'https://example.invalid/x.png'")
+
+
+@needs_chromium
+def test_an_evaluation_in_the_browser(browse, answers_page, samples):
+    everything = articles(browse(answers_page))
+    assert [kind for kind, _ in everything] == ["right", "wrong", "failed", "right", "failed", "failed"]
+    ((kind, text),) = articles(browse(answers_page, "show=wrong"))
+    wrong, gold = next(x for x in "ABCD" if x != samples[1].answer), samples[1].answer
+    assert kind == "wrong" and "✗ wrong" in text and samples[1].question in text
+    assert f"{wrong} × 1" in text and f"{wrong} × 2" in text and f"{gold} × 1 ✓" in text and "no valid answer × 1" in text
+    assert "4 of 4 frames" in text and "8 of 8 frames" in text and "round 2: 8 frames, 4 visual tokens, 0.50 s" in text
+    assert re.search(r"✓ right answer(?!.*✓ right answer).*round 1", text, re.DOTALL) and text.count("✗ given") == 1
+    assert "3 responses" in text and "<think>so &amp; so</think>" in text  # as the model wrote it, not as HTML
+    failed = articles(browse(answers_page, "method=s2d-4-16&show=failed"))
+    assert [re.search(r"record (\d)", text)[1] for _, text in failed] == ["2", "4", "5"]
+    hostile = HOSTILE.replace("\ud800", "?")
+    assert failed[1][1].count(hostile) == 3 and f"! record 4: {hostile}" in failed[1][1]  # question, option, failure
+    assert "could not be read" in failed[2][1] and "! f.json, record 5: no 'solution'" in failed[2][1]
+    assert "! no valid answer" in failed[0][1]
+
+
+@needs_chromium
+def test_the_address_chooses_what_is_shown(browse, answers_page, samples):
+    dom = browse(answers_page, "method=greedy-4")
+    assert len(articles(dom)) == 4 and {kind for kind, _ in articles(dom)} == {"right"}
+    assert "frames not readable: /nowhere/x.mp4: no such file" in articles(browse(answers_page, "record=3"))[0][1]
+    assert [kind for kind, _ in articles(browse(answers_page, "show=escalated"))] == ["wrong", "failed"]
+    assert len(articles(browse(answers_page, "q=NO+%27solution%27"))) == 1
+    source = samples[0].about["data_source"]
+    expected = sum(s.about["data_source"] == source for s in samples[:4])
+    assert 0 < len(articles(browse(answers_page, f"method=greedy-4&by.data_source={source}"))) == expected < 4
+    assert len(articles(browse(answers_page, "method=nobody&show=nothing&by.data_source=%3Cimg%3E"))) == 0
+    title = re.search(r"<title>(.*?)</title>", dom)[1]
+    assert "owned" not in title and "<img" not in dom
+
+
+@needs_chromium
+def test_controls_change_the_page_and_its_address(browse, answers_page):
+    press = "[...document.querySelectorAll('button')].find((b) => b.textContent.includes('wrong')).click();"
+    tell = "document.querySelector('h1').textContent = location.hash;"
+    dom = browse(answers_page, script=press + tell)
+    assert [kind for kind, _ in articles(dom)] == ["wrong"] and "<h1>#show=wrong</h1>" in dom
+    pick = "const s = document.querySelector('select'); s.value = 'greedy-4'; s.onchange({ target: s });"
+    dom = browse(answers_page, "show=wrong", script=pick + tell)
+    assert articles(dom) == [] and "<h1>#show=wrong&amp;method=greedy-4</h1>" in dom
+    dom = browse(answers_page, "show=wrong", script="location.hash = 'show=right'")
+    assert [kind for kind, _ in articles(dom)] == ["right", "right"]
+
+
+@needs_chromium
+def test_4000_questions_are_shown_20_at_a_time(browse, tmp_path, samples):
+    write_lines(tmp_path / "greedy-4.rank0.jsonl", (line(i, samples[0], "A") for i in range(4000)))
+    page = report.page(tmp_path)
+    assert len(articles(browse(page))) == 20
+    press = "[...document.querySelectorAll('button')].find((b) => b.textContent.startsWith('more (')).click();"
+    dom = browse(page, script=press)
+    assert len(articles(dom)) == 40 and "more (3960 left)" in dom
+
+
+@needs_chromium
+def test_a_training_run_in_the_browser(browse, training_page):
+    dom = browse(training_page)
+    charts = re.findall(r'data-chart="(.*?)"', dom)
+    assert charts[:4] == ["accuracy", "held-out accuracy by source", "reward", "loss"] and "kl" not in charts
+    assert {"grad_norm", "skipped_samples", "seconds of a step, by phase"} <= set(charts) and "shuffled" not in " ".join(charts)
+    assert "The same at every step: kl 0." in dom and dom.count("<circle") == 2 + 2 * 2 and "0.200 → 0.900" in dom
+    assert "NaN" not in dom and "Infinity" not in dom and "undefined" not in dom
+    assert len(articles(dom)) == 20 and "20 older ones are left out" in dom
+    kind, text = articles(dom)[0]
+    assert kind == "wrong" and "step 30" in text and "temporal_bonus 0.3" in text and "30 " + HOSTILE[:20] in text
+    assert "in the order 2 1 4 3: accuracies 0 1" in text and "8 of 8 frames" in text
+    assert {kind for kind, _ in articles(browse(training_page, "show=right"))} == {"right"}
+
+
+@needs_chromium
+def test_pointing_at_a_curve_reads_all_curves_at_that_step(browse, training_page):
+    svg = "const v = document.querySelector('[data-chart=accuracy] > svg'), b = v.getBoundingClientRect();"
+    move = "v.dispatchEvent(new PointerEvent('pointermove', { clientX: b.left + b.width * (40 + 268 * 15 / 30) / 320 }));"
+    dom = browse(training_page, script=svg + move)
+    legend = lambda chart: re.search(rf'data-chart="{chart}".*?class="legend">(.*?)</div>', dom, re.DOTALL)[1]
+    assert "<b>0.5</b>" in legend("accuracy") and "<b>1.5</b>" in legend("reward") and ", step 15<" in dom
+
+
+@needs_chromium
+def test_the_strong_line_is_a_running_mean(browse, tmp_path):
+    """80 steps: the mean of two steps before and two behind, of 0 1 0 1 ...: 2/5, 3/5, 2/5 ..."""
+    write_lines(tmp_path / "log.jsonl", [dict(step=i, reward=i % 2) for i in range(80)])
+    faint, strong = re.findall(r'<path[^>]* d="(.*?)"', browse(report.page(tmp_path)))
+    ys = lambda path: [float(y) for y in re.findall(r" ([\d.]+)", path)]
+    bottom, top = ys(faint)[:2]
+    heights = [(bottom - y) / (bottom - top) for y in ys(strong)]
+    assert len(heights) == 80 and heights[2:-2] == pytest.approx([0.4, 0.6] * 38, abs=0.002)
