@@ -306,10 +306,10 @@ def vsi_bench(lines):
 
 
 def summarize(lines, method):
-    """What the lines of a method come to; every line counts, failures as 0."""
+    """What the lines of a method (its name) come to; every line counts, failures as 0."""
     n, shown = len(lines), [r for r in lines if r["rounds"]]
     accuracy = mean(r["score"] for r in lines)
-    return {"method": method.name, "questions": n, "accuracy": accuracy, "interval": interval(accuracy, n),
+    return {"method": method, "questions": n, "accuracy": accuracy, "interval": interval(accuracy, n),
             "failures": sum(r["failure"] is not None for r in lines), "unreadable": n - len(shown),
             "mean_frames": mean(r["frames"] for r in shown), "pixels": mean(r["pixels"] for r in shown),
             "mean_visual_tokens": mean(r["visual_tokens"] for r in shown), "mean_rounds": mean(len(r["rounds"]) for r in shown),
@@ -395,7 +395,7 @@ def evaluate(args, device):
             run_method(policy, builder, samples, bad, method, out, pool, args)
     share = len(found) / (len(found) + len(bad))
     summary = {"model": str(folder), "data": args.data, "constant_answer": constant_answer(found) * share,
-               "methods": [summarize(read(out, method), method) for method in asked]}
+               "methods": [summarize(read(out, method), method.name) for method in asked]}
     if RANK == 0:
         (out / "summary.json").write_text(json.dumps(summary, indent=1))
         say(table(summary))
