@@ -301,3 +301,23 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, world, cold_start, change, 
 def test_without_a_trained_toy_the_default_says_what_to_do(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "eval.py", "--tts"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and "train the toy with `python train.py` first" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_filter_keeps_what_is_neither_always_right_nor_always_wrong(tmp_path, world, cold_start):
+    """The records as they were, with their rates; the same again after a kill, and written as .jsonl too."""
+    out, kept = tmp_path / "out", tmp_path / "kept.json"
+    command = flags(world, cold_start, out, "--frames", 16, "--m", 4, records="train.json")
+    printed = run(*command, "--filter", kept)
+    source = json.loads((world / "train.json").read_text())
+    rates = {
+        r["record"]: np.mean([v == r["answer"] or str(v) == f"{r['answer']}.0" for v in r["rounds"][0]["votes"]])
+        for r in lines(out, "vote-16")
+    }
+    expected = [source[i] | {"pass_rate": rates[i]} for i in sorted(rates) if 0 < rates[i] < 1]
+    assert json.loads(kept.read_text()) == expected and 0 < len(expected) < len(source)
+    assert f"{len(expected)} of {len(source)} records kept; always right: {sum(x == 1 for x in rates.values())}" in printed
+    (file,) = out.glob("vote-16.*")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
+    run(*command, "--filter", tmp_path / "kept.jsonl")
+    assert [json.loads(x) for x in (tmp_path / "kept.jsonl").read_text().splitlines()] == expected
+    assert len(data.load_samples(kept, media_root=world)) == len(expected)
