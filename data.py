@@ -19,11 +19,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from transformers import AutoTokenizer
 
 from rewards import PROBLEM_TYPES, choice_letter, extract_answer, parse_number
-from video import MERGE, PATCH, Clip, VideoError, frame_count, frame_indices, read_clip, read_video, resize, smart_resize
+from video import (
+    MERGE,
+    PATCH,
+    Clip,
+    VideoError,
+    choose_frames,
+    frame_indices,
+    load_image,
+    read_clip,
+    read_video,
+    resize,
+    smart_resize,
+)
 
 __all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "Loader", "patchify",
            "normalize", "frame_indices", "read_video", "smart_resize"]
@@ -50,6 +61,7 @@ class Sample:
     source: str = ""
     fps: float = FOLDER_FPS  # of a folder of frames
     about: dict = field(default_factory=dict)  # what else the record says of itself: those of ABOUT that it has
+    segment: tuple[float, float] | None = None  # seconds of the video that the question is about; None: all of it
 
 
 # ---- records
@@ -63,7 +75,7 @@ def load_samples(path, *, media_root=None, skipped=None):
     Raises DataError: no such file, not JSON, an empty file, a bad record.
     """
     path = Path(path)
-    root = Path(media_root) if media_root else path.parent
+    root = (Path(media_root) if media_root else path.parent).absolute()
     samples = []
     for i, (where, read) in enumerate(read_records(path)):
         try:
@@ -154,12 +166,22 @@ def _sample(r, where, root, stem):
         fps = 0.0
     if not 0 < fps < float("inf"):
         raise DataError(f"{where}: 'fps' is {r['fps']!r}, expected a number of frames per second")
+    segment = None
+    if isinstance(r.get("start"), (int, float)) and isinstance(r.get("end"), (int, float)):  # MVBench
+        segment = float(r["start"]), float(r["end"])
+        if not 0 <= segment[0] < segment[1]:
+            raise DataError(f"{where}: a segment from {r['start']} to {r['end']} seconds")
     for text in (question, answer, reasoning, medium, *options):
         if re.search("[\ud800-\udfff]", text):
             raise DataError(f"{where}: a text that is not valid Unicode: {text[:60]!r}")
     return Sample(id=str(name), question=question.strip(), options=options, problem_type=kind, data_type=data_type,
                   path=str(root / medium), answer=answer, reasoning=reasoning, source=str(first("data_source") or stem),
-                  fps=fps, about={key: r[key] for key in ABOUT if isinstance(r.get(key), str) and r[key]})
+                  fps=fps, about=about(r), segment=segment)
+
+
+def about(record):
+    """Those of the fields ABOUT that a record has; {} for what is no record."""
+    return {key: record[key] for key in ABOUT if isinstance(record, dict) and isinstance(record.get(key), str) and record[key]}
 
 
 def _split_options(question):
@@ -198,23 +220,6 @@ class Media:
         return self.frames[2 * grid : 2 * (grid + n)]
 
 
-def load_image(path):
-    """An image file -> Pillow RGB, upright (EXIF), transparency on white. Raises DataError naming the file."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # 16 bits a pixel; convert() would clip them
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise DataError(f"{path}: an image of {image.mode!r} pixels, expected 8 or 16 bits a channel")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises SyntaxError for a broken PNG
-        raise DataError(f"{path}: cannot be read as an image: {e}") from e
-
-
 def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
                image_max_pixels=256 * 28 * 28, decode_timeout=60.0, decoded=None):
     """A Sample's file -> Media, at most max_frames frames of at most max_pixels. Raises DataError naming file and record.
@@ -228,9 +233,9 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
         if sample.data_type == "image":
             clip = Clip(resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0, 1, [0])
         elif sample.data_type == "video":
-            clip = read_clip(sample.path, **counts, **pixels, timeout=decode_timeout, decoded=decoded)
+            clip = read_clip(sample.path, **counts, **pixels, segment=sample.segment, timeout=decode_timeout, decoded=decoded)
         else:
-            clip = _read_folder(sample.path, sample.fps, counts, pixels)
+            clip = _read_folder(sample, counts, pixels)
     except (ValueError, OSError) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
         where = "" if sample.path in str(e) else f"{sample.path}: "
         raise DataError(f"record {sample.id}: {where}{e}") from e
@@ -245,17 +250,17 @@ def _identity(path):
     return [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
 
 
-def _read_folder(path, fps, counts, pixels):
-    if not Path(path).is_dir():
+def _read_folder(sample, counts, pixels):
+    path = Path(sample.path)
+    if not path.is_dir():
         raise VideoError(f"{path}: no such folder of frames")
     natural = lambda file: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", file.name)]
-    files = sorted((f for f in Path(path).iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")), key=natural)
-    indices = frame_indices(len(files), fps, **counts)
+    files = sorted((f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")), key=natural)
+    indices, seconds, available = choose_frames(len(files), sample.fps, sample.segment, **counts)
     frames = [resize(load_image(files[i]), **pixels) for i in indices]
     if len(shapes := {f.shape for f in frames}) > 1:
         raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
-    available = frame_count(len(files), fps, target_fps=counts["target_fps"], min_frames=counts["min_frames"])
-    return Clip(np.stack(frames), len(files) / fps / len(indices), available, indices)
+    return Clip(np.stack(frames), seconds, available, indices)
 
 
 def normalize(frames, dtype=torch.float32, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):

@@ -12,12 +12,15 @@ seconds, or the reason of a failure), appended as soon as it is answered; summar
 on where a killed one stopped, on any number of processes, and prints the table at once when nothing is left to do.
 """
 
+import fcntl
+import hashlib
 import json
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,14 +33,28 @@ from transformers.utils import logging as hf_logging
 import rewards
 import toy
 import tts
-from data import DataError, Prompt, PromptBuilder, Sample, load_samples, read_records
+from data import DataError, Prompt, PromptBuilder, Sample, about, load_samples, read_records
 from model import ModelError, Policy, fingerprint, local_folder
 from rollout import generate
-from run import MEDIA, RANK, WORLD, flag_lines, flag_parser, gather, media_flags, refuse_changes, say, seed, start_ranks
+from run import (
+    MEDIA,
+    RANK,
+    WORLD,
+    flag_lines,
+    flag_parser,
+    gather,
+    media_flags,
+    peek,
+    refuse_changes,
+    say,
+    seed,
+    start_ranks,
+    write_whole,
+)
+from scores import constant_answer, mean, score, summarize, table
 
-BATCH = 32  # questions whose responses are drawn together
-# what all the answers of a folder have in common, besides the model's weights ("#")
-SAME = ("#", "data", "media_root", "seed", *MEDIA[:-1], "max_prompt", "max_new", "m", "temperature")
+# what all the answers of a folder have in common, besides the model's weights and the records ("#")
+SAME = ("#", "media_root", "seed", *MEDIA[:-1], "max_prompt", "max_new", "m", "temperature")
 
 
 class Method(NamedTuple):
@@ -62,6 +79,7 @@ def parse_args(argv=None):
     add(g, "frames", 16, "without --tts: of every video, evenly spaced, if it has as many")
     g = p.add_argument_group("responses")
     add(g, "max_new", 1024, "tokens of a response, at most")
+    add(g, "batch", 32, "questions whose responses are drawn together; fewer need less memory")
     flag(g, "tts", "sparse-to-dense: --m responses at --start frames; until they agree, twice the frames, up to --cap")
     add(g, "start", 32, "frames of the first round")
     add(g, "cap", 128, "frames of the last round")
@@ -73,12 +91,13 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.model) != bool(args.data):
         p.error("--model and --data: expected both, or neither for the toy")
-    for name, least in dict(frames=2, start=2, cap=args.start, m=1, max_new=1, workers=1, max_pixels=args.min_pixels).items():
+    least_of = dict(frames=2, start=2, cap=args.start, m=1, max_new=1, workers=1, batch=1, max_pixels=args.min_pixels)
+    for name, least in least_of.items():
         if getattr(args, name) < least or (name in ("frames", "start", "cap") and getattr(args, name) % 2):
             even = ", even" if name in ("frames", "start", "cap") else ""
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}{even}")
-    if args.filter and args.tts:
-        p.error("--filter: expected without --tts")
+    if args.filter and (args.tts or args.m < 2 or not Path(args.filter).absolute().parent.is_dir()):
+        p.error(f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a folder that exists")
     if args.temperature <= 0:
         p.error(f"--temperature {args.temperature}: expected above 0")
     return args
@@ -107,12 +126,13 @@ class Question:
     method: Method
     search: tts.Search = field(init=False)
     rounds: list[dict] = field(default_factory=list)
-    decoded: dict = field(default_factory=dict)  # frames of earlier rounds
+    decoded: dict | None = None  # frames of earlier rounds, where there can be several
     prompt: Prompt | None = None  # of the last round; None: could not be loaded
     failure: str | None = None
 
     def __post_init__(self):
         self.search = tts.Search(start=self.method.start, cap=self.method.cap, m=self.method.m)
+        self.decoded = {} if self.method.start < self.method.cap else None
 
     def load(self, builder):
         """The prompt of the next round. Raises DataError."""
@@ -129,8 +149,10 @@ class Question:
         logps = [float(x.mean()) for x in group.logps]
         self.search.tell([tts.Vote(a, x) for a, x in zip(answers, logps)])
         media, = self.prompt.media
-        self.rounds.append(dict(frames=len(media.frames), visual_tokens=media.tokens, votes=answers, logps=logps, responses=texts,
-                                tokens=[len(r) for r in group.responses], truncated=group.truncated, seconds=seconds))
+        frames, pixels = self.prompt.frames_x_pixels
+        self.rounds.append(dict(frames=frames, pixels=pixels, visual_tokens=media.tokens, votes=answers, logps=logps,
+                                responses=texts, tokens=[len(r) for r in group.responses], truncated=group.truncated,
+                                seconds=seconds))
         if self.search.frames is None and self.search.answer is None:
             self.failure = "no valid answer"
 
@@ -140,18 +162,18 @@ class Question:
         return score(self.search.answer, self.sample) if self.failure is None else 0.0
 
 
-def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, batch=BATCH):
-    """Yields each Question once it is answered or has failed; rounds of the same number of frames are drawn together.
+def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, batch=32):
+    """Yields each Question once it is answered or has failed; the first rounds of many are drawn together, and so on.
 
     questions: Questions by this method.  pool: threads that load media ahead.  An answer is a function of the policy, the
     question and (run_seed, index, frames): not of its company, up to rounding.
     """
-    waiting, queues = iter(questions), {method.start: []}  # frames -> [(question, its prompt-to-be)]
-    queue = lambda q: queues.setdefault(q.search.frames, []).append((q, pool.submit(q.load, builder)))
+    waiting, queues = iter(questions), {0: []}  # number of the round -> [(question, its prompt-to-be)]
+    queue = lambda q: queues.setdefault(len(q.rounds), []).append((q, pool.submit(q.load, builder)))
     while True:
-        for q in islice(waiting, 2 * batch - len(queues[method.start])):
+        for q in islice(waiting, 2 * batch - len(queues[0])):
             queue(q)
-        full = [n for n in queues if len(queues[n]) >= batch]  # dense rounds first: their frames are held in memory
+        full = [n for n in queues if len(queues[n]) >= batch]  # late rounds first: their frames are held in memory
         n = max(full, default=min((n for n in queues if queues[n]), default=None))
         if n is None:
             return
@@ -174,6 +196,7 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
             if q.search.frames is None:
                 settled.append(q)
             else:
+                q.prompt = None
                 queue(q)
         yield from settled
 
@@ -181,29 +204,25 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
 def line(q):
     """A question as its line of the log."""
     s, shown = q.sample, q.rounds[-1] if q.rounds else {}
-    T, pixels = q.prompt.frames_x_pixels if q.prompt else (0, 0)
     return dict(record=q.index, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, problem_type=s.problem_type,
                 question=s.question, options=s.options, about=s.about, answer=s.answer, given=q.search.answer, score=q.score,
-                failure=q.failure, frames=shown.get("frames", 0), pixels=pixels,
+                failure=q.failure, frames=shown.get("frames", 0), pixels=shown.get("pixels", 0),
                 visual_tokens=sum(r["visual_tokens"] for r in q.rounds), seconds=sum(r["seconds"] for r in q.rounds),
                 rounds=q.rounds)
 
 
-def run_method(policy, builder, samples, bad, method, out, pool, args):
-    """Answers what is left to answer of this rank's share, appending to the method's file."""
-    rewind(out, method)
-    done = {r["record"] for r in read(out, method)}
-    gather(None)  # every rank has read before any writes
-    left = [i for i in sorted({*samples, *bad}) if i not in done][RANK::WORLD]
-    path = out / f"{method.name}.rank{RANK}.jsonl"
+def run_method(policy, builder, left, samples, bad, method, out, pool, args):
+    """Answers this rank's share of the records `left`, appending to the method's file."""
+    left = left[RANK::WORLD]
     bar = tqdm(total=len(left), desc=method.name, unit="question", disable=None if RANK == 0 else True)
-    with open(path, "a", encoding="utf-8") as f:
+    with open(out / f"{method.name}.rank{RANK}.jsonl", "a", encoding="utf-8") as f:
         for i in (i for i in left if i in bad):
-            f.write(json.dumps(dict(record=i, score=0.0, failure=bad[i], rounds=[])) + "\n")
+            f.write(json.dumps(bad[i] | dict(record=i, score=0.0, rounds=[])) + "\n")
             bar.update()
         questions = (Question(i, samples[i], method) for i in left if i in samples)
         total = 0.0
-        for n, q in enumerate(answer(policy, builder, questions, method, pool=pool, max_new=args.max_new, run_seed=args.seed), 1):
+        asked = answer(policy, builder, questions, method, pool=pool, max_new=args.max_new, run_seed=args.seed, batch=args.batch)
+        for n, q in enumerate(asked, 1):
             f.write(json.dumps(line(q)) + "\n")
             f.flush()
             if q.prompt is None:
@@ -212,141 +231,30 @@ def run_method(policy, builder, samples, bad, method, out, pool, args):
             bar.update()
             bar.set_postfix(accuracy=f"{total / n:.3f}")
     bar.close()
-    gather(None)
-
-
-def rewind(out, method):
-    """Cuts half-written last lines off, as a kill leaves them; on rank 0, before any rank reads."""
-    for path in out.glob(f"{method.name}.rank*.jsonl") if RANK == 0 else ():
-        text = path.read_bytes()
-        if not text.endswith(b"\n"):
-            with open(path, "r+b") as f:
-                f.truncate(text.rfind(b"\n") + 1)
-    gather(None)
 
 
 def read(out, method):
-    """The lines of a method, of all ranks, in the order of the records."""
-    files = sorted(out.glob(f"{method.name}.rank*.jsonl"))
-    lines = [json.loads(x) for file in files for x in file.read_text(encoding="utf-8").splitlines()]
-    return sorted(lines, key=lambda r: r["record"])
+    """{record: line} of a method, of all ranks. Raises DataError for a line that is not JSON, unless it is a file's last."""
+    lines = {}
+    for file in sorted(out.glob(f"{method.name}.rank*.jsonl")):
+        *whole, _ = file.read_text(encoding="utf-8").split("\n")
+        for i, text in enumerate(whole, 1):
+            try:
+                r = json.loads(text)
+            except ValueError as e:
+                raise DataError(f"{file}, line {i}: not JSON; delete the line, and its question is asked again ({e})") from e
+            lines[r["record"]] = r
+    return dict(sorted(lines.items()))
 
 
-# ---- scoring
-
-def score(answer, sample):
-    """Of a normalised answer, in [0, 1]: mean relative accuracy for regression, else as in training."""
-    if sample.problem_type == "regression" and answer is not None:
-        return rewards.mean_relative_accuracy(answer, rewards.parse_number(sample.answer))
-    return rewards.grade(answer, sample)
-
-
-def constant_answer(samples):
-    """The accuracy of always giving one answer, the best one for each problem type (of the 50 most frequent)."""
-    right = 0.0
-    for kind in {s.problem_type for s in samples}:
-        group = [s for s in samples if s.problem_type == kind]
-        frequent = Counter(rewards.normalize_answer(s.answer, s) for s in group).most_common(50)
-        right += max(sum(score(answer, s) for s in group) for answer, _ in frequent)
-    return right / len(samples)
-
-
-def interval(accuracy, n):
-    """The 95 % interval of a mean of n scores in [0, 1] (Wilson's: exact in coverage for 0 or 1, wide for what lies between)."""
-    z = 1.96
-    middle, half = accuracy + z * z / (2 * n), z * (accuracy * (1 - accuracy) / n + z * z / (4 * n * n)) ** 0.5
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-
-
-def mean(xs):
-    """0 for nothing."""
-    xs = list(xs)
-    return sum(xs) / len(xs) if xs else 0.0
-
-
-def by_group(lines):
-    """{field: {value: [accuracy, questions]}} of every field of the records that splits them into 2 to 30 groups."""
-    out, splits = {}, []
-    for name in dict.fromkeys(k for r in lines for k in (*r.get("about", {}), "problem_type", "data_type")):
-        values = [r.get("about", {}).get(name) or r.get(name) for r in lines]
-        groups = {}
-        for value, r in zip(values, lines):
-            groups.setdefault(value or "none", []).append(r["score"])
-        same = [values.index(v) for v in values]  # the split itself, whatever its groups are called
-        if 2 <= len(groups) <= 30 and same not in splits:
-            splits.append(same)
-            out[name] = {value: [mean(scores), len(scores)] for value, scores in sorted(groups.items())}
-    return out
-
-
-VSI = ("object_counting", "object_abs_distance", "object_size_estimation", "room_size_estimation", "object_rel_distance",
-       "object_rel_direction", "route_planning", "obj_appearance_order")
-
-
-def vsi_bench(lines):
-    """VSI-Bench's two aggregates, {} for other records.
-
-    official: the mean over its eight sub-tasks (the three difficulties of a direction are one), MRA with <=.
-    video_r1: Video-R1's "VSI-Bench", the mean of two means, accuracy of multiple choice and MRA.
-    """
-    tasks, kinds = {}, {}
-    for r in lines:
-        kind = r.get("about", {}).get("original_question_type", "")
-        task = next((t for t in VSI if kind.startswith(t)), None)
-        if task is None:
-            return {}
-        kinds.setdefault(r["problem_type"], []).append(r["score"])
-        if r["problem_type"] == "regression" and r["given"] is not None:
-            exact = rewards.mean_relative_accuracy(r["given"], rewards.parse_number(r["answer"]), inclusive=True)
-        else:
-            exact = r["score"]
-        tasks.setdefault(task, {}).setdefault(kind, []).append(exact)
-    official = mean(mean(map(mean, levels.values())) for levels in tasks.values())
-    return {"vsi_bench_official": official, "vsi_bench_video_r1": mean(map(mean, kinds.values()))}
-
-
-def summarize(lines, method):
-    """What the lines of a method (its name) come to; every line counts, failures as 0."""
-    n, shown = len(lines), [r for r in lines if r["rounds"]]
-    accuracy = mean(r["score"] for r in lines)
-    return {"method": method, "questions": n, "accuracy": accuracy, "interval": interval(accuracy, n),
-            "failures": sum(r["failure"] is not None for r in lines), "unreadable": n - len(shown),
-            "mean_frames": mean(r["frames"] for r in shown), "pixels": mean(r["pixels"] for r in shown),
-            "mean_visual_tokens": mean(r["visual_tokens"] for r in shown), "mean_rounds": mean(len(r["rounds"]) for r in shown),
-            "seconds": sum(r.get("seconds", 0.0) for r in lines), "by": by_group(lines), **vsi_bench(lines)}
-
-
-def table(summary):
-    """The summary as text."""
-    rows = summary["methods"]
-    out = [f"{summary['model']} on {summary['data']}: {rows[0]['questions']} questions. Always the same answer: "
-           f"{summary['constant_answer']:.3f}.", "",
-           "method        accuracy  95 % interval   frames x pixels  visual tokens  rounds  failures  seconds"]
-    for r in rows:
-        low, high = r["interval"]
-        shown = f"{r['mean_frames']:6.1f} x {r['pixels']:<6.0f}"
-        out.append(f"{r['method']:13} {r['accuracy']:8.3f}  {low:.3f} - {high:.3f}   {shown}"
-                   f" {r['mean_visual_tokens']:14.1f}  {r['mean_rounds']:6.2f}  {r['failures']:8}  {r['seconds']:7.1f}")
-        out += [f"{'':13} {name} {r[name]:.3f}" for name in ("vsi_bench_official", "vsi_bench_video_r1") if name in r]
-    for name in rows[0]["by"]:
-        out += ["", f"by {name} (questions)"]
-        for r in rows:
-            out.append(f"{r['method']:13} " + "  ".join(f"{v} {a:.3f} ({n})" for v, (a, n) in r["by"][name].items()))
-    return "\n".join(out)
-
-
-def write_filtered(lines, samples, source, target):
-    """Writes the records whose responses are sometimes right (score above 0.5), each with its pass_rate -> what to say of it."""
-    rates = {r["record"]: mean(rewards.grade(vote, samples[r["record"]]) > 0.5 for vote in r["rounds"][0]["votes"])
-             for r in lines if r["rounds"]}
-    kept = [read() | {"pass_rate": rates[i]} for i, (_, read) in enumerate(read_records(source)) if 0 < rates.get(i, 0) < 1]
-    partial = Path(f"{target}.partial")
-    rows = "".join(json.dumps(r) + "\n" for r in kept)
-    partial.write_text(rows if Path(target).suffix == ".jsonl" else json.dumps(kept, indent=1), encoding="utf-8")
-    partial.replace(target)
-    always, never = (sum(rate == x for rate in rates.values()) for x in (1, 0))
-    return (f"{target}: {len(kept)} of {len(lines)} records kept; always right: {always}, never: {never}, "
-            f"unreadable: {len(lines) - len(rates)}")
+def unanswered(out, method, records):
+    """The records without a line yet, the same on all ranks; half-written last lines, as a kill leaves them, are cut off."""
+    if RANK == 0:
+        for path in out.glob(f"{method.name}.rank*.jsonl"):
+            text = path.read_bytes()
+            with open(path, "r+b") as f:
+                f.truncate(text.rfind(b"\n") + 1)
+    return gather([i for i in records if i not in read(out, method)] if RANK == 0 else None)[0]
 
 
 # ---- the command
@@ -354,16 +262,17 @@ def write_filtered(lines, samples, source, target):
 def main(argv=None):
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    if not args.model:
+    args = peek(argv, model=None, data=None, seed=0)
+    if not (args.model or args.data):
         root = toy.root(args.seed)
-        args = parse_args([f"@{Path(__file__).parent}/configs/toy_eval.txt", "--model", f"{root}/grpo",
-                           "--data", f"{root}/world/test.json", "--out", f"{root}/eval", *argv])
-        if not (root / "grpo").exists():
+        if not (root / "grpo").exists() and {"-h", "--help"}.isdisjoint(argv):
             raise SystemExit(f"error: no {root}/grpo: train the toy with `python train.py` first, or give --model and --data")
+        argv = [f"@{Path(__file__).parent}/configs/toy_eval.txt", "--model", f"{root}/grpo", "--data", f"{root}/world/test.json",
+                "--out", f"{root}/eval", *argv]
+    args = parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    device = start_ranks(minutes=24 * 60)  # at the end, ranks wait for the slowest
+    device = start_ranks(timedelta(days=2))  # at the end, ranks wait for the slowest
     try:
         evaluate(args, device)
     except (DataError, ModelError, OSError) as e:
@@ -373,34 +282,78 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+def write_filtered(lines, samples, source, target):
+    """Writes to target the records whose responses are sometimes right (score above 0.5), with their pass_rate -> a report."""
+    rates = {r["record"]: mean(rewards.grade(vote, samples[r["record"]]) > 0.5 for vote in r["rounds"][0]["votes"])
+             for r in lines if r["rounds"]}
+    kept = [read() | {"pass_rate": rates[i]} for i, (_, read) in enumerate(read_records(source)) if 0 < rates.get(i, 0) < 1]
+    write_whole(target, "".join(json.dumps(r) + "\n" for r in kept) if target.endswith(".jsonl") else json.dumps(kept, indent=1))
+    always, never = (sum(rate == x for rate in rates.values()) for x in (1, 0))
+    return (f"{target}: {len(kept)} of {len(lines)} records kept; always right: {always}, never: {never}, "
+            f"unreadable: {len(lines) - len(rates)}. Relative paths in it start where they did: --media_root")
+
+
+def open_answers(args, folder):
+    """Opens the folder of answers -> (folder, its lock, held until it is closed). Ends the program where other processes are
+    still writing to it, or where it holds the answers of other weights, records or flags."""
+    out = Path(args.out or f"out/eval-{str(args.model).strip('./').replace('/', '-')}-{Path(args.data).stem}")
+    digest = hashlib.blake2b(Path(args.data).read_bytes(), digest_size=12).hexdigest()
+    lines = [f"# weights {fingerprint(folder)}, records {digest}", *flag_lines(args)]
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")
+    if RANK == 0:
+        try:  # ranks of a run whose torchrun was killed can live on and write
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"error: other processes are writing to {out}: wait for them, or end them") from None
+        if (out / "config.txt").exists():
+            refuse_changes(out / "config.txt", lines, SAME)
+        write_whole(out / "config.txt", "\n".join(lines) + "\n")
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    gather(None)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return out, lock
+
+
 def evaluate(args, device):
     """Answers all records by every method of the flags, and prints the table -> summary."""
-    out = Path(args.out or f"out/eval-{Path(args.model).name}-{Path(args.data).stem}")
     folder, bad = local_folder(args.model), {}
     found = load_samples(args.data, media_root=args.media_root, skipped=bad)
     samples = dict(zip((i for i in range(len(found) + len(bad)) if i not in bad), found))
-    lines = [f"# weights {fingerprint(folder)}", *flag_lines(args)]
-    if RANK == 0:
-        if (out / "config.txt").exists():
-            refuse_changes(out / "config.txt", lines, SAME)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for message in [*bad.values()][:5]:
-        say(f"failed: {message}")
-    policy = Policy.load(folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    builder = PromptBuilder(folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in MEDIA})
-    asked = methods(args)
-    with ThreadPoolExecutor(args.workers) as pool:
+    for i, (_, read_record) in enumerate(read_records(args.data)):
+        if i in bad:
+            say(f"failed: {bad[i]}")
+            bad[i] = dict(failure=bad[i])
+            with suppress(DataError):  # it is not JSON
+                raw = read_record()
+                bad[i] |= dict(about=about(raw), problem_type=raw.get("problem_type") if isinstance(raw, dict) else None)
+    out, lock = open_answers(args, folder)
+    asked, records, policy = methods(args), sorted({*samples, *bad}), None
+    pool = ThreadPoolExecutor(args.workers)
+    try:
         for method in asked:
-            run_method(policy, builder, samples, bad, method, out, pool, args)
-    share = len(found) / (len(found) + len(bad))
-    summary = {"model": str(folder), "data": args.data, "constant_answer": constant_answer(found) * share,
-               "methods": [summarize(read(out, method), method.name) for method in asked]}
-    if RANK == 0:
-        (out / "summary.json").write_text(json.dumps(summary, indent=1))
-        say(table(summary))
-        if args.filter:
-            say(write_filtered(read(out, asked[0]), samples, args.data, args.filter))
+            left = unanswered(out, method, records)
+            if left and policy is None:
+                policy = Policy.load(folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+                builder = PromptBuilder(folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in MEDIA})
+            if left:
+                run_method(policy, builder, left, samples, bad, method, out, pool, args)
+                gather(None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        lock.close()
+    if RANK:
+        return None
+    lines = {method: read(out, method) for method in asked}
+    for method in asked:
+        if lost := set(records) ^ set(lines[method]):
+            raise DataError(f"{out}: {method.name} has no line, or one too many, for the records {sorted(lost)[:10]}")
+    summary = {"model": str(folder), "data": args.data, "constant_answer": constant_answer(found) * len(found) / len(records),
+               "methods": [summarize([*lines[method].values()], method.name) for method in asked]}
+    write_whole(out / "summary.json", json.dumps(summary, indent=1))
+    say(table(summary))
+    if args.filter:
+        say(write_filtered([*lines[asked[0]].values()], samples, args.data, args.filter))
     return summary
 
 

@@ -191,6 +191,7 @@ class Policy(nn.Module):
         Splits and batches at grids are exact up to rounding: the tower attends within one grid only.
         """
         visual, out, i = self.net.model.visual, [], 0
+        exact = torch.promote_types(visual.dtype, torch.float32)  # rounded once, as in training and in transformers' processors
         while i < len(grids):
             end, patches = i + 1, grids[i][0].grid[1] * grids[i][0].grid[2]
             while end < len(grids) and patches + (more := grids[end][0].grid[1] * grids[end][0].grid[2]) <= PATCHES_PER_CALL:
@@ -201,9 +202,9 @@ class Policy(nn.Module):
                     runs[-1][2] += 1
                 else:
                     runs.append([m, g, 1])
-            pixels = torch.cat([patchify(normalize(m.frames_of(g, n).to(self.device), visual.dtype))[0] for m, g, n in runs])
+            pixels = torch.cat([patchify(normalize(m.frames_of(g, n).to(self.device), exact))[0] for m, g, n in runs])
             sizes = torch.tensor([(n, *m.grid[1:]) for m, _, n in runs], device=self.device)
-            out.append(visual(pixels, grid_thw=sizes).pooler_output)
+            out.append(visual(pixels.to(visual.dtype), grid_thw=sizes).pooler_output)
             i = end
         if not out:  # no rows, but a gradient of zero where one is wanted: all ranks reduce the same parameters
             nothing = torch.zeros(0, self.config.text_config.hidden_size, device=self.device) + _nothing(visual)

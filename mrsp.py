@@ -4,7 +4,7 @@
 
     load      every video is decoded by one rank, then the prompts are exchanged within the group   (Group.exchange)
     stage 1   the 2-frame grids of all videos are dealt by cost; every rank encodes its share, embeddings are gathered, and used
-              by every rollout and every log-prob pass of the step                                    (encode, EmbeddingCache)
+              by every rollout and (of a frozen tower) every log-prob pass of the step                (encode, EmbeddingCache)
     stage 2   the packed row [prompt | o_1 ... o_G] is dealt in blocks; every rank computes its own tokens, and attends with
               them to the keys and values of all, gathered layer by layer                             (deal, ShardedRow)
     rollout   the prompt is prefilled as in stage 2, which leaves its keys and values on every rank; then the responses are
@@ -16,14 +16,15 @@ Who holds what in stage 2, on 2 ranks (the blocks of a prompt grow dearer to the
     rank 1    [         | block 1 | block 2 |         |                        | responses, second half ]
 
 Gathering K and V instead of exchanging heads (Ulysses) sets no limit on the number of heads or ranks (28 heads on 8 GPUs), and
-with grouped-query attention moves less for up to 8 ranks. Decoding reads the prompt's keys and values from every rank's own
-memory (7.8 GB for an hour of video on a 3B): left sharded, every token of every layer would wait for a collective.
+with grouped-query attention moves no more for up to 8 ranks. Decoding reads the prompt's keys and values from every rank's own
+memory (8 GB for an hour of video on a 3B): left sharded, every token of every layer would wait for a collective.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import uuid
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
 from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow
+
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names from torch 2.13 on, and before
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 # ---- groups
 
@@ -53,11 +57,13 @@ class Group:
         return x[None] if self.size == 1 else _Gather.apply(x, self, False)
 
     def exchange(self, x):
-        """The objects of the group's ranks, as a list."""
-        if self.size == 1:
-            return [x]
-        out = [None] * self.size
-        dist.all_gather_object(out, x, group=self._objects)
+        """The objects of the group's ranks, as a list; one after the other, so that large ones stand in memory once."""
+        out = []
+        for r in range(self.size):
+            box = [x if r == self.rank else None]
+            if self.size > 1:
+                dist.broadcast_object_list(box, group=self._objects, group_src=r)
+            out += box
         return out
 
 
@@ -66,7 +72,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x, group, reduce):
         ctx.group, ctx.reduce = group, reduce
         out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group._tensors)
+        ALL_GATHER(out, x.contiguous(), group=group._tensors)
         return out.unflatten(0, (group.size, -1))
 
     @staticmethod
@@ -74,7 +80,7 @@ class _Gather(torch.autograd.Function):
         if not ctx.reduce:
             return grad[ctx.group.rank], None, None
         out = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.flatten(0, 1).contiguous(), group=ctx.group._tensors)
+        REDUCE_SCATTER(out, grad.flatten(0, 1).contiguous(), group=ctx.group._tensors)
         return out, None, None
 
 
@@ -82,8 +88,8 @@ ALONE = Group()
 
 
 @lru_cache
-def group_of(size):
-    """This rank's group of `size` neighbours. Every rank must ask for the same sizes in the same order."""
+def group_of(size, timeout=None):
+    """This rank's group of `size` neighbours. Every rank must ask for the same sizes in the same order. timeout: a timedelta."""
     if size == 1:
         return ALONE
     world, me = dist.get_world_size(), dist.get_rank()
@@ -91,7 +97,7 @@ def group_of(size):
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
     for first in range(0, world, size):
         ranks = list(range(first, first + size))
-        made = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")  # frames are exchanged through the CPU
+        made = dist.new_group(ranks, timeout), dist.new_group(ranks, timeout, backend="gloo")  # frames go through the CPU
         if me in ranks:
             mine = made
     return Group(size, me % size, *mine)
@@ -103,7 +109,7 @@ def encode(policy, prompts):
     """Visual embeddings of each prompt's media in order -> [(V, D), ...], each medium encoded once, by policy.group together.
 
     With gradients under torch.enable_grad, for a vision tower that is trained: what all ranks want of an embedding flows back
-    to the rank that encoded it. Otherwise policy.embedding_cache is asked first, if there is one.
+    to the rank that encoded it. Under torch.no_grad, policy.embedding_cache is asked first, if there is one.
     """
     group, cache = policy.group, None if torch.is_grad_enabled() else policy.embedding_cache
     same = {m: m.key or id(m) for p in prompts for m in p.media}  # two questions about one video share its embedding
@@ -148,7 +154,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder, gigabytes, tower):
-        self.folder, self.bytes, self.tower = Path(folder), gigabytes * 1e9, tower
+        self.folder, self.bytes, self.tower, self.writable = Path(folder), gigabytes * 1e9, tower, True
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _entry(self, media):
@@ -162,7 +168,7 @@ class EmbeddingCache:
         path, key = self._entry(media)
         try:
             with safe_open(path, "pt") as f:
-                x, about = f.get_tensor("embedding"), f.metadata()
+                x, about = f.get_tensor("embedding"), f.metadata() or {}
             os.utime(path)
         except (OSError, SafetensorError):
             return None
@@ -170,22 +176,28 @@ class EmbeddingCache:
         return x if whole else None
 
     def put(self, media, embedding):
-        """Writes an entry under another name and moves it into place; then deletes the oldest until all fit the bound."""
-        if media.key is None:
+        """Writes an entry under another name and moves it into place; then deletes the oldest files until all fit the bound.
+        A folder that cannot be written is said, once, and left alone: it is only a cache."""
+        if media.key is None or not self.writable:
             return
         path, key = self._entry(media)
-        partial_path, x = path.with_suffix(f".{os.getpid()}.partial"), embedding.detach().cpu().contiguous()
-        save_file({"embedding": x}, partial_path, {"key": key, "digest": digest(x)})
-        partial_path.replace(path)
-        entries = []
-        for entry in self.folder.glob("*.safetensors"):
-            with contextlib.suppress(FileNotFoundError):  # another process deletes too
-                entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry))
-        total = sum(size for _, size, _ in entries)
-        for _, size, entry in sorted(entries):
+        partial_path, x = path.with_suffix(f".{uuid.uuid4().hex}.partial"), embedding.detach().cpu().contiguous()
+        try:
+            save_file({"embedding": x}, partial_path, {"key": key, "digest": digest(x)})
+            partial_path.replace(path)
+        except (OSError, SafetensorError) as e:
+            self.writable = False
+            partial_path.unlink(missing_ok=True)
+            print(f"the embedding cache {self.folder} cannot be written, so nothing is added to it: {e}", flush=True)
+        files = []
+        for file in self.folder.iterdir():  # what a killed process left half-written counts too
+            with contextlib.suppress(FileNotFoundError):  # another process deletes as well
+                files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        total = sum(size for _, size, _ in files)
+        for _, size, file in sorted(files):
             if total <= self.bytes:
                 break
-            entry.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
             total -= size
 
 
@@ -264,7 +276,8 @@ class ShardedRow(PackedRow):
                 k_o, v_o = kv_g.repeat_interleave(per_kv, dim=1).split(1)
                 q_o = attention(q_o, k_o, v_o, attn_mask=mask)
             out.append(q_o)
-        return torch.cat([*out, torch.zeros_like(next(mine))], dim=2)
+        tail = next(mine) * 0 + kv[:, :, :1].sum() * 0  # a rank without any token takes part in the backward pass too
+        return torch.cat([*out, tail], dim=2)
 
     def find(self, tokens):
         """Of the given tokens of the row: the indices of those that are here, and where their hidden states are."""
@@ -285,21 +298,30 @@ class ShardedRow(PackedRow):
 
 # ---- which degree
 
-def turn(rank, world):
-    """When a rank's turn to load a prompt comes: first a rank of each half, then of each quarter, and so on, so that few prompts
-    land in different groups, whatever the groups' size."""
+def turn(rank, world, sp):
+    """When a rank's turn to load a prompt comes, so that few prompts land in different groups. For a degree that is not fixed:
+    first a rank of each half, then of each quarter, and so on (exact where world / degree is a power of 2)."""
+    if sp != "auto":
+        return rank // int(sp) + world // int(sp) * (rank % int(sp))
     if world == 1:
         return 0
     parts = next(n for n in range(2, world + 1) if world % n == 0)
     share = world // parts
-    return rank // share + parts * turn(rank % share, share)
+    return rank // share + parts * turn(rank % share, share, sp)
+
+
+def device_memory(device, world):
+    """Bytes of a GPU, or a process's share of this machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world
 
 
 def memory(policy, reference, *, row, prompts, decoded, answers, size):
     """Bytes that a step needs on each GPU of a group of `size`, without the vision tower's activations -> {term: bytes}.
 
-    In tokens, at most: row, of a packed row; prompts, of all prompts of the group; decoded, of those that are decoded together;
-    answers, of the responses to one prompt.
+    In tokens, at most: row, of a packed row; prompts, of all prompts of the group; answers, of the responses to one prompt;
+    decoded, of prompts that are decoded together, and of the responses to these: a pair.
     """
     c, bytes_ = policy.config.text_config, 2 if policy.device.type == "cuda" else 4  # bf16 under autocast, or fp32
     total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad >= only) for only in (False, True))
@@ -310,31 +332,28 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size):
              "one layer's K/V": 2 * row * (kv + 2 * D * bytes_),  # gathered, and repeated for every head, with their gradients
              "one layer's mask": answers / size * row * (1 + bytes_),
              "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4}
-    decode = {"prompts' K/V": L * decoded * kv, "responses' K/V": L * answers / size * kv}
+    decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
     return {"weights, gradients, moments": 12 * trained + 4 * total, "copies in bf16": 2 * total * (bytes_ == 2),
             "reference": total * bytes_ * (reference is not None), "embeddings": prompts * D * bytes_,
             **max(train, decode, key=lambda terms: sum(terms.values()))}  # training and decoding come one after the other
 
 
-def smallest_group(policy, reference, lengths, args, world):
-    """The smallest degree that leaves no group without a prompt and whose estimate fits 90 % of a rank's memory, else the largest
-    -> (degree, the estimate as text). lengths: of the step's prompts.
+def smallest_group(policy, reference, lengths, limit, args, world):
+    """The smallest degree with no more groups than prompts whose estimate fits 90 % of `limit` bytes, else the largest
+    -> (degree, the estimate as text). lengths: of the step's prompts. All ranks must give the same arguments.
 
     Sharding costs time where it is not needed (the paper's figure: below 256 frames), so --sp auto shards no more than it must.
     """
-    if policy.device.type == "cuda":
-        limit = torch.cuda.get_device_properties(policy.device).total_memory
-    else:
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world
     divisors = [d for d in range(1, world + 1) if world % d == 0 and (d == world or world // d <= len(lengths))]
     degrees = divisors if args.sp == "auto" else [int(args.sp)]
     longest, answers = max(lengths, default=0), args.group * args.max_new
     for size in degrees:
         share = -(-len(lengths) * size // world)  # prompts of a group
+        together = min(share, max(1, CACHE_TOKENS // (longest + answers)))
         prompts = sum(sorted(lengths, reverse=True)[:share])
         row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
-        terms = memory(policy, reference, row=row, prompts=prompts, decoded=min(prompts, max(longest, CACHE_TOKENS)),
-                       answers=answers, size=size)
+        terms = memory(policy, reference, row=row, prompts=prompts, answers=answers, size=size,
+                       decoded=(together * longest, together * answers))
         if sum(terms.values()) < 0.9 * limit:
             break
     listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)

@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import FOLDER_FPS, DataError, Sample, load_media
-from eval import summarize
+from data import DataError, Sample, load_media
+from scores import summarize
 from video import close_worker
 
 IMAGES, TEXT = 6_500_000, 1_500_000  # bytes of all frames and of all responses of a page
@@ -145,11 +145,9 @@ def training(run, flags, frames, notes):
     shown = [samples[i] for i in sorted(newest)]
     for s in shown:
         s["responses"] = [s.pop("response", "")]
-        image = re.search(r"\.(png|jpe?g|webp|bmp|gif)$", s["path"], re.IGNORECASE)
-        kind = "frame" if Path(s["path"]).is_dir() else "image" if image else "video"
         if "fps" in flags:
             counts = float(flags["fps"]), int(flags["min_frames"]), int(flags["max_frames"])
-            s["sheet"] = frames.want(s["path"], kind, FOLDER_FPS, counts)
+            s["sheet"] = frames.want(s["path"], s["data_type"], s["fps"], counts)
     shorten(shown, notes)
     return {"figures": figures(curves, log, flags), "curves": curves, "samples": shown, "left_out": len(samples) - len(shown)}
 

@@ -16,7 +16,6 @@ import shlex
 import shutil
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,9 +31,10 @@ MEDIA = ("fps", "min_frames", "min_pixels", "max_pixels", "image_max_pixels", "d
 
 # ---- flags
 
-def flag_parser(doc):
+def flag_parser(doc, **kw):
     """A parser for @FILE flag files, one flag a line, # begins a comment -> (parser, add(group, name, default, help), flag)."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@")
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                fromfile_prefix_chars="@", **kw)
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     add = lambda group, name, default, help, **kw: group.add_argument(
         f"--{name}", default=default, **({"type": type(default)} if default is not None else {}), **kw,
@@ -57,6 +57,14 @@ def media_flags(p, add, *, fps, max_pixels, max_prompt):
     return g
 
 
+def peek(argv, **defaults):
+    """A few flags of a command line, whatever its others are -> namespace."""
+    p, add, _ = flag_parser("", add_help=False)
+    for name, default in defaults.items():
+        add(p, name, default, "")
+    return p.parse_known_args(argv)[0]
+
+
 def flag_lines(args):
     """The flags as the lines of a flag file."""
     flags = {k: v for k, v in vars(args).items() if v is not None and v is not False and k != "resume"}
@@ -66,19 +74,28 @@ def flag_lines(args):
 def refuse_changes(config, lines, names):
     """Ends the program if one of the named flags differs between the file of an earlier run and `lines`."""
     before = config.read_text(encoding="utf-8").splitlines()
-    if changed := [line for line in set(before) ^ set(lines) if line.split()[0].removeprefix("--") in names]:
-        raise SystemExit(f"error: {config.parent} was run with other flags, so it cannot be resumed: "
-                         f"{', '.join(sorted(changed))}")
+    was, now = ([line for line in a if line not in b and line.split()[0].removeprefix("--") in names]
+                for a, b in ((before, lines), (lines, before)))
+    if was or now:
+        raise SystemExit(f"error: {config.parent} was run otherwise, so it cannot be resumed: it had {', '.join(was) or 'not'}; "
+                         f"now {', '.join(now) or 'not'}. Another --out starts anew, and so does deleting that folder")
+
+
+def write_whole(path, text):
+    """Writes a file under another name and moves it into place: a file that has its name is whole."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 # ---- ranks, clock, log
 
-def start_ranks(minutes=30):
-    """Joins the other processes of torchrun, if there are any -> this rank's device. minutes: how long ranks wait for another."""
+def start_ranks(patience):
+    """Joins the other processes of torchrun, if there are any -> this rank's device. patience: a timedelta, for each wait."""
     if WORLD > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(LOCAL)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=minutes))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     return torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -138,9 +155,7 @@ def _rewind(path, step):
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def open_run(args):
@@ -159,7 +174,7 @@ def open_run(args):
         refuse_changes(out / "config.txt", lines, SAME)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(out / "config.txt", "\n".join(lines) + "\n")
         for name in ("log.jsonl", "samples.jsonl"):
             _rewind(out / name, step)
     except OSError as e:

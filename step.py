@@ -62,12 +62,16 @@ def sft_step(policy, prompts, optimize, args):
     total = []
 
     def loss(row):
-        logp, _ = policy(row, [[p.target] for p in row])
+        features = None if args.train_vision else [feature for _, feature in row]
+        logp, _ = policy([p for p, _ in row], [[p.target] for p, _ in row], features)
         total.append(-float(logp.detach().sum()) / tokens)
         return -logp.sum() / tokens
 
+    with timed("encode"), torch.no_grad():  # a tower that is trained is encoded with gradient, row by row
+        features = [None] * len(prompts) if args.train_vision else core(policy).encode(prompts)
     with timed("train"):
-        backward(policy, pack(prompts, [len(p.ids) + len(p.target) for p in prompts], args.row_tokens), loss)
+        lengths = [len(p.ids) + len(p.target) for p in prompts]
+        backward(policy, pack(list(zip(prompts, features)), lengths, args.row_tokens), loss)
     with timed("optimizer"):
         entry = optimize()
     shown = torch.tensor(sum(gather([p.frames_x_pixels for p in prompts], size), []), dtype=torch.float64)
@@ -125,7 +129,7 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
     some = []
     for i, m in list(mine.items())[:2]:
         s, n = m.group.prompt.sample, numbers[i]
-        about = dict(step=step + 1, id=s.id, path=s.path, question=s.question, answer=s.answer)
+        about = dict(step=step + 1, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, question=s.question, answer=s.answer)
         if n["orders"]:
             about |= dict(orders=n["orders"], shuffled_accuracies=n["shuffled"])
         some += [about | dict(response=text, **part, temporal_bonus=b) for text, part, b in zip(m.texts[:2], m.parts, n["bonus"])]

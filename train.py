@@ -21,6 +21,7 @@ What a run leaves behind: run.py.
 import json
 import math
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,22 @@ import toy
 from data import DataError, Loader, PromptBuilder, load_samples
 from eval import Method, Question, answer
 from model import ModelError, Policy
-from run import MEDIA, RANK, WORLD, append, flag_parser, gather, media_flags, open_run, save, say, seconds, start_ranks, timed
+from run import (
+    MEDIA,
+    RANK,
+    WORLD,
+    append,
+    flag_parser,
+    gather,
+    media_flags,
+    open_run,
+    peek,
+    save,
+    say,
+    seconds,
+    start_ranks,
+    timed,
+)
 from step import grpo_step, pack, sft_step
 
 EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
@@ -192,6 +208,11 @@ def usable(loaded, errors):
     return [(i, p) for i, p in loaded if not isinstance(p, DataError)]
 
 
+def patience(args):
+    """How long ranks wait for each other: half an hour, and the time that one of them may need to load its prompts."""
+    return timedelta(minutes=30, seconds=args.decode_timeout * math.ceil(args.prompts / WORLD / args.workers))
+
+
 def share(group, prompts):
     """The prompts of a sequence-parallel group: each was loaded by one of its ranks, now all have them, in order."""
     return sorted(sum(group.exchange(prompts), []), key=lambda p: p[0])
@@ -239,7 +260,7 @@ def load(args, checkpoint, device):
     say(f"{args.algo}: {args.out}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped, "
         f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}")
     loader = Loader(samples, builder, prompts=args.prompts, seed=args.seed, workers=args.workers, target=args.algo == "sft",
-                    rank=mrsp.turn(RANK, WORLD), world=WORLD)
+                    rank=mrsp.turn(RANK, WORLD, args.sp), world=WORLD)
     return policy, reference, loader, held_out
 
 
@@ -276,6 +297,7 @@ def train(args, device):
         with autocast, timed("evaluate"):
             return evaluate(policy, held_out, loader, args)
 
+    limit, said = min(gather(mrsp.device_memory(device, WORLD))), None  # the same on all ranks, as the degree must be
     seconds.clear()
     if start == 0 and held_out:
         report(out, bar, 0, held_out_accuracy(), args)
@@ -287,12 +309,13 @@ def train(args, device):
             with timed("data"):
                 prompts = usable(loader.load(step), errors)
                 lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
-                size, estimate = mrsp.smallest_group(policy, reference, lengths, args, WORLD)
-                group = policy.group = mrsp.group_of(size)
+                size, estimate = mrsp.smallest_group(policy, reference, lengths, limit, args, WORLD)
+                group = policy.group = mrsp.group_of(size, patience(args))
                 if reference:
                     reference.group = group
-                if step == start and WORLD > 1:
+                if WORLD > 1 and lengths and size != said:
                     say(f"sequence parallelism: {estimate}")
+                    said = size
                 prompts = share(group, prompts)
             entry, some, tokens = {"skipped_update": True}, [], 0
             if len(errors) < args.prompts:
@@ -308,7 +331,8 @@ def train(args, device):
                 policy.eval()
             elif (empty_steps := empty_steps + 1) == EMPTY_STEPS:
                 raise DataError(f"none of the samples of {EMPTY_STEPS} steps in a row could be loaded; the last: {errors[-1]}")
-        entry |= {"lr": learning_rate(step, args), "skipped_samples": len(errors), "tokens_per_second": tokens / seconds["step"]}
+        entry |= {"lr": learning_rate(step, args), "sp": group.size, "skipped_samples": len(errors),
+                  "tokens_per_second": tokens / seconds["step"]}
         if held_out and (done % args.eval_every == 0 or done == args.steps):
             entry |= held_out_accuracy()
         bar.update()
@@ -321,29 +345,32 @@ def train(args, device):
 
 
 def toy_runs(args, argv):
-    """The embedded default as ordinary runs: writes the toy world, then a cold start, then (--algo grpo) RL from it."""
-    root = Path(args.out or toy.root(args.seed))
-    if RANK == 0 and not (root / "world").exists():
-        toy.write(root / "world", args.seed)
-    gather(None)
-    configs, world = Path(__file__).parent / "configs", root / "world"
-    common = ["--eval_data", f"{world}/test.json", "--seed", str(args.seed)]
-    sft = [f"@{configs}/toy_sft.txt", *common, "--data", f"{world}/cot.json", "--model", f"{world}/model"]
+    """The embedded default as ordinary runs: a cold start in the toy world, then (--algo grpo) RL from it."""
+    parse_args(["--algo", args.algo])
+    root, configs = Path(args.out or toy.root(args.seed)), Path(__file__).parent / "configs"
+    common = ["--eval_data", f"{root}/world/test.json", "--seed", str(args.seed)]
+    sft = [f"@{configs}/toy_sft.txt", *common, "--data", f"{root}/world/cot.json", "--model", f"{root}/world/model"]
     if args.algo == "sft":
         return [parse_args([*sft, *argv, "--out", f"{root}/sft"])]
-    rl = [f"@{configs}/toy_{args.algo}.txt", *common, "--data", f"{world}/train.json", "--model", f"{root}/sft"]
+    rl = [f"@{configs}/toy_{args.algo}.txt", *common, "--data", f"{root}/world/train.json", "--model", f"{root}/sft"]
     return [parse_args([*sft, "--out", f"{root}/sft", "--resume"]), parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"])]
 
 
 def main(argv=None):
     """The command line: one run, or the embedded default's."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    device = start_ranks()
+    args = peek(argv, model=None, data=None, algo="grpo", out=None, seed=0)
+    embedded = not (args.model or args.data)
+    runs = toy_runs(args, argv) if embedded else [parse_args(argv)]
+    device = start_ranks(max(map(patience, runs)))
     try:
-        for run in [args] if args.model else toy_runs(args, argv):
+        world = Path(runs[0].data).parent
+        if embedded and RANK == 0 and not world.exists():
+            toy.write(world, args.seed)
+        gather(None)
+        for run in runs:
             run.out = run.out or "out/run"
             train(run, device)
     except (DataError, ModelError, OSError) as e:  # an OSError names its file

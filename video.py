@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 PATCH, MERGE = 14, 2  # a visual token is a 28 x 28 pixel square of a 2-frame grid
 CLIPS_PER_WORKER = 500  # decord leaks memory: a worker is replaced after this many
@@ -45,6 +45,15 @@ def frame_count(num_frames, fps, *, target_fps, min_frames, max_frames=math.inf)
     return max(2, int(n) // 2 * 2)
 
 
+def choose_frames(num_frames, fps, segment, *, target_fps, min_frames, max_frames):
+    """frame_indices of a clip, or of its `segment` (start, end) in seconds -> (indices in the clip, seconds per frame shown, the
+    most frames that could be shown)."""
+    first, end = (0, num_frames) if segment is None else (min(int(t * fps), num_frames) for t in segment)
+    how = dict(target_fps=target_fps, min_frames=min_frames)
+    indices = [first + i for i in frame_indices(end - first, fps, max_frames=max_frames, **how)]
+    return indices, (end - first) / fps / len(indices), frame_count(end - first, fps, **how)
+
+
 def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE):
     """(height, width) as multiples of `factor`, area within [min_pixels, max_pixels], aspect ratio nearly kept.
 
@@ -60,6 +69,23 @@ def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE)
         grow = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(x * grow / factor) * factor for x in (height, width))
     return h, w
+
+
+def load_image(path):
+    """An image file -> Pillow RGB, upright (EXIF), transparency on white. Raises VideoError naming the file."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # 16 bits a pixel; convert() would clip them
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise VideoError(f"{path}: an image of {image.mode!r} pixels, expected 8 or 16 bits a channel")
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises SyntaxError for a broken PNG
+        raise VideoError(f"{path}: cannot be read as an image: {e}") from e
 
 
 def resize(image, min_pixels, max_pixels):
@@ -88,8 +114,8 @@ def read_video(path, **how):
 
 
 def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-              timeout=60.0, decoded=None):
-    """Decodes a video file -> Clip; rotated videos come upright.
+              segment=None, timeout=60.0, decoded=None):
+    """Decodes a video file, or its `segment` (start, end) in seconds -> Clip; rotated videos come upright.
 
     decoded: {frame index: frame} of earlier calls for this file at this size; these are not decoded again, new ones are added.
     Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or not decoded after `timeout` seconds (the
@@ -103,7 +129,7 @@ def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4
     timer.start()
     try:
         request = dict(path=str(path), target_fps=target_fps, min_frames=min_frames, max_frames=max_frames,
-                       min_pixels=min_pixels, max_pixels=max_pixels, skip=list(decoded))
+                       min_pixels=min_pixels, max_pixels=max_pixels, segment=segment, skip=list(decoded))
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         reply = json.loads(process.stdout.readline())
@@ -141,20 +167,19 @@ def close_worker():
 
 # ---- the side of the worker
 
-def decode(path, skip, *, target_fps, min_frames, max_frames, min_pixels, max_pixels):
+def decode(path, skip, segment, *, target_fps, min_frames, max_frames, min_pixels, max_pixels):
     """What read_clip promises, in this process -> (reply, the frames whose indices are not in `skip`)."""
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     reader = decord.VideoReader(path, num_threads=1)
     fps = float(reader.get_avg_fps())
-    counts = dict(target_fps=target_fps, min_frames=min_frames)
-    indices = frame_indices(len(reader), fps, max_frames=max_frames, **counts)
+    counts = dict(target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
+    indices, seconds, available = choose_frames(len(reader), fps, segment, **counts)
     wanted = sorted(set(indices) - set(skip))
     frames = [resize(Image.fromarray(frame), min_pixels, max_pixels)
               for i in range(0, len(wanted), 16) for frame in reader.get_batch(wanted[i : i + 16]).asnumpy()]
     shape = (len(frames), *frames[0].shape) if frames else (0,)
-    reply = dict(indices=indices, seconds=len(reader) / fps / len(indices), shape=shape,
-                 available=frame_count(len(reader), fps, **counts))
+    reply = dict(indices=indices, seconds=seconds, shape=shape, available=available)
     return reply, b"".join(frame.tobytes() for frame in frames)
 
 

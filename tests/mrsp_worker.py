@@ -49,7 +49,7 @@ responses = [[tokens(n) for n in lengths] for lengths in ([5], [1, 7, 2], [3, 3]
 policy.train()
 result["logp"], result["entropy"] = policy(prompts, responses, result["features"], temperature=0.8)
 result["one token"] = policy(prompts[:1], [[tokens(1)]], result["features"][:1])[0]  # all but one rank own no response token
-result["alone"] = [policy([p], [r], [f])[0] for p, r, f in zip(prompts, responses, result["features"])]
+result["alone"] = [policy([p], [r], [f], temperature=0.8)[0] for p, r, f in zip(prompts, responses, result["features"])]
 for name, how in (("greedy", dict(temperature=0)), ("sampled", dict(seeds=[11, 12, 13, 14, 15, 16]))):
     groups = generate(policy, prompts, 5, max_new=20, features=result["features"], **how)
     result[name] = [g.responses for g in groups]

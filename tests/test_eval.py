@@ -1,5 +1,7 @@
 """eval.py from files to files: every question once whatever happens, failures are wrong answers, scores by hand."""
 
+import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -19,6 +21,7 @@ import data
 import eval as evaluation
 import model
 import rewards
+import scores
 from data import Sample
 
 TTS = ["--tts", "--compare", "--start", 8, "--cap", 16, "--m", 3]
@@ -109,8 +112,11 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_st
     n = len(lines(whole[0], "greedy-8"))
     while process.poll() is None and written() < 2 * n + n // 2:  # in the middle of the third method
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in [process.pid, *map(int, children if ranks == 2 else [])]:  # torchrun's ranks would live on
+        os.kill(pid, signal.SIGKILL)
     process.wait()
+    time.sleep(0.5)
     before = written()
     assert n <= before < 5 * n
     unfinished = sorted(out.glob("*.jsonl"), key=lambda f: f.stat().st_mtime)[-1]
@@ -121,7 +127,7 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_st
     for method in summary(out):
         assert sorted(r["record"] for r in lines(out, method["method"])) == list(range(n))
     run(*command, ranks=3 - ranks)  # nothing is left to do, on any number of ranks
-    assert sum(f.read_text().count("\n") for f in out.glob("*.jsonl")) == 5 * n and summary(out) == summary(whole[0])
+    assert written() == 5 * n and summary(out) == summary(whole[0])
 
 
 def test_an_answer_does_not_depend_on_its_company(world, cold_start, builder):
@@ -220,8 +226,8 @@ def test_frames_of_a_real_video_do_not_depend_on_what_was_decoded_before():
 def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_answer_is_the_commonest(file):
     samples = data.load_samples(file)
     golds = [rewards.normalize_answer(s.answer, s) for s in samples]
-    assert all(evaluation.score(gold, s) == 1 for gold, s in zip(golds, samples))
-    assert all(evaluation.score(None, s) == 0 for s in samples)
+    assert all(scores.score(gold, s) == 1 for gold, s in zip(golds, samples))
+    assert all(scores.score(None, s) == 0 for s in samples)
     expected = 0
     for kind in {s.problem_type for s in samples}:
         group = [(g, s) for g, s in zip(golds, samples) if s.problem_type == kind]
@@ -230,7 +236,7 @@ def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_a
             expected += max(mra(g) for g, _ in group)
         else:
             expected += Counter(g for g, _ in group).most_common(1)[0][1]
-    assert evaluation.constant_answer(samples) == pytest.approx(expected / len(samples))
+    assert scores.constant_answer(samples) == pytest.approx(expected / len(samples))
 
 
 @needs_shared
@@ -249,25 +255,28 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
         )
         for s in samples
     ]
-    scores = evaluation.vsi_bench(asked)
-    assert scores["vsi_bench_official"] == pytest.approx((1 + 1 / 3) / 8)  # one sub-task, a third of another, of eight
+    both = scores.vsi_bench(asked)
+    assert both["vsi_bench_official"] == pytest.approx((1 + 1 / 3) / 8)  # one sub-task, a third of another, of eight
     share = lambda kind: np.mean([right(s) for s in samples if s.problem_type == kind])
-    assert scores["vsi_bench_video_r1"] == pytest.approx((share("regression") + share("multiple choice")) / 2)
-    assert evaluation.vsi_bench([r | {"about": {}} for r in asked]) == {}
+    assert both["vsi_bench_video_r1"] == pytest.approx((share("regression") + share("multiple choice")) / 2)
+    assert "vsi_bench_unknown" not in both and scores.vsi_bench([r | {"about": {}} for r in asked]) == {}
+    bad = dict(failure="no options", score=0.0, rounds=[], problem_type="multiple choice", about=samples[-1].about)
+    assert scores.vsi_bench([*asked, bad])["vsi_bench_video_r1"] < both["vsi_bench_video_r1"]  # it counts, as 0
+    assert scores.vsi_bench([*asked, dict(failure="not JSON", score=0.0, rounds=[])]) == both | {"vsi_bench_unknown": 1}
 
 
 def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
-    assert evaluation.interval(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)
-    assert evaluation.interval(1.0, 100) == pytest.approx([0.96301, 1.0], abs=1e-5)
+    assert scores.interval(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)
+    assert scores.interval(1.0, 100) == pytest.approx([0.96301, 1.0], abs=1e-5)
     rows = [
         dict(score=s, about={"duration": d, "copy": d * 2, "url": str(i)})
         for i, (s, d) in enumerate(((1, "a"), (0, "a"), (1, "b")))
     ]
-    assert evaluation.by_group(rows)["duration"] == {"a": [0.5, 2], "b": [1.0, 1]}
-    assert "copy" not in evaluation.by_group(rows)
+    assert scores.by_group(rows)["duration"] == {"a": [0.5, 2], "b": [1.0, 1]}
+    assert "copy" not in scores.by_group(rows)
     assert rewards.mean_relative_accuracy(1.5, 1.0) == 0.0 and rewards.mean_relative_accuracy(1.5, 1.0, inclusive=True) == 0.1
     sample = Sample("0", "?", [], "regression", "video", "x", "2")
-    assert evaluation.score(2.5, sample) == 0.5  # evaluation and reward differ here
+    assert scores.score(2.5, sample) == 0.5  # evaluation and reward differ here
     assert rewards.grade(2.5, sample) == pytest.approx(0.75)
 
 
@@ -281,6 +290,51 @@ def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(tmp
     assert "--max_pixels 5000" in run(*flags(world, cold_start, out, "--frames", 4, "--max_pixels", 5000), expect=1)
     command = [x if x != cold_start else world / "model" for x in flags(world, cold_start, out, "--frames", 4)]
     assert "# weights" in run(*command, expect=1)
+    records = tmp_path / "records.json"
+    records.write_text((world / "test.json").read_text())
+    command = flags(tmp_path, cold_start, tmp_path / "b", "--frames", 4, "--media_root", world, records="records.json")
+    run(*command)
+    records.write_text(json.dumps(json.loads(records.read_text())[::-1]))  # other records under the same name
+    assert "was run otherwise" in run(*command, expect=1)
+
+
+def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(tmp_path, world, cold_start):
+    out = tmp_path / "out"
+    command = flags(world, cold_start, out, "--frames", 4)
+    run(*command)
+    with open(out / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert "other processes are writing to" in run(*command, expect=1)
+    (file,) = out.glob("greedy-4.*")
+    first, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text(first[:30] + "\n" + "".join(rest))
+    printed = run(*command, expect=1)
+    assert "greedy-4.rank0.jsonl, line 1: not JSON" in printed and "Traceback" not in printed
+
+
+def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):
+    """MVBench: `start` and `end` in seconds, of a video and of a folder of frames."""
+    sample = next(s for s in data.load_samples(world / "train.json") if s.data_type == "video")  # 16 frames, 8 seconds
+    whole = data.load_media(sample, min_pixels=784)
+    part = data.load_media(dataclasses.replace(sample, segment=(2.0, 6.0)), min_pixels=784)
+    assert torch.equal(part.frames, whole.frames[4:12]) and part.seconds_per_grid == 1.0 and part.available == 8
+    for i, frame in enumerate(whole.frames):
+        Image.fromarray(frame.numpy().transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+    record = json.loads((world / "train.json").read_text())[0]
+    (tmp_path / "r.json").write_text(json.dumps([record | dict(path=str(tmp_path), data_type="frame", fps=2, start=2, end=6.0)]))
+    (folder,) = data.load_samples(tmp_path / "r.json")
+    assert torch.equal(data.load_media(folder, min_pixels=784).frames, whole.frames[4:12])
+    (tmp_path / "r.json").write_text(json.dumps([record | dict(start=5, end=5)]))
+    with pytest.raises(data.DataError, match="a segment from 5 to 5 seconds"):
+        data.load_samples(tmp_path / "r.json")
+
+
+def test_flags_are_judged_with_the_defaults_of_the_toy(tmp_path):
+    (tmp_path / "out" / "toy" / "grpo").mkdir(parents=True)
+    ask = lambda *more: (
+        subprocess.run([sys.executable, ROOT / "eval.py", "--tts", *more], cwd=tmp_path, capture_output=True, text=True).stderr
+    )
+    assert "--cap" not in ask("--cap", "8") and "--cap 2: expected at least 4, even" in ask("--cap", "2")
 
 
 @pytest.mark.parametrize(
