@@ -24,6 +24,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 import uuid
 from functools import lru_cache, partial
 from pathlib import Path
@@ -190,9 +191,11 @@ class EmbeddingCache:
             partial_path.unlink(missing_ok=True)
             print(f"the embedding cache {self.folder} cannot be written, so nothing is added to it: {e}", flush=True)
         files = []
-        for file in self.folder.iterdir():  # what a killed process left half-written counts too
+        for file in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process deletes as well
-                files.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+                stat = file.stat()
+                if file.suffix == ".safetensors" or stat.st_mtime < time.time() - 3600:  # what a killed process left half-written
+                    files.append((stat.st_mtime_ns, stat.st_size, file))
         total = sum(size for _, size, _ in files)
         for _, size, file in sorted(files):
             if total <= self.bytes:

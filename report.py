@@ -145,7 +145,7 @@ def training(run, flags, frames, notes):
     shown = [samples[i] for i in sorted(newest)]
     for s in shown:
         s["responses"] = [s.pop("response", "")]
-        if "fps" in flags:
+        if "fps" in flags and "data_type" in s:
             counts = float(flags["fps"]), int(flags["min_frames"]), int(flags["max_frames"])
             s["sheet"] = frames.want(s["path"], s["data_type"], s["fps"], counts)
     shorten(shown, notes)

@@ -195,12 +195,12 @@ def test_the_bound_is_kept_and_what_was_used_longest_ago_goes_first(tmp_path, me
 def test_two_processes_write_at_once(tmp_path):
     """Each puts and gets the same few entries under a bound that holds only some: never a wrong one, never an error."""
     code = """
-import sys, torch, mrsp
+import random, sys, torch, mrsp
 from data import Media
 store = mrsp.EmbeddingCache(sys.argv[1], 70e3 / 1e9, "t")
 hits = 0
 for i in range(200):
-    n = i % 4
+    n = random.randrange(4)
     m = Media(torch.zeros(16, 3, 28, 28), "video", key=f"video {n}")
     x = store.get(m)
     assert x is None or torch.equal(x, torch.full((8, 1000), float(n)))
@@ -350,9 +350,9 @@ def test_decoding_an_hour_holds_resized_frames_only(tmp_path):
 import resource, sys, video
 how = dict(target_fps=1, min_frames=4, min_pixels=784, max_pixels=784)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-video.decode(sys.argv[1], [], max_frames=64, **how)
+video.decode(sys.argv[1], [], None, max_frames=64, **how)
 before = peak()
-reply, frames = video.decode(sys.argv[1], [], max_frames=3600, **how)
+reply, frames = video.decode(sys.argv[1], [], None, max_frames=3600, **how)
 print(len(reply["indices"]), len(frames) / 1e6, peak() - before)
 """
     done = subprocess.run(

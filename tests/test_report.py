@@ -241,7 +241,18 @@ def training(tmp_path_factory, world, samples):
     for i in range(1, 31):
         for accuracy in (1.0, 1.0, 1.0, 1.0, 0.0):
             s = samples[i % len(samples)]
-            sampled.append(dict(step=i, id=s.id, path=s.path, question=s.question, answer=s.answer, response=f"{i} {HOSTILE}"))
+            sampled.append(
+                dict(
+                    step=i,
+                    id=s.id,
+                    path=s.path,
+                    data_type=s.data_type,
+                    fps=s.fps,
+                    question=s.question,
+                    answer=s.answer,
+                    response=f"{i} {HOSTILE}",
+                )
+            )
             sampled[-1] |= dict(reward=1 + accuracy, accuracy=accuracy, format=1.0, length_bonus=0.0, temporal_bonus=0.3)
     sampled[-1] |= dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0])
     write_lines(out / "samples.jsonl", sampled)

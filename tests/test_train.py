@@ -15,6 +15,7 @@ from conftest import ROOT, SHARED, flags, needs_shared, run
 from safetensors.torch import load_file
 
 import data
+import eval
 import model
 import step
 import toy
@@ -158,7 +159,7 @@ def test_a_run_is_not_written_over(tmp_path, world):
     run(*flags(world, tmp_path / "a", "sft", steps=1))
     assert "--resume goes on with it" in run(*flags(world, tmp_path / "a", "sft", steps=1), expect=1)
     out = run(*flags(world, tmp_path / "a", "sft", steps=2, prompts=3), "--resume", expect=1)
-    assert "other flags, so it cannot be resumed: --prompts 3, --prompts 4" in out
+    assert "cannot be resumed: it had --prompts 4; now --prompts 3. Another --out starts anew" in out
 
 
 def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
@@ -210,8 +211,8 @@ def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
 def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
     run(*flags(world, tmp_path / "a", steps=3, model=cold_start, no_checkpointing=True, **change))
     entries = log(tmp_path / "a")
-    assert entries[0]["grad_norm"] > 0 and (entries[-1]["kl"] > 0) == (change["beta"] > 0)
-    assert entries[0]["length_bonus"] >= 0 and all(e["skipped_update"] is False for e in entries)
+    assert any(e["grad_norm"] > 0 for e in entries) and (entries[-1]["kl"] > 0) == (change["beta"] > 0)
+    assert entries[0]["length_bonus"] >= 0 and all(e["skipped_update"] == (e["trained_groups"] == 0) for e in entries)
 
 
 @pytest.mark.parametrize("change", [dict(), dict(temporal="advantage", shuffle="grid", shuffles=2)])
@@ -310,7 +311,8 @@ def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
 
 def test_every_flag_file_is_a_command(world):
     for file in sorted((ROOT / "configs").glob("*.txt")):
-        assert file.read_text().startswith("# ") and train.parse_args([f"@{file}", "--model", "m", "--data", "d"]).steps
+        parse = eval.parse_args if file.stem == "toy_eval" else train.parse_args
+        assert file.read_text().startswith("# ") and parse([f"@{file}", "--model", "m", "--data", "d"]).out != ""
 
 
 def test_a_frozen_vision_tower_stays_as_it_is(tmp_path, world, cold_start):
