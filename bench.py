@@ -65,7 +65,7 @@ def random_policy(shape, device, dtype):
     tokens = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), range(4)))
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=vocabulary, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            initializer_range=D**-0.5, vocab_size=vocabulary, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=kv, max_position_embeddings=2**18, bos_token_id=4, eos_token_id=4, pad_token_id=4,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [t, h, d // 2 - t - h]}),
         vision_config=dict(
