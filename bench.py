@@ -65,8 +65,9 @@ def random_policy(shape, device, dtype):
     tokens = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), range(4)))
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            initializer_range=D**-0.5, vocab_size=vocabulary, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv, max_position_embeddings=2**18, bos_token_id=4, eos_token_id=4, pad_token_id=4,
+            vocab_size=vocabulary, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv, initializer_range=D**-0.5, max_position_embeddings=2**18,
+            bos_token_id=4, eos_token_id=4, pad_token_id=4,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [t, h, d // 2 - t - h]}),
         vision_config=dict(
             hidden_size=v_D, intermediate_size=v_inner, depth=v_layers, num_heads=v_heads, out_hidden_size=D, tokens_per_second=2,

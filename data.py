@@ -379,8 +379,8 @@ class PromptBuilder:
 class Loader:
     """The prompts of a step, for one of `world` ranks, loaded in `workers` threads, each with a decoder process.
 
-    Sample number i of a step belongs to rank i mod world, whatever the rank count. Samples are drawn without replacement, in
-    an order that each epoch shuffles anew from `seed`. target: build every prompt's supervised target too.
+    Sample number i of a step is loaded by the rank whose turn, `rank`, is i mod world. Samples are drawn without replacement,
+    in an order that each epoch shuffles anew from `seed`. target: build every prompt's supervised target too.
     """
 
     def __init__(self, samples, builder, *, prompts, seed=0, workers=2, target=False, rank=0, world=1):
