@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 NAME = "shared_prefix"
+SEGMENTS = "segments_flash"  # "flash" in its name has transformers hand over the whole row and its bounds
 CACHE_TOKENS = 2**19  # prompts are decoded together up to so many tokens of keys and values: 28 GB for a 7B in bf16
 LOGITS_PER_CHUNK = 2**27  # fp32 numbers of one chunk of log-softmax: 512 MB
 
@@ -37,6 +38,31 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, 
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
+
+
+def segment_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q=None, **_):
+    """The vision tower's: each segment of the row (a window, or a 2-frame grid) attends to itself. Segments of equal length go
+    together, where transformers' own SDPA path takes them one by one.
+
+    query, key, value (1, H, S, d), cu_seq_lens_q (segments + 1,) bounds, None for one segment -> output (1, S, H, d), and no
+    weights.
+    """
+    if cu_seq_lens_q is None:
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+    if not hasattr(cu_seq_lens_q, "tokens"):  # one look at the bounds for all layers: they are on the GPU
+        bounds, by_length = cu_seq_lens_q.tolist(), {}
+        for a, b in zip(bounds, bounds[1:]):
+            by_length.setdefault(b - a, []).append(a)
+        cu_seq_lens_q.tokens = [(torch.tensor(starts)[:, None] + torch.arange(n)).to(query.device)
+                                for n, starts in by_length.items() if n]  # (segments of this length, length)
+    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    for tokens in cu_seq_lens_q.tokens:
+        q, k, v = (x[0][:, tokens].transpose(0, 1) for x in (query, key, value))  # (segments, H, length, d)
+        out = out.index_put((tokens,), F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2))
+    return out[None], None
+
+
+AttentionInterface.register(SEGMENTS, segment_attention)
 
 
 class PackedRow:

@@ -74,8 +74,7 @@ def random_policy(shape, device, dtype):
             fullatt_block_indexes=list(range(7, v_layers, 8)) or [v_layers - 1]), **tokens, tie_word_embeddings=shape != "7b")
     torch.set_default_dtype(dtype)
     with device:
-        net = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"})
+        net = Qwen2_5_VLForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     net.generation_config.eos_token_id = 4
     return Policy(net, "random weights")  # a folder that is not there: no files to save beside
@@ -156,6 +155,12 @@ def clock(f, device):
     return time.perf_counter() - start
 
 
+def use(policy, way):
+    """Sets the attention functions of a way."""
+    text, vision = ("sdpa", "sdpa") if isinstance(way, Plain) else (attention.NAME, attention.SEGMENTS)
+    policy.net.set_attn_implementation({"text_config": text, "vision_config": vision})
+
+
 def phases(way, new, optimizer, device):
     """Seconds of each phase of a step, and peak memory in GB (0 on a CPU)."""
     def train():
@@ -169,8 +174,7 @@ def phases(way, new, optimizer, device):
 
     plain = isinstance(way, Plain)
     way.policy.eval()
-    way.net_attention = "sdpa" if plain else attention.NAME
-    way.policy.net.set_attn_implementation({"text_config": way.net_attention})
+    use(way.policy, way)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     encode, first, whole = (clock(f, device) for f in (way.encode, lambda: way.rollout(1), lambda: way.rollout(new)))
@@ -210,7 +214,7 @@ def measure(policy, frames, args, device, matrix, copy, dtype):
         log_probs = {}
         for name, way in ways.items():
             policy.eval()
-            policy.net.set_attn_implementation({"text_config": way.net_attention})
+            use(policy, way)
             with torch.no_grad():
                 log_probs[name] = way.log_probs().float()
     median = {name: {p: statistics.median(s[p] for s, _ in runs) for p in PHASES} for name, runs in seen.items()}

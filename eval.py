@@ -204,9 +204,9 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
 def line(q):
     """A question as its line of the log."""
     s, shown = q.sample, q.rounds[-1] if q.rounds else {}
-    return dict(record=q.index, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, problem_type=s.problem_type,
-                question=s.question, options=s.options, about=s.about, answer=s.answer, given=q.search.answer, score=q.score,
-                failure=q.failure, frames=shown.get("frames", 0), pixels=shown.get("pixels", 0),
+    return dict(record=q.index, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, segment=s.segment, about=s.about,
+                problem_type=s.problem_type, question=s.question, options=s.options, answer=s.answer, given=q.search.answer,
+                score=q.score, failure=q.failure, frames=shown.get("frames", 0), pixels=shown.get("pixels", 0),
                 visual_tokens=sum(r["visual_tokens"] for r in q.rounds), seconds=sum(r["seconds"] for r in q.rounds),
                 rounds=q.rounds)
 
@@ -254,7 +254,8 @@ def unanswered(out, method, records):
             text = path.read_bytes()
             with open(path, "r+b") as f:
                 f.truncate(text.rfind(b"\n") + 1)
-    return gather([i for i in records if i not in read(out, method)] if RANK == 0 else None)[0]
+    answered = read(out, method) if RANK == 0 else {}
+    return gather([i for i in records if i not in answered])[0]
 
 
 # ---- the command

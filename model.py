@@ -111,6 +111,7 @@ class Policy(nn.Module):
     def __init__(self, net, folder):
         super().__init__()
         self.net, self.folder = net, Path(folder)
+        net.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.SEGMENTS})
         self.group, self.embedding_cache = mrsp.ALONE, None  # sequence parallelism: mrsp.py
         # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
         files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in self.folder.glob(pattern)]
@@ -139,9 +140,7 @@ class Policy(nn.Module):
             model_type = json.loads((folder / "config.json").read_text()).get("model_type")
             if model_type not in MODEL_TYPES:
                 raise ModelError(f"{folder}: model type {model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
-            net, info = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True,
-                attn_implementation={"text_config": attention.NAME, "vision_config": "sdpa"})
+            net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         except (OSError, json.JSONDecodeError, SafetensorError) as e:
             raise ModelError(f"{folder}: cannot be loaded: {e}") from e
         if missing := sorted(info["missing_keys"]):

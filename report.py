@@ -77,11 +77,13 @@ class Frames:
     """The frames of a page: one JPEG contact sheet for every medium and number of frames, within IMAGES bytes in all."""
 
     def __init__(self):
-        self.media, self.count = {}, 0  # {(path, data type, fps of a folder): {(fps, min_frames, max_frames): sheet number}}
+        self.media, self.count = {}, 0  # {(path, data type, fps of a folder, segment): {counts: number of the sheet}}
 
-    def want(self, path, data_type, folder_fps, counts):
-        """Asks for the frames that load_media gives for these counts, (fps, min_frames, max_frames) -> number of their sheet."""
-        sheets = self.media.setdefault((path, data_type, folder_fps), {})
+    def want(self, r, counts):
+        """Asks for the frames of an entry's medium that load_media gives for these counts, (fps, min_frames, max_frames) ->
+        number of their sheet."""
+        segment = r.get("segment") and tuple(r["segment"])
+        sheets = self.media.setdefault((r["path"], r["data_type"], r["fps"], segment), {})
         self.count += counts not in sheets
         return sheets.setdefault(counts, self.count - 1)
 
@@ -103,8 +105,9 @@ class Frames:
 
 def _sheets(item):
     """One medium -> {number: sheet, with a `ladder` of images from large to small}."""
-    (path, data_type, folder_fps), wanted = item
-    sample, decoded, out = Sample("-", "", [], "free-form", data_type, path, "", fps=folder_fps), {}, {}
+    (path, data_type, folder_fps, segment), wanted = item
+    sample = Sample("-", "", [], "free-form", data_type, path, "", fps=folder_fps, segment=segment)
+    decoded, out = {}, {}
     for (fps, least, most), number in wanted.items():
         try:
             media = load_media(sample, fps=fps, min_frames=least, max_frames=most, min_pixels=28 * 28, max_pixels=64 * 28 * 28,
@@ -147,7 +150,7 @@ def training(run, flags, frames, notes):
         s["responses"] = [s.pop("response", "")]
         if "fps" in flags and "data_type" in s:
             counts = float(flags["fps"]), int(flags["min_frames"]), int(flags["max_frames"])
-            s["sheet"] = frames.want(s["path"], s["data_type"], s["fps"], counts)
+            s["sheet"] = frames.want(s, counts)
     shorten(shown, notes)
     return {"figures": figures(curves, log, flags), "curves": curves, "samples": shown, "left_out": len(samples) - len(shown)}
 
@@ -198,7 +201,7 @@ def evaluation(run, frames, notes):
         for part in r["rounds"]:
             part["logps"] = [x if x is None else round(x, 3) for x in part["logps"]]
             if r["record"] in with_frames:
-                part["sheet"] = frames.want(r["path"], r["data_type"], r["fps"], (math.inf, part["frames"], part["frames"]))
+                part["sheet"] = frames.want(r, (math.inf, part["frames"], part["frames"]))
     shorten([part for r in everything for part in r["rounds"]], notes)
     keep = ("record", "given", "score", "failure", "frames", "visual_tokens", "seconds", "rounds")
     results = lambda name: [{key: r[key] for key in keep if key in r} for _, r in sorted(lines[name].items())]

@@ -129,7 +129,8 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
     some = []
     for i, m in list(mine.items())[:2]:
         s, n = m.group.prompt.sample, numbers[i]
-        about = dict(step=step + 1, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, question=s.question, answer=s.answer)
+        about = dict(step=step + 1, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, segment=s.segment,
+                     question=s.question, answer=s.answer)
         if n["orders"]:
             about |= dict(orders=n["orders"], shuffled_accuracies=n["shuffled"])
         some += [about | dict(response=text, **part, temporal_bonus=b) for text, part, b in zip(m.texts[:2], m.parts, n["bonus"])]

@@ -159,7 +159,7 @@ def test_qwen2_vl_too(tmp_path, world, builder, prompts):
 def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
     responses = random_responses(prompts, LENGTHS)
     whole = policy(prompts, responses)
-    monkeypatch.setattr(model, "LOGITS_PER_CHUNK", 7 * policy.config.text_config.vocab_size)
+    monkeypatch.setattr(attention, "LOGITS_PER_CHUNK", 7 * policy.config.text_config.vocab_size)
     for a, b in zip(policy(prompts, responses), whole):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
@@ -258,3 +258,16 @@ def test_the_real_7b_has_the_weight_names_of_its_index(tmp_path):
     names = {n.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for n, _ in net.named_parameters()}
     assert names == set(index["weight_map"])
     assert sum(p.numel() for p in net.parameters()) * 2 == index["metadata"]["total_size"]
+
+
+def test_segments_of_the_tower_taken_together_are_the_segments_one_by_one(policy, prompts):
+    """Windows and grids of several lengths, against transformers' own loop: embeddings and gradients in float64."""
+    results = []
+    for name in ("sdpa", attention.SEGMENTS):
+        policy.net.set_attn_implementation({"vision_config": name})
+        policy.zero_grad()
+        features = torch.cat(policy.encode([*prompts, *prompts[3:4]]))
+        (features * torch.arange(features.numel()).view_as(features).sin()).sum().backward()
+        results.append([features, *(p.grad for p in policy.net.model.visual.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12 * max(1.0, float(a.detach().abs().max())), rtol=0)
