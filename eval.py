@@ -52,6 +52,7 @@ from run import (
     write_whole,
 )
 from scores import constant_answer, mean, score, summarize, table
+from video import close_workers
 
 # what all the answers of a folder have in common, besides the model's weights and the records ("#")
 SAME = ("#", "media_root", "seed", *MEDIA[:-1], "max_prompt", "max_new", "m", "temperature")
@@ -342,6 +343,7 @@ def evaluate(args, device):
                 gather(None)
     finally:
         pool.shutdown(cancel_futures=True)
+        close_workers()
         lock.close()
     if RANK:
         return None

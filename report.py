@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from html import escape
 from pathlib import Path
-from threading import Barrier
 
 import numpy as np
 from PIL import Image
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from data import DataError, Sample, load_media
 from scores import summarize
-from video import close_worker
+from video import close_workers
 
 IMAGES, TEXT = 6_500_000, 1_500_000  # bytes of all frames and of all responses of a page
 QUESTIONS = 500  # whose frames are shown, at most: failed, wrong and escalated ones first
@@ -90,13 +89,12 @@ class Frames:
     def sheets(self):
         """All sheets, by number: {of: number of frames, seconds: of the video, jpeg: base64, width, height: of a frame,
         at: those shown}, without the last four when the budget has no room, or {error} when the medium cannot be read."""
-        found, threads = {}, min(8, os.cpu_count() or 1)
-        together = Barrier(threads)
-        with ThreadPoolExecutor(threads) as pool:
+        found = {}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             read = pool.map(_sheets, self.media.items())
             for sheets in tqdm(read, total=len(self.media), desc="frames", unit="medium", disable=not self.media):
                 found |= sheets
-            [*pool.map(lambda _: (together.wait(), close_worker()), range(threads))]  # each thread ends its decoder process
+        close_workers()
         ladders = {number: sheet.pop("ladder", []) for number, sheet in found.items()}
         pick = lambda ladder, limit: next((step for step in ladder if len(step["jpeg"]) <= limit), {"jpeg": ""})
         limit = largest(lambda most: sum(len(pick(x, most)["jpeg"]) for x in ladders.values()), IMAGES, IMAGES)

@@ -54,6 +54,7 @@ from run import (
     timed,
 )
 from step import grpo_step, pack, sft_step
+from video import close_workers
 
 EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
 
@@ -342,6 +343,7 @@ def train(args, device):
             save(policy, optimizer, done, args)
     bar.close()
     loader.pool.shutdown(cancel_futures=True)
+    close_workers()
 
 
 def toy_runs(args, argv):

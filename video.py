@@ -97,6 +97,7 @@ def resize(image, min_pixels, max_pixels):
 # ---- the side of the trainer
 
 _worker = threading.local()  # one worker process per reading thread
+_running = set()  # all of them
 
 
 class Clip(NamedTuple):
@@ -149,10 +150,12 @@ def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4
 
 
 def _open_worker():
-    if getattr(_worker, "process", None) is None or _worker.clips >= CLIPS_PER_WORKER:
+    process = getattr(_worker, "process", None)
+    if process is None or process.poll() is not None or _worker.clips >= CLIPS_PER_WORKER:
         close_worker()
         _worker.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         _worker.clips = 0
+        _running.add(_worker.process)
     _worker.clips += 1
     return _worker.process
 
@@ -160,9 +163,20 @@ def _open_worker():
 def close_worker():
     """Ends this thread's worker, if there is one."""
     if getattr(_worker, "process", None) is not None:
-        _worker.process.kill()
-        _worker.process.communicate()
+        _end(_worker.process)
         _worker.process = None
+
+
+def close_workers():
+    """Ends the workers of all threads, which are done reading: those of a thread pool outlive its threads."""
+    for process in list(_running):
+        _end(process)
+
+
+def _end(process):
+    process.kill()
+    process.communicate()
+    _running.discard(process)
 
 
 # ---- the side of the worker

@@ -1,8 +1,10 @@
 """Decoding in a process that can be killed: real files, broken files, files that never end."""
 
 import os
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,10 +48,22 @@ def _read_anything(path, timeout):
 
 def test_a_decoder_that_dies_costs_one_sample(clip):
     video.read_video(clip)
-    threading.Timer(0.0, video._worker.process.kill).start()
-    time.sleep(0.3)
+    video._worker.process.send_signal(signal.SIGSTOP)  # in the middle of its work
+    threading.Timer(0.3, video._worker.process.kill).start()
     with pytest.raises(video.VideoError, match="clip.y4m: the decoder crashed"):
         video.read_video(clip)
+    assert video.read_video(clip)[0].shape == (4, 56, 56, 3)
+
+
+def test_workers_of_all_threads_can_be_ended(clip):
+    """Those of a pool outlive its threads; a thread that goes on reading gets another."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: video.read_video(clip), range(6)))
+    video.read_video(clip)
+    mine, running = video._worker.process, list(video._running)
+    assert len(running) >= 2 and mine in running
+    video.close_workers()
+    assert all(p.poll() is not None for p in running) and not video._running
     assert video.read_video(clip)[0].shape == (4, 56, 56, 3)
 
 
