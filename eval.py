@@ -81,6 +81,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("responses")
     add(g, "max_new", 1024, "tokens of a response, at most")
     add(g, "batch", 32, "questions whose responses are drawn together; fewer need less memory")
+    flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     flag(g, "tts", "sparse-to-dense: --m responses at --start frames; until they agree, twice the frames, up to --cap")
     add(g, "start", 32, "frames of the first round")
     add(g, "cap", 128, "frames of the last round")
@@ -337,6 +338,7 @@ def evaluate(args, device):
             left = unanswered(out, method, records)
             if left and policy is None:
                 policy = Policy.load(folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+                policy.cuda_graph = args.cuda_graph and device.type == "cuda"
                 builder = PromptBuilder(folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in MEDIA})
             if left:
                 run_method(policy, builder, left, samples, bad, method, out, pool, args)

@@ -113,11 +113,14 @@ class Policy(nn.Module):
         self.net, self.folder = net, Path(folder)
         net.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.SEGMENTS})
         self.group, self.embedding_cache = mrsp.ALONE, None  # sequence parallelism: mrsp.py
+        self.cuda_graph = False  # of a decode step: rollout.py
         # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
         files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in self.folder.glob(pattern)]
         self.side_files = {f.name: f.read_bytes() for f in files if not f.name.endswith((".index.json", "state.json"))}
         c = self.config = net.config
         self.text = net.model.language_model
+        self.text.layers[-1].forward = partial(last_layer, self.text.layers[-1])
+        net.model.visual.patch_embed.forward = partial(embed_patches, net.model.visual.patch_embed.proj)
         self.tokens_per_second = c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
         self.merge = c.vision_config.spatial_merge_size
         eos = getattr(net.generation_config, "eos_token_id", None) or c.text_config.eos_token_id
@@ -226,12 +229,17 @@ class Policy(nn.Module):
                         use_cache=False, plan=plan)
         return out.last_hidden_state
 
-    def logits(self, hidden):
+    def head(self):
+        """The matrix from hidden states to logits (vocabulary, D), in at least fp32."""
+        weight = self.net.lm_head.weight
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def logits(self, hidden, head=None):
         """Next-token logits (..., vocabulary) in at least fp32, vision ids impossible. In full precision even under autocast:
-        in bf16 a logit is off by up to 0.06, too much for a ratio or a KL."""
+        in bf16 a logit is off by up to 0.06, too much for a ratio or a KL. head: what self.head() gave, to make it once."""
         with torch.autocast(self.device.type, enabled=False):
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            logits = F.linear(hidden.to(dtype), self.net.lm_head.weight.to(dtype))
+            head = self.head() if head is None else head
+            logits = F.linear(hidden.to(head.dtype), head)
             return logits.index_fill(-1, self.banned, -1e30)
 
     # ---- packed groups -> log-probs
@@ -302,6 +310,20 @@ class Policy(nn.Module):
         logp = logits.log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def embed_patches(conv, patches):
+    """The forward of the vision tower's first layer: its convolution sees each patch once, so it is a matrix product, several
+    times as fast. patches (N, 3 * 2 * 14 * 14) -> (N, D)."""
+    return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1))
+
+
+def last_layer(layer, hidden, plan=None, **kw):
+    """The forward of the last layer of the language model: every token attends, and only those whose hidden state predicts a
+    token (plan.reads) go on. hidden (N, S, D) -> (N, reads, D)."""
+    attended, _ = layer.self_attn(layer.input_layernorm(hidden), plan=plan, **kw)
+    hidden = (hidden + attended)[:, slice(None) if plan is None else plan.reads]
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def _nothing(module):

@@ -26,7 +26,7 @@ import json
 import os
 import time
 import uuid
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -34,9 +34,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.attention.bias import causal_lower_right
 
-from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow
+from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, blocks
 
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names from torch 2.13 on, and before
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -239,7 +238,7 @@ class ShardedRow(PackedRow):
     """
 
     def __init__(self, lengths, device, group, cache=None, first_slot=0):
-        self.group, self.cache, self.first_slot = group, cache, first_slot
+        self.group, self.cache, self.first_slot, self.prompts = group, cache, first_slot, []
         spans = deal(lengths, group.size)
         counts = [sum(b - a for a, b in s) for s in spans]
         self.n = max(counts)
@@ -247,45 +246,41 @@ class ShardedRow(PackedRow):
         slot = torch.empty(sum(counts), dtype=torch.long)  # of every token of the row, in what gather gives
         for r, t in enumerate(tokens):
             slot[t] = r * self.n + torch.arange(len(t))
-        pad = self.n - counts[group.rank]
-        self.slot, self.own = slot.to(device), F.pad(tokens[group.rank], (0, pad)).to(device)
-        self.pieces = [b - a for a, b in spans[group.rank]] + [pad]  # of this rank's tokens
-        self.groups, start, mine = [], 0, iter(spans[group.rank])
+        self.slot, self.own = slot.to(device), F.pad(tokens[group.rank], (0, self.n - counts[group.rank])).to(device)
+
+        squares, across, read, start, here, mine = [], [], torch.zeros(len(slot), dtype=torch.bool), 0, 0, iter(spans[group.rank])
         for P, responses in lengths:
-            blocks, (a, b) = [next(mine)[1] - start for _ in range(2)], next(mine)
-            a, b = a - start - P, b - start - P
-            owner = torch.repeat_interleave(torch.arange(len(responses)), torch.tensor(responses, dtype=torch.long))
-            own = owner[a:b, None].eq(owner) & (torch.arange(len(owner)) <= torch.arange(a, b)[:, None])
-            mask = torch.cat([torch.ones(len(own), P, dtype=torch.bool), own], dim=1)  # (own response tokens, P + T)
-            self.groups.append((P, len(owner), blocks, mask.to(device)))
-            start += P + len(owner)
+            self.prompts.append((start, start + P))
+            for a, b in (next(mine), next(mine)):  # a block of the prompt sees itself, and all of the prompt before it
+                squares.append((here, b - a, a, b - a))
+                across.append((here, b - a, start, a - start))
+                here += b - a
+            a, b = next(mine)
+            across.append((here, b - a, start, P))
+            read[start + P - 1] = True
+            start += P
+            for R in responses:  # what this rank has of a response sees itself, and what others have of it before
+                first, last = max(a, start), min(b, start + R)
+                if first < last:
+                    squares.append((here + first - a, last - first, first, last - first))
+                    across.append((here + first - a, last - first, start, first - start))
+                read[start : start + R - 1] = True
+                start += R
+            here += b - a
+        self.blocks = blocks(squares, True, device) + blocks(across, False, device)
+        read = read[tokens[group.rank]]
+        self.reads, self.place = read.nonzero()[:, 0].to(device), (read.cumsum(0) - 1).to(device)
 
     def attend(self, layer, q, k, v, scale):
-        attention = partial(F.scaled_dot_product_attention, scale=scale)
-        per_kv = q.shape[1] // k.shape[1]
         kv = self.group.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
-        kv = kv.permute(1, 2, 0, 3, 4).flatten(2, 3).index_select(2, self.slot)  # (2, Hkv, S, d), in the row's order
-        mine, out = iter(q.split(self.pieces, 2)), []
-        for i, ((P, _, blocks, mask), kv_g) in enumerate(zip(self.groups, kv.split([P + T for P, T, _, _ in self.groups], 2))):
-            if self.cache is not None:
-                self.cache.store_prompt(layer, self.first_slot + i, kv_g[0, :, :P], kv_g[1, :, :P])
-            for end in blocks:  # each attends to all of the prompt up to its own end
-                q_b, (k_b, v_b) = next(mine), kv_g[:, :, :end].split(1)
-                if q_b.shape[2]:
-                    q_b = attention(q_b, k_b, v_b, attn_mask=causal_lower_right(q_b.shape[2], end), enable_gqa=True)
-                out.append(q_b)
-            q_o = next(mine)
-            if q_o.shape[2]:
-                k_o, v_o = kv_g.repeat_interleave(per_kv, dim=1).split(1)
-                q_o = attention(q_o, k_o, v_o, attn_mask=mask)
-            out.append(q_o)
-        tail = next(mine) * 0 + kv[:, :, :1].sum() * 0  # a rank without any token takes part in the backward pass too
-        return torch.cat([*out, tail], dim=2)
+        k, v = kv.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, self.slot)  # (S, Hkv, d) each, in the row's order
+        return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
 
     def find(self, tokens):
-        """Of the given tokens of the row: the indices of those that are here, and where their hidden states are."""
+        """Of the given tokens of the row, all of them read: the indices of those that are here, and where their hidden states
+        are."""
         here = (self.slot[tokens] // self.n == self.group.rank).nonzero()[:, 0]
-        return here, self.slot[tokens[here]] % self.n
+        return here, self.place[self.slot[tokens[here]] % self.n]
 
     def collect(self, x, tokens):
         """x (k, ...) of the tokens that `find` gave this rank -> (len(tokens), ...) of all, on every rank."""
@@ -332,8 +327,7 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size):
     kv = 2 * D * c.num_key_value_heads / heads * bytes_  # of a token in one layer
     train = {"layer inputs": L * own * D * bytes_,
              "one layer's activations": 2 * own * (6 * D + 3 * c.intermediate_size) * bytes_,
-             "one layer's K/V": 2 * row * (kv + 2 * D * bytes_),  # gathered, and repeated for every head, with their gradients
-             "one layer's mask": answers / size * row * (1 + bytes_),
+             "one layer's K/V": 4 * row * kv,  # gathered, and cut into blocks, with their gradients
              "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4}
     decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
     return {"weights, gradients, moments": 12 * trained + 4 * total, "copies in bf16": 2 * total * (bytes_ == 2),

@@ -15,6 +15,7 @@ import torch
 from attention import CACHE_TOKENS, DecodeCache
 from data import Prompt
 
+WINDOW = 64  # a CUDA graph is good for so many tokens, and attends to up to so many that are not there yet
 COMPACT_EVERY = 4  # decode steps between two looks at who has finished: each look is a host sync
 PREFILL_TOKENS = 16384  # of one packed row of prompts
 
@@ -39,58 +40,44 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
     """
     if not prompts:
         return []
-    lengths, device = [len(p.ids) for p in prompts], policy.device
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     training = policy.training
     policy.eval()  # in train mode activation checkpointing would be on for nothing
     features = policy.encode(prompts) if features is None else features
-    if len(prompts) > 1 and len(prompts) * (max(lengths) + G * max_new) > CACHE_TOKENS:
-        policy.train(training)
-        settings = dict(max_new=max_new, temperature=temperature, top_p=top_p)
-        halves = slice(len(prompts) // 2), slice(len(prompts) // 2, None)
-        return sum((generate(policy, prompts[h], G, seeds=seeds[h], features=features[h], **settings) for h in halves), [])
-    ranks, whole = policy.group, G
-    G = len(range(ranks.rank, whole, ranks.size))  # the responses of each prompt that this rank decodes
-    uniform = torch.stack([torch.rand(whole, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-                           for s in seeds])[:, ranks.rank :: ranks.size].flatten(0, 1).to(device)  # (B * G, max_new)
-
-    cache = DecodeCache(policy.config.text_config, lengths, G, max_new, device=device, dtype=policy.compute_dtype)
-    last, following = prefill(policy, prompts, features, cache)
-    N = len(prompts) * G
-    eos = torch.tensor(policy.eos_ids, device=device)
-    tokens = torch.full((N, max_new), -1, device=device)
-    logps = torch.zeros(N, max_new, dtype=torch.promote_types(last.dtype, torch.float32), device=device)
-    rows = torch.arange(N, device=device)  # the response that each row of the cache decodes
-    position = following.repeat_interleave(G)
-    done = torch.zeros(N, dtype=torch.bool, device=device)
-    hidden = last.repeat_interleave(G, dim=0)  # (N, D): the last prompt token predicts the first token of every response
-
-    for t in range(max_new if N else 0):
-        token, logp = sample(policy.logits(hidden), uniform[rows, t], temperature, top_p)
-        tokens[rows, t] = torch.where(done, -1, token)
-        logps[rows, t] = torch.where(done, 0.0, logp.to(logps.dtype))
-        done = done | torch.isin(token, eos)
-        if t + 1 == max_new:
-            break
-        if (t + 1) % COMPACT_EVERY == 0:
-            if done.all():
-                break
-            rows, position, done, token = compact(cache, rows, position, done, token)
-        x = policy.embed(token[:, None])
-        hidden = policy.run_text(x, (position + t).expand(3, -1)[..., None], cache)[:, 0]
-        cache.t += 1
-
-    policy.train(training)
-    dealt = ranks.exchange(tuple(x.cpu().view(len(prompts), G, max_new) for x in (tokens, logps)))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # prompts of one length are decoded together
+    most = max(1, CACHE_TOKENS // (len(prompts[order[-1]].ids) + G * max_new))
     groups = [Group(prompt) for prompt in prompts]
-    for b, group in enumerate(groups):
-        for i in range(whole):
-            response, logp = (x[b, i // ranks.size] for x in dealt[i % ranks.size])
-            n = int((response >= 0).sum())
-            group.responses.append(response[:n].clone())
-            group.logps.append(logp[:n].clone())
-            group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
+    for first in range(0, len(order), most):
+        part = order[first : first + most]
+        of_part = lambda x: [x[i] for i in part]
+        dealt = policy.group.exchange(
+            decode(policy, of_part(prompts), of_part(features), of_part(seeds), G, max_new, temperature, top_p))
+        for b, group in enumerate(of_part(groups)):
+            for i in range(G):  # response i was decoded by rank i % size
+                response, logp = (x[b, i // len(dealt)] for x in dealt[i % len(dealt)])
+                n = int((response >= 0).sum())
+                group.responses.append(response[:n].clone())
+                group.logps.append(logp[:n].clone())
+                group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
+    policy.train(training)
     return groups
+
+
+def decode(policy, prompts, features, seeds, G, max_new, temperature, top_p):
+    """What this rank of policy.group decodes, every size-th response of each prompt -> tokens, log-probs (B, G of this rank,
+    max_new), -1 and 0 after the end, on the CPU. The prompts' lengths ascend."""
+    mine = slice(policy.group.rank, None, policy.group.size)
+    uniform = torch.stack([torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+                           for s in seeds])[:, mine]  # (B, G, max_new)
+    B, G, _ = uniform.shape
+    cache = DecodeCache(policy.config.text_config, [len(p.ids) for p in prompts], G, max_new, device=policy.device,
+                        dtype=policy.compute_dtype)
+    hidden, following = prefill(policy, prompts, features, cache)
+    decoding = Decoding(policy, cache, following, uniform.flatten(0, 1).to(policy.device), temperature, top_p)
+    if G:
+        decoding.sample(hidden.repeat_interleave(G, dim=0))  # the last prompt token predicts the first token of every response
+        decoding.run(max_new)
+    return tuple(x.cpu().view(B, G, max_new) for x in (decoding.tokens, decoding.logps))
 
 
 def prefill(policy, prompts, features, cache):
@@ -108,6 +95,84 @@ def prefill(policy, prompts, features, cache):
     return torch.cat(last), torch.tensor(following, device=policy.device)
 
 
+class Decoding:
+    """The responses on their way, all N rows a token further with every step: tokens, logps (N, max_new), -1 and 0 after the end.
+
+    A step reads nothing back from the device and makes no tensor that outlives it, so that it can be a CUDA graph
+    (policy.cuda_graph): recorded once for each number of rows and each `WINDOW` of tokens, then replayed.
+    """
+
+    def __init__(self, policy, cache, following, uniform, temperature, top_p):
+        self.policy, self.cache, self.uniform, self.temperature, self.top_p = policy, cache, uniform, temperature, top_p
+        (N, max_new), device = uniform.shape, uniform.device
+        self.head = policy.head()
+        self.eos = torch.tensor(policy.eos_ids, device=device)
+        self.tokens = torch.full((N, max_new), -1, device=device)
+        self.logps = torch.zeros(N, max_new, dtype=self.head.dtype, device=device)
+        self.rows = torch.arange(N, device=device)  # the response that each row of the cache decodes
+        self.position = following.repeat_interleave(cache.G)
+        self.done = torch.zeros(N, dtype=torch.bool, device=device)
+        self.token = torch.zeros(N, dtype=torch.long, device=device)
+
+    def sample(self, hidden):
+        """Draws token t of every row, t of the cache, from hidden states (N, D)."""
+        t = self.cache.t
+        token, logp = sample(self.policy.logits(hidden, self.head), self.uniform[self.rows, t], self.temperature, self.top_p)
+        self.tokens[self.rows, t] = torch.where(self.done, -1, token)
+        self.logps[self.rows, t] = torch.where(self.done, 0.0, logp)
+        self.token.copy_(token)
+        self.done |= torch.isin(token, self.eos)
+
+    def step(self):
+        """Runs the tokens drawn last, and draws the next."""
+        x = self.policy.embed(self.token[:, None])
+        hidden = self.policy.run_text(x, (self.position + self.cache.t).expand(3, -1)[..., None], self.cache)[:, 0]
+        self.cache.t += 1
+        self.sample(hidden)
+
+    def run(self, max_new):
+        """Steps until every response has ended or has max_new tokens."""
+        window = WINDOW if self.policy.cuda_graph else 1
+        recorded = replay = None
+        for t in range(1, max_new):  # tokens that every row has
+            if t % COMPACT_EVERY == 0:
+                if self.done.all():
+                    break
+                self.compact(t)
+            self.cache.width = min(max_new, -(-t // window) * window)
+            if not self.policy.cuda_graph:
+                self.step()
+            elif recorded != (shape := (len(self.rows), self.cache.width)):
+                recorded, replay = shape, None
+                self.step()  # warms up
+            else:
+                replay = replay or record(self.step)
+                replay()
+
+    def compact(self, t):
+        """Drops finished rows and finished prompts, when that saves at least a quarter of the rows.
+
+        Every prompt that is left keeps as many rows as the one with most unfinished responses.
+        """
+        G = self.cache.G
+        alive = (~self.done).view(-1, G).sum(1)
+        prompts, most = alive.nonzero()[:, 0], int(alive.max())
+        if len(prompts) * most > 0.75 * len(self.rows):
+            return
+        order = self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)[prompts, :most]  # unfinished rows first
+        kept = (prompts[:, None] * G + order).flatten()
+        self.cache.keep(prompts, kept, most, t - 1)  # the last token drawn is not in the cache yet
+        self.rows, self.position, self.done, self.token = (x[kept] for x in (self.rows, self.position, self.done, self.token))
+
+
+def record(step):
+    """The step as a CUDA graph: the call that replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def sample(logits, uniform, temperature, top_p):
     """One token per row of logits (N, vocabulary) -> tokens (N,), log-probs (N,). uniform: (N,) in [0, 1)."""
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
@@ -123,18 +188,3 @@ def sample(logits, uniform, temperature, top_p):
         token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
         token = token.clamp(max=logits.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None])[:, 0]
-
-
-def compact(cache, rows, position, done, token):
-    """Drops finished rows and finished prompts from the cache, when that saves at least a quarter of the rows.
-
-    Every prompt that is left keeps as many rows as the one with most unfinished responses.
-    """
-    alive = (~done).view(-1, cache.G).sum(1)
-    prompts, G = alive.nonzero()[:, 0], int(alive.max())
-    if len(prompts) * G > 0.75 * len(rows):
-        return rows, position, done, token
-    order = done.view(-1, cache.G).to(torch.int8).argsort(dim=1, stable=True)[prompts, :G]  # unfinished rows first
-    kept = (prompts[:, None] * cache.G + order).flatten()
-    cache.keep(prompts, kept, G)
-    return rows[kept], position[kept], done[kept], token[kept]

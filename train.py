@@ -83,6 +83,7 @@ def parse_args(argv=None):
     add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased")
     add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the prompts")
     add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)")
+    flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
     add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
     add(g, "w_format", 1.0, "weight of the format reward")
@@ -197,7 +198,7 @@ def make_optimizer(policy, args):
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2)), trained
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True), trained
 
 
 def usable(loaded, errors):
@@ -236,6 +237,7 @@ def update(optimizer, trained, step, args):
 def load(args, checkpoint, device):
     """What a run works with -> (policy, reference or None, Loader, held-out samples). Bad records are said and left out."""
     policy = Policy.load(checkpoint or args.model, device=device, checkpointing=not args.no_checkpointing)
+    policy.cuda_graph = args.cuda_graph and device.type == "cuda"
     if not args.train_vision:
         policy.freeze_vision()
     reference = None

@@ -156,6 +156,36 @@ def test_qwen2_vl_too(tmp_path, world, builder, prompts):
     assert_equals_plain(policy, net, prompts, random_responses(prompts, LENGTHS))
 
 
+def test_block_attention_equals_masked_attention():
+    """Rows of unequal groups in random order, grouped-query heads: output and gradients of a dense mask, in float64."""
+    torch.manual_seed(0)
+    for lengths in ([(7, [3, 1, 5]), (7, [2]), (40, []), (9, [4, 4])], [(1, [1])], [(30, [1] * 40)]):
+        mask, start = torch.zeros(99, 99, dtype=torch.bool), 0
+        for P, responses in lengths:
+            first = start
+            for R in (P, *responses):
+                mask[start : start + R, first : first + P] = start != first
+                mask[start : start + R, start : start + R] = torch.ones(R, R).tril().bool()
+                start += R
+        q, k, v = (torch.randn(1, h, start, 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:start, :start], scale=0.3, enable_gqa=True
+        ).transpose(1, 2)
+        ours = attention.PackedRow(lengths, "cpu").attend(0, q, k, v, 0.3)
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+        weights = torch.randn_like(plain)
+        for a, b in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, plain))):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_the_last_layer_computes_what_predicts_a_token(policy, prompts):
+    seen = []
+    policy.text.layers[-1].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    responses = [[torch.arange(100, 100 + n) for n in lengths] for lengths in ([5, 1], [3], [1, 1, 1])]
+    policy(prompts[:3], responses)
+    assert seen == [(1 + 4) + (1 + 2) + 1]  # the last token of each prompt, and all but the last of each response
+
+
 def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
     responses = random_responses(prompts, LENGTHS)
     whole = policy(prompts, responses)
