@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import attention
 import mrsp
-from data import normalize, patchify
+from data import Prompt, normalize, patchify
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
@@ -131,11 +130,11 @@ class Policy(nn.Module):
         self.register_buffer("banned", torch.tensor(sorted(banned)), persistent=False)
 
     @classmethod
-    def load(cls, name, *, dtype=torch.float32, device="cpu", checkpointing=True):
+    def load(cls, name, *, dtype=torch.float32, device="cpu", checkpointing=1):
         """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
 
         dtype: of the weights; fp32 master weights for training, computed in bf16 under torch.autocast.
-        checkpointing: recompute every layer's activations in the backward pass (in train mode only).
+        checkpointing: recompute the activations of every n-th layer in the backward pass (in train mode only); 0 of none.
         Raises ModelError: no folder, no weights, another architecture, missing weights.
         """
         folder = local_folder(name)
@@ -149,16 +148,17 @@ class Policy(nn.Module):
         if missing := sorted(info["missing_keys"]):
             raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
         policy = cls(net, folder).to(device)
-        for module in net.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = checkpointing
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        for layers in (net.model.visual.blocks, policy.text.layers):
+            for i, layer in enumerate(layers):
+                layer.gradient_checkpointing = checkpointing > 0 and i % checkpointing == 0
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         return policy.eval()
 
-    def save(self, folder):
-        """Writes a folder that transformers and vLLM open: weights and config, tokenizer and processor files beside."""
+    def save(self, folder, weights=None):
+        """Writes a folder that transformers and vLLM open: weights and config, tokenizer and processor files beside.
+        weights: by name, where the policy's own are sharded (fsdp.py)."""
         folder = Path(folder)
-        self.net.save_pretrained(folder)
+        self.net.save_pretrained(folder, state_dict=weights)
         for name, content in self.side_files.items():
             if not (folder / name).exists():
                 (folder / name).write_bytes(content)
@@ -271,22 +271,19 @@ class Policy(nn.Module):
 
         prompts: B prompts.  responses: B lists of token ids (R_i,).  features: what `encode` gave, or None to encode here,
         with gradient. Returns log-probs and entropies (N, R) at `temperature`, N = all responses in order, R = the longest;
-        0 beyond a response's end. Parameters that took no part get a zero gradient, so that every rank of a
-        DistributedDataParallel group reduces the same set: also with no groups at all.
+        0 beyond a response's end. Every parameter that is trained gets a gradient, of zero where it took no part, and every layer
+        runs, so that all ranks gather and reduce the same: also with no groups at all.
         """
+        if not prompts:  # one token through the network stands in, and nothing of it is returned
+            token = torch.tensor(self.eos_ids[:1])
+            return tuple(x[:0].clone() for x in self.forward([Prompt(None, token)], [[token]]))
+        if features is None:
+            features = self.encode(prompts)
+        logp, entropy = self._score(prompts, responses, features, temperature)
+        if not any(len(f) for f in features) or not any(f.requires_grad for f in features):
+            logp = logp + _nothing(self.net.model.visual)
         lengths = [len(r) for group in responses for r in group]
-        untouched = None if prompts else self
-        if prompts:
-            if features is None:
-                features = self.encode(prompts)
-            if not any(len(f) for f in features) or not any(f.requires_grad for f in features):
-                untouched = self.net.model.visual
-            logp, entropy = self._score(prompts, responses, features, temperature)
-        else:
-            logp = entropy = torch.zeros(0, device=self.device)
-        if untouched is not None:
-            logp = logp + _nothing(untouched)
-        pad = lambda x: nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) if lengths else x.view(0, 0)
+        pad = lambda x: nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
         return pad(logp), pad(entropy)
 
     def _score(self, prompts, responses, features, temperature):

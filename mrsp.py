@@ -315,23 +315,33 @@ def device_memory(device, world):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world
 
 
-def memory(policy, reference, *, row, prompts, decoded, answers, size):
+def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1):
     """Bytes that a step needs on each GPU of a group of `size`, without the vision tower's activations -> {term: bytes}.
 
     In tokens, at most: row, of a packed row; prompts, of all prompts of the group; answers, of the responses to one prompt;
     decoded, of prompts that are decoded together, and of the responses to these: a pair.
+    shards: ranks that the parameters are cut over (fsdp.py). Gathered are, in training, what is no layer, and two layers, with
+    gradients and an fp32 copy of these to be averaged; all parameters in decoding.
     """
     c, bytes_ = policy.config.text_config, 2 if policy.device.type == "cuda" else 4  # bf16 under autocast, or fp32
-    total, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad >= only) for only in (False, True))
+    count = lambda module, only=False: sum(p.numel() for p in module.parameters() if p.requires_grad >= only)
+    total, trained, tower, layers = count(policy), count(policy, True), count(policy.net.model.visual), count(policy.text.layers)
+    recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
     L, D, heads, own = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, row / size
     kv = 2 * D * c.num_key_value_heads / heads * bytes_  # of a token in one layer
-    train = {"layer inputs": L * own * D * bytes_,
-             "one layer's activations": 2 * own * (6 * D + 3 * c.intermediate_size) * bytes_,
-             "one layer's K/V": 4 * row * kv,  # gathered, and cut into blocks, with their gradients
+    activations = own * (6 * D + 3 * c.intermediate_size) * bytes_
+    every_kv = 2 * row * kv  # gathered, and cut into blocks
+    train = {"layer inputs": recomputed * own * D * bytes_, "kept activations": (L - recomputed) * (activations + every_kv),
+             "one layer's activations": 2 * activations, "one layer's K/V": 2 * every_kv,  # with their gradients
              "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4}
     decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
-    return {"weights, gradients, moments": 12 * trained + 4 * total, "copies in bf16": 2 * total * (bytes_ == 2),
-            "reference": total * bytes_ * (reference is not None), "embeddings": prompts * D * bytes_,
+    if shards > 1:
+        train["gathered weights and gradients"] = (trained - layers + 2 * layers / L) * (2 * bytes_ + 4)
+        decode["gathered weights"] = trained * bytes_
+    return {"weights, gradients, moments": 16 * trained / shards + 4 * (total - trained),  # a frozen tower is whole
+            "copies in bf16": 2 * total * (bytes_ == 2 and shards == 1),
+            "reference": ((total - tower) / shards + tower) * bytes_ * (reference is not None),
+            "embeddings": prompts * D * bytes_,
             **max(train, decode, key=lambda terms: sum(terms.values()))}  # training and decoding come one after the other
 
 
@@ -350,7 +360,7 @@ def smallest_group(policy, reference, lengths, limit, args, world):
         prompts = sum(sorted(lengths, reverse=True)[:share])
         row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
         terms = memory(policy, reference, row=row, prompts=prompts, answers=answers, size=size,
-                       decoded=(together * longest, together * answers))
+                       decoded=(together * longest, together * answers), shards=world if args.fsdp else 1)
         if sum(terms.values()) < 0.9 * limit:
             break
     listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)

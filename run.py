@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+import fsdp
 from model import newest_checkpoint
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -183,7 +184,9 @@ def open_run(args):
 
 
 def save(policy, optimizer, step, args):
-    """Writes checkpoint-N under another name and moves it into place, on rank 0: a checkpoint that has its name is whole."""
+    """Writes checkpoint-N under another name and moves it into place, on rank 0: a checkpoint that has its name is whole.
+    Every rank must call it: what is sharded is gathered."""
+    weights, moments = fsdp.full_state(policy, optimizer)
     if RANK:
         return
     folder = Path(args.out) / f"checkpoint-{step:06d}"
@@ -192,8 +195,8 @@ def save(policy, optimizer, step, args):
     state = {"step": step, "seed": args.seed, "data_position": step * args.prompts}
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        policy.save(partial)
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        policy.save(partial, weights)
+        torch.save(moments, partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(state))
         partial.rename(folder)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk is a RuntimeError in torch, the third in safetensors

@@ -11,8 +11,10 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
+import fsdp
 import grpo
 import rewards
 import tgrpo
@@ -35,20 +37,20 @@ def pack(items, lengths, budget):
 
 
 def core(policy):
-    """The Policy inside DistributedDataParallel."""
-    return policy.module if WORLD > 1 else policy
+    """The Policy inside DistributedDataParallel; a sharded one is the Policy itself."""
+    return policy.module if isinstance(policy, DistributedDataParallel) else policy
 
 
 def backward(policy, rows, loss):
     """Accumulates the gradient of loss(row), each row's share of the GLOBAL loss, computed through policy's forward.
 
-    DDP averages over ranks in the last backward, which every rank does: a rank without rows does an empty forward. DDP
-    divides by the number of ranks, so each share is multiplied by it.
+    Ranks do the same number of passes: one that has fewer rows does empty ones. DDP averages over ranks in the last backward,
+    a sharded policy (fsdp.py) in each; both divide by the number of ranks, so each share is multiplied by it.
     """
-    rows = rows or [[]]
-    for i, row in enumerate(rows):
-        last = WORLD == 1 or i + 1 == len(rows)
-        with contextlib.nullcontext() if last else policy.no_sync():
+    most = max(gather(len(rows)))
+    for i, row in enumerate(rows + [[]] * (most - len(rows))):
+        later = isinstance(policy, DistributedDataParallel) and i + 1 < most
+        with policy.no_sync() if later else contextlib.nullcontext():
             (loss(row) * WORLD).backward()
 
 
@@ -148,16 +150,17 @@ class Rolled:
 
 def roll(policy, prompts, builder, step, args):
     """Encodes, samples and scores -> ({position: Rolled} of this rank, [the numbers of each group of all ranks, by position])."""
-    with timed("encode"), torch.no_grad():
-        features = policy.encode([p for _, p in prompts])
     sampling = dict(max_new=args.max_new, temperature=args.temperature, top_p=args.top_p)
-    with timed("rollout"):
-        seeds = [seed(args.seed, step, i) for i, _ in prompts]
-        groups = generate(policy, [p for _, p in prompts], args.group, seeds=seeds, features=features, **sampling)
-    shuffled = {}  # position -> (accuracies of the shuffled responses, the orders their frames were in)
-    if args.algo == "tgrpo":
-        with timed("shuffled"):
-            shuffled = shuffled_rollout(policy, prompts, features, builder, step, sampling, args)
+    with fsdp.gathered(policy):
+        with timed("encode"), torch.no_grad():
+            features = policy.encode([p for _, p in prompts])
+        with timed("rollout"):
+            seeds = [seed(args.seed, step, i) for i, _ in prompts]
+            groups = generate(policy, [p for _, p in prompts], args.group, seeds=seeds, features=features, **sampling)
+        shuffled = {}  # position -> (accuracies of the shuffled responses, the orders their frames were in)
+        if args.algo == "tgrpo":
+            with timed("shuffled"):
+                shuffled = shuffled_rollout(policy, prompts, features, builder, step, sampling, args)
     with timed("reward"):
         mine, numbers = {}, []
         for (i, prompt), group, feature in zip(prompts, groups, features):
@@ -230,15 +233,15 @@ def grpo_gradient(policy, reference, groups, mine, args):
         prompts, responses = [m.group.prompt for m, _, _ in row], [m.group.responses for m, _, _ in row]
         features = None if args.train_vision else [m.features for m, _, _ in row]
         logp, entropy = policy(prompts, responses, features, args.temperature)  # (N, R)
+        ref_logp = None
+        if args.beta:
+            with torch.no_grad():
+                ref_logp, _ = reference(prompts, responses, features, args.temperature)
         if not row:
             return logp.sum()
         pad = lambda xs: pad_sequence(list(xs), batch_first=True).to(logp)
         old = pad(x for m, _, _ in row for x in m.group.logps)
         mask = pad(torch.ones(len(r)) * x for m, _, u in row for r, x in zip(m.group.responses, u))
-        ref_logp = None
-        if args.beta:
-            with torch.no_grad():
-                ref_logp, _ = reference(prompts, responses, features, args.temperature)
         value, stats = grpo.grpo_loss(
             logp, old, torch.cat([A for _, A, _ in row]).to(logp), mask, ref_logp=ref_logp, beta=args.beta, estimator=args.kl,
             variant=args.variant, clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,

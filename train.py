@@ -9,7 +9,8 @@ One GRPO step, for every rank's share of the step's prompts:
     2. encode    visual embeddings, once for everything below
     3. rollout   G responses for every prompt (rollout.py)
     4. reward    rules judge every response (rewards.py); the group's mean is the baseline (grpo.py)
-    5. train     log-probs of packed groups (model.py), clipped loss, backward, averaged over ranks by DDP (step.py)
+    5. train     log-probs of packed groups (model.py), clipped loss, backward, averaged over ranks (step.py) by DDP or
+                 by FSDP (--fsdp, fsdp.py)
     6. update    clip the gradient, AdamW
 What is missing on purpose: a value network, a reward model, a trainer class, an inference server. Every random choice is a
 function of (--seed, step, position in the step): any number of ranks draws the same samples and, up to rounding, the same
@@ -27,10 +28,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
+import fsdp
 import grpo
 import mrsp
 import toy
@@ -119,7 +122,8 @@ def parse_args(argv=None):
     add(g, "weight_decay", 0.01, "of matrices")
     add(g, "clip_grad", 1.0, "largest gradient norm")
     flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
-    flag(g, "no_checkpointing", "keep all activations instead of recomputing each layer in the backward pass")
+    add(g, "checkpointing", 1, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
+    flag(g, "fsdp", "shard weights, gradients and moments over all ranks (fsdp.py); a single rank has nothing to shard")
     g = p.add_argument_group("long videos (mrsp.py)")
     add(g, "sp", "1", "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length")
     add(g, "embedding_cache", None, "folder for the embeddings of a frozen vision tower, shared by runs")
@@ -135,8 +139,8 @@ def parse_args(argv=None):
     if args.data and not args.model:
         p.error("--data needs --model, what to train")
     ones = ("prompts", "max_new", "updates", "eval_every", "save_every", "log_every", "keep", "workers", "shuffles")
-    at_least = dict.fromkeys(ones, 1) | dict(group=2, min_frames=2, max_frames=args.min_frames, max_pixels=args.min_pixels,
-                                             image_max_pixels=args.min_pixels)
+    at_least = dict.fromkeys(ones, 1) | dict(group=2, checkpointing=0, min_frames=2, max_frames=args.min_frames,
+                                             max_pixels=args.min_pixels, image_max_pixels=args.min_pixels)
     for name, least in at_least.items():
         if getattr(args, name) < least:
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}")
@@ -224,7 +228,8 @@ def update(optimizer, trained, step, args):
     """Clips the gradient and steps, unless the gradient is not finite -> log entry."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, args.clip_grad))
+    norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded: of this rank's parts
     if math.isfinite(norm):
         optimizer.step()
         torch.clear_autocast_cache()  # it holds bf16 copies of the weights as they were
@@ -236,14 +241,19 @@ def update(optimizer, trained, step, args):
 
 def load(args, checkpoint, device):
     """What a run works with -> (policy, reference or None, Loader, held-out samples). Bad records are said and left out."""
-    policy = Policy.load(checkpoint or args.model, device=device, checkpointing=not args.no_checkpointing)
+    policy = Policy.load(checkpoint or args.model, device=device, checkpointing=args.checkpointing)
     policy.cuda_graph = args.cuda_graph and device.type == "cuda"
     if not args.train_vision:
         policy.freeze_vision()
+    sharded = args.fsdp and WORLD > 1
+    if sharded:
+        fsdp.shard(policy)
     reference = None
     if args.beta and args.algo != "sft":
         reference = Policy.load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         reference.requires_grad_(False)
+        if sharded:
+            fsdp.shard(reference)
     media = {name: getattr(args, name) for name in (*MEDIA, "max_frames")}
     builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
     bad = {}
@@ -290,14 +300,16 @@ def train(args, device):
     start = empty_steps = 0
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=policy.device))
-    wrapped = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True) if WORLD > 1 else policy
+        fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
+    wrapped = policy
+    if WORLD > 1 and not args.fsdp:
+        wrapped = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
 
     def held_out_accuracy():
         policy.group = mrsp.ALONE  # every rank answers its own questions
-        with autocast, timed("evaluate"):
+        with autocast, timed("evaluate"), fsdp.gathered(policy):
             return evaluate(policy, held_out, loader, args)
 
     limit, said = min(gather(mrsp.device_memory(device, WORLD))), None  # the same on all ranks, as the degree must be

@@ -1,9 +1,9 @@
 """One step's gradient in float64, by step.py's own functions, saved to OUT.RANK.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [bypass]
+    python -m torch.distributed.run --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [frozen] [bypass]
 
-With `bypass` the loss goes through the module inside DistributedDataParallel instead of through its forward: the mistake
-whose gradients are never averaged.
+With `frozen` the vision tower is not trained. With `bypass` the loss goes through the module inside DistributedDataParallel
+instead of through its forward: the mistake whose gradients are never averaged.
 """
 
 import sys
@@ -13,8 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+import fsdp  # noqa: E402
+import model  # noqa: E402
 import mrsp  # noqa: E402
 import run  # noqa: E402
 import step  # noqa: E402
@@ -40,13 +43,13 @@ args = train.parse_args(
         "12",
         "--row_tokens",
         "300",
-        "--train_vision",
         "--beta",
         "0.1",
         "--w_format",
         "0",
         "--mask_truncated",
-        *(x for x in extra if x != "bypass"),
+        *(["--train_vision"] if "frozen" not in extra else []),
+        *(x for x in extra if x not in ("bypass", "frozen")),
     ]
 )
 policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in range(2))
@@ -54,7 +57,16 @@ policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that groups are o
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)
 step.rewards.accuracy_reward = lambda text, sample: len(text) / 100  # a random model is never right: let long answers be
-wrapped = DistributedDataParallel(policy.train(), broadcast_buffers=False) if run.WORLD > 1 else policy
+reference.requires_grad_(False)
+if not args.train_vision:
+    policy.freeze_vision()
+model.PATCHES_PER_CALL = 40  # of the tower: ranks call it different numbers of times
+wrapped = policy.train()
+if args.fsdp:
+    fsdp.shard(policy)
+    fsdp.shard(reference)
+elif run.WORLD > 1:
+    wrapped = DistributedDataParallel(policy, broadcast_buffers=False)
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
 group = policy.group = reference.group = mrsp.group_of(int(args.sp))
@@ -72,7 +84,8 @@ entry = (
     if args.algo == "sft"
     else step.grpo_step(wrapped, reference, prompts, more, builder, 0, stay, args)[0]
 )
-grads = {name: p.grad for name, p in policy.named_parameters()}
+whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x
+grads = {name: whole(p.grad) for name, p in policy.named_parameters() if p.requires_grad}
 torch.save({"grads": grads, "entry": entry}, f"{out}.{run.RANK}")
 if run.WORLD > 1:
     dist.destroy_process_group()

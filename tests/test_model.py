@@ -123,7 +123,7 @@ def assert_equals_plain(policy, net, prompts, responses):
     assert any("visual" in name and p.grad.abs().max() > 0 for name, p in policy.net.named_parameters())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [0, 1, 2])
 def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
     """Unequal prompts, several sizes of video, an image, groups of 1 to 4 (more responses than a short row has tokens)."""
     policy = model.Policy.load(world / "model", dtype=torch.float64, checkpointing=checkpointing).train()

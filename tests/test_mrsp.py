@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import data
 import model
@@ -22,6 +23,7 @@ import mrsp
 import step
 import tgrpo
 import toy
+import train
 
 # ---- stage 2
 
@@ -241,8 +243,9 @@ def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prom
 # ---- the degree
 
 
-def test_auto_takes_the_smallest_degree_that_fits_and_leaves_no_rank_idle(policy):
-    args = SimpleNamespace(sp="auto", group=8, max_new=16, row_tokens=1000)
+def test_auto_takes_the_smallest_degree_that_fits_and_leaves_no_rank_idle(world):
+    policy = model.Policy.load(world / "model", dtype=torch.float64)
+    args = SimpleNamespace(sp="auto", group=8, max_new=16, row_tokens=1000, fsdp=False)
     degree = lambda lengths, world=8: mrsp.smallest_group(policy, None, lengths, 3e9, args, world)[0]
     assert degree([100] * 8) == 1 and degree([100] * 2) == 4 and degree([100]) == 8 and degree([]) == 8
     degrees = [degree([int(2 ** (n / 4))] * 8) for n in range(40, 120)]
@@ -251,6 +254,26 @@ def test_auto_takes_the_smallest_degree_that_fits_and_leaves_no_rank_idle(policy
     assert "weights, gradients, moments" in text and ("layer inputs" in text or "prompts' K/V" in text)
     args.sp = "2"
     assert degree([100] * 8) == 2
+
+
+def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypatch):
+    """Qwen2.5-VL-7B's sizes, the recipe's flags, the longest prompts of a video of 16 frames, with a reference."""
+    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
+    config = Qwen2_5_VLConfig(text_config=text | dict(intermediate_size=18944), vision_config=vision)
+    with torch.device("meta"):
+        net = Qwen2_5_VLForConditionalGeneration(config)
+    assert sum(p.numel() for p in net.parameters()) == 8_292_166_656
+    monkeypatch.setattr(model.Policy, "device", torch.device("cuda"))
+    policy = model.Policy(net, ROOT / "configs")
+    for layer in policy.text.layers:
+        layer.gradient_checkpointing = True
+    args = train.parse_args([f"@{ROOT}/configs/video_r1_7b.txt"])
+    degree, text = mrsp.smallest_group(policy, policy, [2500] * 8, 80e9, args, 8)
+    assert degree == 1 and "weights, gradients, moments 16.58 + reference 3.26 + " in text  # 16 bytes / 8; 2 / 8, and a tower
+    assert "gathered weights and gradients 17.86" in text and float(text.split(" GB of ")[0].split()[-1]) < 50
+    args.fsdp = False
+    assert "weights, gradients, moments 132.67 + " in mrsp.smallest_group(policy, None, [2500] * 8, 80e9, args, 8)[1]
 
 
 # ---- whole runs

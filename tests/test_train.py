@@ -74,22 +74,28 @@ def gradients(tmp_path, world, ranks, *extra):
 
 
 @pytest.mark.parametrize(
-    "flags, ranks_and_sp",
+    "flags, ranks_and_how",
     [
-        (["--algo", "sft"], [(3, 1), (2, 2)]),
-        (["--algo", "grpo", "--average", "token"], [(2, 1), (2, 2), (3, 3), (4, 4), (4, 2)]),
-        (["--algo", "tgrpo", "--group", "4", "--temporal", "advantage", "--shuffle", "grid", "--correct", "0.2"], [(4, 2)]),
-        (["--algo", "grpo", "--drop_zero_std", "--refill", "2", "--prompts", "7", "--updates", "2"], [(2, 1), (2, 2)]),
+        (["--algo", "sft"], [(3, ""), (2, "--sp 2"), (3, "--fsdp")]),
+        (
+            ["--algo", "grpo", "--average", "token"],
+            [(2, ""), (2, "--sp 2"), (3, "--sp 3"), (4, "--sp 4"), (4, "--sp 2"), (2, "--fsdp"), (4, "--sp 2 --fsdp")],
+        ),
+        (["--algo", "grpo", "frozen"], [(2, ""), (2, "--fsdp")]),
+        ("--algo tgrpo --group 4 --temporal advantage --shuffle grid --correct 0.2".split(), [(4, "--sp 2")]),
+        (["--algo", "grpo", "--drop_zero_std", "--refill", "2", "--prompts", "7", "--updates", "2"], [(2, ""), (2, "--sp 2")]),
     ],
 )
-def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags, ranks_and_sp):
+def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags, ranks_and_how):
     """Same global batch: 5 prompts of videos of several shapes and images, unequal groups, several rows a rank, truncated
-    responses masked, KL, the tower trained; every prompt on one rank, or its row and its frames on a group of `sp` ranks.
+    responses masked, KL, the tower trained or frozen, and called as often as a rank has frames; every prompt on one rank, or its
+    row and its frames on a group of `sp` ranks; the policy and the reference whole on every rank, or sharded.
     In float64 (but for RMSNorm and RoPE, which transformers computes in fp32: hence 1e-5)."""
     (one,) = gradients(tmp_path, world, 1, *flags)
     assert any(g.abs().max() > 1e-4 for g in one["grads"].values())
-    for ranks, sp in ranks_and_sp:
-        for many in gradients(tmp_path, world, ranks, *flags, "--sp", sp):
+    for ranks, how in ranks_and_how:
+        for many in gradients(tmp_path, world, ranks, *flags, *how.split()):
+            assert many["grads"].keys() == one["grads"].keys()
             for name, g in one["grads"].items():
                 torch.testing.assert_close(many["grads"][name], g, atol=1e-5 * float(g.abs().max()) + 1e-12, rtol=0, msg=name)
             for key, value in one["entry"].items():
@@ -109,18 +115,40 @@ def test_the_rank_test_catches_a_loss_that_bypasses_ddp(tmp_path, world):
 
 
 def test_two_ranks_take_the_same_steps(tmp_path, world, cold_start):
-    """The same command under torchrun: the same samples, the same figures, the same parameters after two steps."""
-    extra = dict(steps=2, model=cold_start, eval_data=world / "test.json", prompts=6)
+    """The same command under torchrun, and sharded: the same samples, figures and parameters after three steps."""
+    extra = dict(steps=3, model=cold_start, eval_data=world / "test.json", prompts=6, beta=0.1)
     run(*flags(world, tmp_path / "one", **extra))
-    run(*flags(world, tmp_path / "two", **extra), ranks=2)
+    one, start = weights(tmp_path / "one", 3), weights(cold_start, 60)
     assert log(tmp_path / "one")[1]["grad_norm"] > 0
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        for key in a.keys() - {"seconds", "tokens_per_second", "eval_by_source"}:
-            assert b[key] == pytest.approx(a[key], abs=1e-4), key
-    one, two = weights(tmp_path / "one", 2), weights(tmp_path / "two", 2)
-    start = weights(cold_start, 60)
-    assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3  # two steps of Adam at 1e-3
-    assert_same_steps(one, two)
+    assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3  # three steps of Adam at 1e-3
+    for name, sharded in (("whole", False), ("sharded", True)):
+        run(*flags(world, tmp_path / name, **extra, **(dict(fsdp=True) if sharded else {})), ranks=2)
+        for a, b in zip(log(tmp_path / "one"), log(tmp_path / name), strict=True):
+            for key in a.keys() - {"seconds", "tokens_per_second", "eval_by_source"}:
+                assert b[key] == pytest.approx(a[key], abs=1e-4), key
+        assert_same_steps(one, weights(tmp_path / name, 3))
+
+
+def test_a_checkpoint_is_the_same_from_whole_and_from_sharded_ranks(tmp_path, world, cold_start):
+    """What one process wrote goes on sharded over three, and the other way round (the tower frozen, its embeddings cached)."""
+    extra = dict(model=cold_start, prompts=6, beta=0.1, save_every=2, embedding_cache=tmp_path / "cache", fsdp=True)
+    command = lambda name, steps: [x for x in flags(world, tmp_path / name, steps=steps, **extra) if x != "--train_vision"]
+    run(*command("one", 3))  # one process: --fsdp has nothing to cut
+    shutil.copytree(tmp_path / "one", tmp_path / "sharded")
+    shutil.rmtree(tmp_path / "sharded" / "checkpoint-000003")
+    run(*command("sharded", 3), "--resume", ranks=3)
+    run(*command("whole", 2), ranks=2)
+    run(*command("whole", 3), "--resume")
+    files, state = {}, {}
+    for name in ("one", "sharded", "whole"):
+        folder = tmp_path / name / "checkpoint-000003"
+        files[name] = sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.suffix != ".pt")
+        state[name] = torch.load(folder / "optimizer.pt")
+        assert files[name] == files["one"] and state[name]["param_groups"] == state["one"]["param_groups"]
+        assert_same_steps(weights(tmp_path / "one", 3), weights(tmp_path / name, 3))
+        for i, moments in state["one"]["state"].items():
+            assert state[name]["state"][i]["step"] == moments["step"] == 3
+            torch.testing.assert_close(state[name]["state"][i]["exp_avg"], moments["exp_avg"], atol=1e-4, rtol=1e-3)
 
 
 def test_more_ranks_than_prompts(tmp_path, world):
@@ -128,26 +156,34 @@ def test_more_ranks_than_prompts(tmp_path, world):
     assert log(tmp_path / "a")[0]["step"] == 1
 
 
-@pytest.mark.parametrize("algo", ["sft", "grpo"])
-def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world, cold_start, algo):
-    """SIGKILL after a step that no checkpoint holds yet; resumed, parameters and log are those of a run that was left alone."""
+@pytest.mark.parametrize("algo, ranks", [("sft", 1), ("grpo", 1), ("grpo", 2)])
+def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world, cold_start, algo, ranks):
+    """SIGKILL after a step that no checkpoint holds yet; resumed, parameters and log are those of a run that was left alone.
+    Two ranks are sharded, and one of them is killed."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     extra = dict(steps=7, save_every=2, eval_data=world / "test.json", eval_every=3, model=cold_start)
     if algo == "grpo":
         extra |= dict(beta=0.1)
-    run(*flags(world, whole, algo, **extra))
-    command = [sys.executable, *map(str, flags(world, cut, algo, **extra))]
+    if ranks > 1:
+        extra |= dict(fsdp=True)
+    run(*flags(world, whole, algo, **extra), ranks=ranks)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29467", "--"] if ranks > 1 else []
+    command = [sys.executable, *launcher, *map(str, flags(world, cut, algo, **extra))]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     lines = lambda: (cut / "log.jsonl").read_text().count("\n") if (cut / "log.jsonl").exists() else 0
     while process.poll() is None and lines() < 4:  # step 0 is the first line
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if ranks > 1:
+        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGKILL)
+    process.wait(timeout=90)
     assert not (cut / "checkpoint-000007").exists() and (cut / "checkpoint-000002").exists()
     with open(cut / "log.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # half a line, as a kill in mid-write leaves it
-    run(*flags(world, cut, algo, **extra), "--resume")
+    run(*flags(world, cut, algo, **extra), "--resume", ranks=ranks)
     assert without_times(log(cut)) == without_times(log(whole))
     assert any(e.get("grad_norm") for e in log(cut))
     for name, tensor in weights(whole, 7).items():
@@ -209,7 +245,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
     ],
 )
 def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
-    run(*flags(world, tmp_path / "a", steps=3, model=cold_start, no_checkpointing=True, **change))
+    run(*flags(world, tmp_path / "a", steps=3, model=cold_start, checkpointing=0, **change))
     entries = log(tmp_path / "a")
     assert any(e["grad_norm"] > 0 for e in entries) and (entries[-1]["kl"] > 0) == (change["beta"] > 0)
     assert entries[0]["length_bonus"] >= 0 and all(e["skipped_update"] == (e["trained_groups"] == 0) for e in entries)
