@@ -1,8 +1,9 @@
 """Speed, side by side: one GRPO step the plain way, and with each idea of this code added one by one.
 
-    python bench.py                                    a 17 M model on this machine's CPU, 2 minutes
+    python bench.py                                    a 17 M model on this machine's CPU, 3 minutes
     python bench.py --shape 3b --frames 16 64 256      a true shape with random weights, for a GPU
     python bench.py --model DIR --json results/x.json  any checkpoint; the figures also as JSON
+    torchrun --nproc_per_node 2 -- bench.py            also with each row shared by all ranks
 
 The plain way is what a trainer does that calls transformers: `generate` with G copies of the prompt, G full rows in every
 log-prob pass, and the video encoded again for every row of every pass. Then, one after the other:
@@ -10,33 +11,49 @@ log-prob pass, and the video encoded again for every row of every pass. Then, on
     shared prefill   the prompt once through the language model, not G times                  (rollout.prefill)
     shared decode    G rows that read one copy of the prompt's keys and values                (attention.DecodeCache)
     packed rows      [prompt | o_1 ... o_G] in the reference and the training pass            (attention.PackedRow)
-A phase is timed both ways in turn, `--repeat` times, and the median taken; a line of the table is the sum of its phases. All
-responses have their full length, no end of turn is taken: both ways do the same work.
+    CUDA graph       decode steps replayed, on a GPU                                          (rollout.record)
+    embedding cache  embeddings read from disk: every epoch but the first, frozen tower       (mrsp.EmbeddingCache)
+    N ranks          the row dealt over the ranks of torchrun                                 (mrsp.ShardedRow)
+A phase is timed every way in turn, `--repeat` times, and the median taken; a line of the table is the sum of its phases. All
+responses have their full length, no end of turn is taken: every way does the same work. What the plain way spends in the vision
+tower is counted under encode, wherever it happens.
+
+The model of the cost, printed beside the measurement: floating-point operations of the training pass, (P + G R) tokens instead
+of G (P + R), and bytes read in decoding, the weights and one copy of the prompt's keys and values instead of G.
 """
 
 import json
 import platform
 import statistics
-import sys
+import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import attention
-from data import Media, Prompt, Sample, normalize, patchify
+import mrsp
+import toy
+from data import Prompt, Sample, load_media, normalize, patchify
 from model import Policy
 from rollout import generate
-from run import flag_parser
+from run import RANK, WORLD, commit, flag_parser, say, start_ranks
+from video import close_workers
 
 SHAPES = {  # hidden, intermediate, layers, heads, K/V heads, vocabulary; vision hidden, intermediate, layers, heads
     "tiny": (384, 1024, 8, 6, 2, 4096, 192, 384, 4, 4),
     "3b": (2048, 11008, 36, 16, 2, 151936, 1280, 3420, 32, 16),
     "7b": (3584, 18944, 28, 28, 4, 152064, 1280, 3420, 32, 16),
 }
-TOWER_RUNS = 3  # of the plain way, each on G copies: in the rollout, the reference and the training pass
-PHASES = ("encode", "prefill", "decode", "reference", "train", "optimizer")
+STEPS = (  # of the table: the name, the way, and the phases that it changes
+    ("+ encode once", "ours", ["encode"]), ("+ shared prefill", "ours", ["prefill"]), ("+ shared decode", "ours", ["decode"]),
+    ("+ packed rows", "ours", ["reference", "train"]), ("+ CUDA graph", "graph", ["decode"]),
+    ("+ embedding cache", "cache", ["encode"]), ("+ {} ranks a row", "ranks", ["prefill", "decode", "reference", "train"]))
+PHASES = ("video", "encode", "prefill", "decode", "reference", "train", "optimizer")
 
 
 def parse_args(argv=None):
@@ -51,6 +68,7 @@ def parse_args(argv=None):
     add(g, "text", 32, "tokens of the question")
     add(g, "group", 8, "G")
     add(g, "new", 32, "tokens of every response")
+    add(g, "checkpointing", 1, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
     add(g, "repeat", 3, "measurements of each phase, each way")
     add(g, "json", None, "file for the figures")
     return p.parse_args(argv)
@@ -81,12 +99,15 @@ def random_policy(shape, device, dtype):
     return Policy(net, "random weights")  # a folder that is not there: no files to save beside
 
 
-def video_prompt(policy, frames, height, width, text):
-    """A prompt of random pixels and words, half a second a frame."""
-    media = Media(torch.randint(256, (frames, 3, height, width), dtype=torch.uint8), "video", 1.0)
+def video_prompt(policy, file, args):
+    """A prompt of random words about a video file -> (prompt, seconds that the video took to read, resize and sample)."""
+    sample = Sample("-", "", [], "free-form", "video", str(file), "")
+    start = time.perf_counter()
+    media = load_media(sample, fps=float("inf"), max_frames=10**6, max_pixels=args.height * args.width)
+    seconds = time.perf_counter() - start
     words = lambda n: torch.randint(8, policy.config.text_config.vocab_size, (n,))
-    ids = torch.cat([words(text // 2), torch.full((media.tokens,), policy.config.video_token_id), words(text - text // 2)])
-    return Prompt(Sample("-", "", [], "free-form", "video", "", ""), ids, [media])
+    visual = torch.full((media.tokens,), policy.config.video_token_id)
+    return Prompt(sample, torch.cat([words(args.text // 2), visual, words(args.text - args.text // 2)]), [media]), seconds
 
 
 class Plain:
@@ -106,8 +127,7 @@ class Plain:
         self.positions = where[:, None].expand(-1, self.G, -1).to(device)
 
     def encode(self):
-        with torch.no_grad():
-            self.net.model.visual(self.copies["pixel_values_videos"], grid_thw=self.copies["video_grid_thw"])
+        """Nothing: every pass encodes for itself."""
 
     def rollout(self, new):
         self.net.generate(self.ids, **self.video, num_return_sequences=self.G, do_sample=True, max_new_tokens=new,
@@ -116,13 +136,17 @@ class Plain:
     def kinds(self, ids):
         return 2 * (ids == self.net.config.video_token_id).int()
 
-    def log_probs(self):
+    def distribution(self):
+        """(G, R, vocabulary): log-probs of every token that each response could have gone on with."""
         rows = torch.cat([self.ids.expand(self.G, -1), self.responses], dim=1)
         R = self.responses.shape[1]
         out = self.net(rows, **self.copies, position_ids=self.positions, logits_to_keep=R + 1, use_cache=False,
                        mm_token_type_ids=self.kinds(rows))
         logits = out.logits[:, :-1].float().index_fill(-1, self.policy.banned, -1e30)
-        return logits.log_softmax(-1).gather(-1, self.responses[..., None])[..., 0]
+        return logits.log_softmax(-1)
+
+    def log_probs(self):
+        return self.distribution().gather(-1, self.responses[..., None])[..., 0]
 
 
 class Ours:
@@ -147,45 +171,57 @@ class Ours:
 
 def clock(f, device):
     """Seconds of f(), the GPU's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
-def use(policy, way):
-    """Sets the attention functions of a way."""
-    text, vision = ("sdpa", "sdpa") if isinstance(way, Plain) else (attention.NAME, attention.SEGMENTS)
-    policy.net.set_attn_implementation({"text_config": text, "vision_config": vision})
+class Stopwatch:
+    """Adds up what a module's forward takes."""
+
+    def __init__(self, module, device):
+        self.seconds, self.device = 0.0, device
+        module.register_forward_pre_hook(self.start)
+        module.register_forward_hook(self.stop)
+
+    def start(self, *_):
+        clock(lambda: None, self.device)  # what came before is done
+        self.started = time.perf_counter()
+
+    def stop(self, *_):
+        clock(lambda: None, self.device)
+        self.seconds += time.perf_counter() - self.started
 
 
-def phases(way, new, optimizer, device):
-    """Seconds of each phase of a step, and peak memory in GB (0 on a CPU)."""
+def phases(way, new, optimizer, tower):
+    """Seconds of each phase of a step, without the video's; the vision tower's are all in "encode"."""
+    policy = way.policy
+
+    def timed(f):
+        tower.seconds = 0.0
+        return clock(f, policy.device) - tower.seconds, tower.seconds
+
     def train():
-        way.policy.train()
+        policy.train()
         way.log_probs().sum().backward()
 
     def reference():
-        way.policy.eval()
+        policy.eval()
         with torch.no_grad():
             way.log_probs()
 
-    plain = isinstance(way, Plain)
-    way.policy.eval()
-    use(way.policy, way)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    encode, first, whole = (clock(f, device) for f in (way.encode, lambda: way.rollout(1), lambda: way.rollout(new)))
-    seconds = [encode, first, whole - first, clock(reference, device), clock(train, device), clock(optimizer.step, device)]
+    policy.eval()
+    parts = {"encode": way.encode, "prefill": lambda: way.rollout(1), "decode": lambda: way.rollout(new), "reference": reference,
+             "train": train, "optimizer": optimizer.step}
+    times = {name: timed(f) for name, f in parts.items()}
     optimizer.zero_grad()
-    if plain:  # the tower runs again in the rollout, and in every pass
-        for i in (1, 3, 4):
-            seconds[i] -= encode
-        seconds[0] *= TOWER_RUNS
-    return dict(zip(PHASES, seconds)), torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    spent = {name: seconds for name, (seconds, _) in times.items()}
+    spent["encode"] = sum(times["encode"]) + sum(times[name][1] for name in ("decode", "reference", "train"))
+    spent["decode"] -= spent["prefill"]
+    return spent
 
 
 def rates(device, dtype):
@@ -197,48 +233,59 @@ def rates(device, dtype):
     return 2 * n**3 / best(lambda: a @ b), 2 * x.numel() / best(x.clone)
 
 
-def measure(policy, frames, args, device, matrix, copy, dtype):
-    """Both ways at one number of frames -> the figures."""
-    prompt = video_prompt(policy, frames, args.height, args.width, args.text)
-    vocabulary = policy.config.text_config.vocab_size
-    responses = [torch.randint(8, vocabulary, (args.new,)) for _ in range(args.group)]
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        ways = {"plain": Plain(policy, prompt, responses), "ours": Ours(policy, prompt, responses)}
-        seen = {name: [] for name in ways}
-        for i in range(args.repeat + 1):
-            for name, way in ways.items():
-                result = phases(way, args.new, optimizer, device)
-                if i:  # the first warms up
-                    seen[name].append(result)
-        log_probs = {}
-        for name, way in ways.items():
-            policy.eval()
-            use(policy, way)
-            with torch.no_grad():
-                log_probs[name] = way.log_probs().float()
-    median = {name: {p: statistics.median(s[p] for s, _ in runs) for p in PHASES} for name, runs in seen.items()}
-    rows, now = [("plain", dict(median["plain"]))], dict(median["plain"])
-    for name, changed in (("+ encode once", ["encode"]), ("+ shared prefill", ["prefill"]), ("+ shared decode", ["decode"]),
-                          ("+ packed rows", ["reference", "train"])):
-        now = now | {p: median["ours"][p] for p in changed}
-        rows.append((name, dict(now)))
-    c, P, G, R = policy.config.text_config, len(prompt.ids), args.group, args.new
-    text = sum(p.numel() for p in policy.text.layers.parameters()) + c.vocab_size * c.hidden_size
-    size = torch.finfo(dtype).bits // 8
-    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * size
-    floor = ((R - 1) * (text * size + P * kv) + G * kv * R * R / 2) / copy  # weights and prompt once a step, own keys and values
+def cost(policy, P, G, R, dtype):
+    """The model of the cost -> {"plain", "ours": (FLOPs of a training pass without recomputation, bytes read in decoding)}."""
+    c = policy.config.text_config
     layers = sum(p.numel() for p in policy.text.layers.parameters())
-    attended = 4 * c.num_hidden_layers * c.hidden_size * (P * P / 2 + G * R * (P + R / 2))
-    useful = 3 * (2 * layers * (P + G * R) + attended + 2 * c.vocab_size * c.hidden_size * G * R)  # forward 1, backward 2
-    again = 1 / 3 * useful  # every layer's forward once more, for its activations
-    return dict(frames=frames, prompt_tokens=P, rows=[dict(name=n, **x) for n, x in rows],
-                difference=float((log_probs["plain"] - log_probs["ours"]).abs().max()),
-                memory={name: max(m for _, m in runs) for name, runs in seen.items()},
-                train_utilisation=useful / median["ours"]["train"] / matrix,
-                train_utilisation_with_recomputation=(useful + again) / median["ours"]["train"] / matrix,
-                decode_floor_share=floor / median["ours"]["decode"])
+    size = torch.finfo(dtype).bits // 8
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * size  # of a token
+    width = 4 * c.num_hidden_layers * c.hidden_size  # FLOPs for a query and a key that it sees
+    answers = 2 * c.vocab_size * c.hidden_size * G * R + width * G * R * (P + R / 2)  # the head, and what responses attend to
+    flops = lambda prompts: 3 * (2 * layers * (prompts * P + G * R) + width * prompts * P * P / 2 + answers)  # backward is twice
+    weights = (layers + c.vocab_size * c.hidden_size) * size
+    bytes_ = lambda prompts: (R - 1) * (weights + prompts * P * kv) + G * kv * R * R / 2
+    return {"plain": (flops(G), bytes_(G)), "ours": (flops(1), bytes_(1))}
+
+
+def measure(policy, frames, args, matrix, copy, dtype, folder, everybody, tower):
+    """Every way at one number of frames -> the figures."""
+    device, file, video = policy.device, folder / f"{frames}.y4m", []
+    toy.write_y4m(file, np.random.default_rng(0).integers(256, size=(frames, args.height, args.width, 3), dtype=np.uint8), 2)
+    responses = [torch.randint(8, policy.config.text_config.vocab_size, (args.new,)) for _ in range(args.group)]
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.0, fused=True)
+    ways = {"plain": {}, "ours": {}, "cache": {"embedding_cache": mrsp.EmbeddingCache(folder / "cache", 100.0, "bench")}}
+    ways |= {"graph": {"cuda_graph": True}} if device.type == "cuda" else {}
+    ways |= {"ranks": {"group": everybody}} if WORLD > 1 else {}
+    seen, memory, log_probs = {name: [] for name in ways}, {}, {}
+    for i in range(args.repeat + 1):  # the first warms up
+        prompt, seconds = video_prompt(policy, file, args)
+        video.append(seconds)
+        for name, settings in ways.items():
+            text, vision = ("sdpa", "sdpa") if name == "plain" else (attention.NAME, attention.SEGMENTS)
+            policy.net.set_attn_implementation({"text_config": text, "vision_config": vision})
+            for key, value in ({"embedding_cache": None, "cuda_graph": False, "group": mrsp.ALONE} | settings).items():
+                setattr(policy, key, value)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            way = (Plain if name == "plain" else Ours)(policy, prompt, responses)
+            seen[name].append(phases(way, args.new, optimizer, tower))
+            memory[name] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+            if i == 0:
+                with torch.no_grad():
+                    log_probs[name] = way.log_probs().float()
+    median = {name: {p: statistics.median(s[p] for s in runs[1:]) for p in PHASES[1:]} for name, runs in seen.items()}
+    now = {"video": statistics.median(video[1:]), **median["plain"]}
+    rows = [dict(name="plain", **now)]
+    for name, way, changed in STEPS:
+        if way in median:
+            now = now | {p: median[way][p] for p in changed}
+            rows.append(dict(name=name.format(WORLD), **now))
+    P, model = len(prompt.ids), cost(policy, len(prompt.ids), args.group, args.new, dtype)
+    share = lambda i, rate, phase: model["ours"][i] / rate / median["ours"][phase]
+    return dict(frames=frames, prompt_tokens=P, rows=rows, memory=memory,
+                difference=max(float((log_probs["plain"] - x).abs().max()) for x in log_probs.values()),
+                expected={"train": model["plain"][0] / model["ours"][0], "decode": model["plain"][1] / model["ours"][1]},
+                train_utilisation=share(0, matrix, "train"), decode_floor_share=share(1, copy, "decode"))
 
 
 def table(figures, args):
@@ -250,14 +297,13 @@ def table(figures, args):
     for row in rows:
         out.append(f"{row['name']:18}" + "".join(f"{row[p]:11.3f}" for p in PHASES)
                    + f"{total(row):11.3f}{total(rows[0]) / total(row):9.2f}x{args.group * args.new / total(row):10.0f}")
-    once = rows[0] | {"encode": rows[0]["encode"] / TOWER_RUNS}  # the rollout's own share
-    rollout = [sum(row[p] for p in PHASES[:3]) for row in (once, rows[-1])]
-    memory = ", ".join(f"{name} {x:.1f}" for name, x in f["memory"].items())
-    out.append(f"training pass {rows[0]['train'] / rows[-1]['train']:.1f}x, rollout "
-               f"{rollout[0] / rollout[1]:.1f}x; log-probs differ by "
-               f"{f['difference']:.1e} at most; training at {f['train_utilisation']:.0%} of the measured matrix rate "
-               f"({f['train_utilisation_with_recomputation']:.0%} with recomputation); decode at {f['decode_floor_share']:.0%} "
-               "of the copy rate" + (f"; peak memory in GB: {memory}" if any(f["memory"].values()) else ""))
+    packed = next(row for row in rows if row["name"] == "+ packed rows")
+    times = {p: rows[0][p] / packed[p] for p in ("train", "decode", "prefill")}
+    out.append(f"training pass {times['train']:.1f}x (operations: {f['expected']['train']:.1f}x), decode {times['decode']:.1f}x "
+               f"(bytes: {f['expected']['decode']:.1f}x); log-probs differ by {f['difference']:.1e} at most")
+    out.append(f"ours trains at {f['train_utilisation']:.0%} of the matrix rate measured (recomputation not counted) and "
+               f"decodes at {f['decode_floor_share']:.0%} of the copy rate measured"
+               + "".join(f"; {name} {x:.1f} GB" for name, x in f["memory"].items() if x))
     return "\n".join(out)
 
 
@@ -265,26 +311,30 @@ def main(argv=None):
     """The command line."""
     args = parse_args(argv)
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = start_ranks(timedelta(minutes=30))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = Policy.load(args.model, device=device) if args.model else random_policy(args.shape, device, torch.float32)
+    policy.set_checkpointing(args.checkpointing)
     policy.freeze_vision()
     policy.eos_ids = []
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if device.type == "cuda" else threads
     matrix, copy = rates(device, dtype)
     head = dict(model=args.model or args.shape, parameters=sum(p.numel() for p in policy.parameters()), machine=machine,
-                torch=torch.__version__, matrix_flops=matrix, copy_bytes=copy)
-    print(f"{head['model']}: {head['parameters'] / 1e6:.1f} M parameters; {machine}, torch {torch.__version__}: matrix product "
-          f"{matrix / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s")
-    results = []
-    for frames in args.frames:
-        results.append(measure(policy, frames, args, device, matrix, copy, dtype))
-        print(table(results[-1], args), flush=True)
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(head | {"flags": vars(args), "results": results}, indent=1))
+                ranks=WORLD, torch=torch.__version__, commit=commit(), matrix_flops=matrix, copy_bytes=copy, flags=vars(args))
+    say(f"{head['model']}: {head['parameters'] / 1e6:.1f} M parameters; {machine}, torch {torch.__version__}: matrix product "
+        f"{matrix / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s")
+    results, tower, everybody = [], Stopwatch(policy.net.model.visual, device), mrsp.group_of(WORLD)
+    with tempfile.TemporaryDirectory() as folder, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for frames in args.frames:
+            results.append(measure(policy, frames, args, matrix, copy, dtype, Path(folder), everybody, tower))
+            say(table(results[-1], args))
+    close_workers()
+    if args.json and RANK == 0:
+        Path(args.json).write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -134,7 +134,7 @@ class Policy(nn.Module):
         """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
 
         dtype: of the weights; fp32 master weights for training, computed in bf16 under torch.autocast.
-        checkpointing: recompute the activations of every n-th layer in the backward pass (in train mode only); 0 of none.
+        checkpointing: as in set_checkpointing.
         Raises ModelError: no folder, no weights, another architecture, missing weights.
         """
         folder = local_folder(name)
@@ -148,10 +148,7 @@ class Policy(nn.Module):
         if missing := sorted(info["missing_keys"]):
             raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
         policy = cls(net, folder).to(device)
-        for layers in (net.model.visual.blocks, policy.text.layers):
-            for i, layer in enumerate(layers):
-                layer.gradient_checkpointing = checkpointing > 0 and i % checkpointing == 0
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        policy.set_checkpointing(checkpointing)
         return policy.eval()
 
     def save(self, folder, weights=None):
@@ -173,6 +170,13 @@ class Policy(nn.Module):
         device = self.device.type
         autocast = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if autocast else self.text.embed_tokens.weight.dtype
+
+    def set_checkpointing(self, n):
+        """Recompute the activations of every n-th layer in the backward pass (in train mode only); 0: keep them all."""
+        for layers in (self.net.model.visual.blocks, self.text.layers):
+            for i, layer in enumerate(layers):
+                layer.gradient_checkpointing = n > 0 and i % n == 0
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def freeze_vision(self):
         """Keeps the vision tower as it is: no gradients, and embeddings of `encode` stay valid for the whole run."""

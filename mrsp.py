@@ -170,7 +170,7 @@ class EmbeddingCache:
             with safe_open(path, "pt") as f:
                 x, about = f.get_tensor("embedding"), f.metadata() or {}
             os.utime(path)
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, RuntimeError):  # the last of a file that goes while it is being opened
             return None
         whole = about.get("key") == key and about.get("digest") == digest(x) and len(x) == media.tokens
         return x if whole else None

@@ -14,6 +14,7 @@ import os
 import random
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -112,6 +113,14 @@ def gather(x, every=1):
     out = [None] * WORLD
     dist.all_gather_object(out, x)
     return out[::every]
+
+
+def commit():
+    """The version of the code, with -dirty where files differ from it."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    with contextlib.suppress(OSError):  # no git
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
 
 
 def say(text):

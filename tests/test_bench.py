@@ -1,0 +1,30 @@
+"""bench.py end to end at its smallest, on one rank and on two."""
+
+import json
+
+import torch
+from conftest import run
+
+import bench
+
+
+def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path):
+    small = ("--frames", 4, 8, "--group", 3, "--new", 4, "--text", 8, "--height", 56, "--width", 56, "--repeat", 1)
+    output = run("bench.py", *small, "--json", tmp_path / "two.json", ranks=2)
+    figures = json.loads((tmp_path / "two.json").read_text())
+    assert figures["ranks"] == 2 and figures["commit"] and figures["flags"]["group"] == 3
+    names = ["plain", *(name.format(2) for name, way, _ in bench.STEPS if way != "graph")]
+    for frames, result in zip((4, 8), figures["results"], strict=True):
+        assert result["frames"] == frames and result["prompt_tokens"] == 8 + frames // 2 * 4
+        assert [row["name"] for row in result["rows"]] == names
+        assert all(row[phase] > 0 for row in result["rows"] for phase in set(bench.PHASES) - {"decode"})
+        assert result["difference"] < 1e-5
+        assert 1 < result["expected"]["train"] < 3 and 1 < result["expected"]["decode"] < 3  # at most G
+    assert all(name in output for name in names)
+
+
+def test_the_model_of_the_cost_grows_towards_G(policy):
+    """With ever longer prompts, the plain way costs G times as much."""
+    ratio = lambda P: [plain / ours for plain, ours in zip(*bench.cost(policy, P, 8, 32, torch.float32).values())]
+    for short, long in zip(ratio(100), ratio(100_000)):
+        assert 1 < short < long < 8 and long > 7.5
