@@ -116,13 +116,17 @@ class Plain:
     def kinds(self, ids):
         return 2 * (ids == self.net.config.video_token_id).int()
 
-    def log_probs(self):
+    def distribution(self):
+        """(G, R, vocabulary) log-probs of every token of every response, and of those not taken."""
         rows = torch.cat([self.ids.expand(self.G, -1), self.responses], dim=1)
         R = self.responses.shape[1]
         out = self.net(rows, **self.copies, position_ids=self.positions, logits_to_keep=R + 1, use_cache=False,
                        mm_token_type_ids=self.kinds(rows))
         logits = out.logits[:, :-1].float().index_fill(-1, self.policy.banned, -1e30)
-        return logits.log_softmax(-1).gather(-1, self.responses[..., None])[..., 0]
+        return logits.log_softmax(-1)
+
+    def log_probs(self):
+        return self.distribution().gather(-1, self.responses[..., None])[..., 0]
 
 
 class Ours:
