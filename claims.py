@@ -76,19 +76,24 @@ def combine(trees):
 
 # ---- running
 
-def once(folder, main, argv, inputs):
-    """Calls main(argv) unless that was done -> {"command", "seconds", "commit", "ran"}. For a worker process.
+def done_before(folder, command):
+    """The record of a command that has ended, or None. command: {"command": as typed, "inputs": digests of what it reads}."""
+    record = Path(f"{folder}.json")
+    before = json.loads(record.read_text()) if record.exists() else {}
+    same = all(before.get(key) == value for key, value in command.items())
+    return before | {"ran": False} if same and "seconds" in before else None
 
-    inputs: digests of what the command reads. Its output goes to FOLDER.log, the record of it to FOLDER.json; where that record
-    is of another command or other inputs, the folder is deleted first.
+
+def once(folder, main, argv, command):
+    """Calls main(argv) unless that was done -> {"command", "inputs", "seconds", "commit", "ran"}. For a worker process.
+
+    Its output goes to FOLDER.log, the record of it to FOLDER.json. A folder of another command or other inputs is deleted first.
     """
-    words = shlex.join([*main.__doc__.split(), *argv]).replace(f"{HERE}/", "")
-    record, command = Path(f"{folder}.json"), {"command": words, "inputs": inputs}
+    record = Path(f"{folder}.json")
     with locked(folder):
-        before = json.loads(record.read_text()) if record.exists() else {}
-        if "seconds" in before and all(before[key] == command[key] for key in command):
-            return before | {"ran": False}
-        if any(before.get(key) != command[key] for key in command):
+        if before := done_before(folder, command):
+            return before
+        if not record.exists() or json.loads(record.read_text()) != command:
             shutil.rmtree(folder, ignore_errors=True)
             write_whole(record, json.dumps(command))
         began = time.perf_counter()
@@ -96,7 +101,7 @@ def once(folder, main, argv, inputs):
             try:
                 main(argv)
             except BaseException as e:
-                raise RuntimeError(f"{folder.name}: {e or type(e).__name__}; its output is in {folder}.log") from e
+                raise RuntimeError(f"{folder.name}: {e!r}; its output is in {folder}.log") from e
         done = command | {"seconds": round(time.perf_counter() - began, 1), "commit": commit()}
         write_whole(record, json.dumps(done))
         return done | {"ran": True}
@@ -147,17 +152,20 @@ def training_on_two(argv):
 
 @dataclass
 class Lab:
-    """One seed: its worlds, runs and answers, in `root`. shrink: divides all steps; clips: of the worlds."""
+    """One seed: its worlds, runs and answers, in `root`. shrink: divides all steps; clips: of the worlds; flags: of every
+    training run, whatever the experiment says."""
     seed: int
     root: Path
     pool: ProcessPoolExecutor
     shrink: int = 1
     clips: dict = field(default_factory=lambda: toy.CLIPS)
+    flags: tuple = ()
     runs: list = field(default_factory=list)
 
     def world(self, name="world", write=toy.write):
         """The folder of a world, written by write(folder, seed, clips)."""
-        self.pool.submit(write_world, self.root / name, write, self.seed, self.clips).result()
+        if not (self.root / name).exists():
+            self.pool.submit(write_world, self.root / name, write, self.seed, self.clips).result()
         return self.root / name
 
     def records(self, name, make, *sources):
@@ -170,7 +178,10 @@ class Lab:
         """main(argv) in a worker, once (see `once`) -> the folder that it may write, root/name."""
         folder, of_file = self.root / name, lambda x: hashlib.blake2b(x.read_bytes(), digest_size=12).hexdigest()
         digests = [fingerprint(local_folder(x)) if x.is_dir() else of_file(x) for x in inputs]
-        done = self.pool.submit(once, folder, main, [str(x) for x in argv], digests).result()
+        argv = [str(x) for x in argv]
+        words = shlex.join([*main.__doc__.split(), *argv]).replace(f"{HERE}/", "")
+        command = {"command": words, "inputs": digests}
+        done = done_before(folder, command) or self.pool.submit(once, folder, main, argv, command).result()
         self.runs.append({"seed": self.seed, "name": name} | done)
         if done["ran"]:
             tqdm.write(f"seed {self.seed}  {name:32} {done['seconds']:6.1f} s")
@@ -182,8 +193,8 @@ class Lab:
         steps, config = max(2, steps // self.shrink), HERE / "configs" / f"toy_{algo}.txt"
         config = [x for x in shlex.split(config.read_text(), comments=True) if x not in without] if without else [f"@{config}"]
         argv = [*config, "--model", start, "--data", data, "--eval_data", data.with_name("test.json"), "--seed", self.seed,
-                "--steps", steps, "--eval_every", max(1, steps // points), "--keep", 1, *flags, "--resume",
-                "--out", self.root / name]
+                "--steps", steps, "--eval_every", max(1, steps // points), "--keep", 1, *flags, *self.flags,
+                "--resume", "--out", self.root / name]
         return self.call(name, main, argv, start, data)
 
     def answers(self, name, model, data, *flags):
@@ -397,7 +408,7 @@ def longvila_r1(lab):
     some = lab.records("train-100", first_of(100, lab.seed), world / "train.json")  # each is seen five times
     frozen = partial(lab.rl, start=cold, data=some, steps=30, points=1, without=("--train_vision",))
     ways = {"as is": frozen("frozen"),
-            "embeddings on disk": frozen("frozen-cache", flags=["--embedding_cache", lab.root / "embeddings"]),
+            "embeddings on disk": frozen("frozen-cache", flags=["--embedding_cache", lab.root / "frozen-cache" / "embeddings"]),
             "two ranks share a row": frozen("frozen-sp", flags=["--sp", 2], main=training_on_two)}
     return {
         "frames": frames, "frames, counting": count, "from 4 to 16 frames": gain,
@@ -444,12 +455,13 @@ def shared_prefix(lab):
     def times(frames, group):
         """{phase: how many times as long the plain way takes}"""
         out = lab.root / f"bench-{frames}-{group}.figures"
-        lab.call(out.stem, timing, ["--frames", frames, "--group", group, "--repeat", 1, "--json", out])
+        lab.call(out.stem, timing, ["--frames", frames, "--group", group, "--new", new, "--repeat", 1, "--json", out])
         plain, *_, ours = json.loads(out.read_text())["results"][0]["rows"]
         total = lambda row, phases: sum(row[p] for p in phases)
         parts = {"step": bench.PHASES, "rollout": ("prefill", "decode"), "training pass": ("train",)}
         return {part: total(plain, phases) / total(ours, phases) for part, phases in parts.items()}
 
+    new = max(4, 32 // lab.shrink)  # tokens of a response
     frames = sorted({max(4, n // lab.shrink // 2 * 2) for n in (16, 32, 64, 128)})
     by_frames = {n: times(n, 8) for n in frames}
     by_group = {G: times(frames[len(frames) // 2], G) for G in (2, 4, 8, 16)}
@@ -564,17 +576,22 @@ CLAIMS = {
 }
 
 
-def study(name, seeds, root, results, *, jobs=2, shrink=1, clips=toy.CLIPS):
-    """Runs a claim, writes results/NAME.json and NAME.svg -> what the JSON holds, and how many commands were run for it now."""
-    claim = CLAIMS[name]
+def workers(jobs):
+    """So many processes of one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers' torch
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, ThreadPoolExecutor(len(seeds)) as threads:
-        labs = [Lab(seed, Path(root) / f"seed{seed}", pool, shrink, clips) for seed in seeds]
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+
+
+def study(name, seeds, root, results, pool, **size):
+    """Runs a claim, writes results/NAME.json and NAME.svg -> what the JSON holds, and how many commands were run for it now.
+    size: shrink, clips and flags of the Labs."""
+    claim, labs = CLAIMS[name], [Lab(seed, Path(root) / f"seed{seed}", pool, **size) for seed in seeds]
+    with ThreadPoolExecutor(len(seeds)) as threads:
         values = combine(list(threads.map(claim.run, labs)))
     runs = [run for lab in labs for run in {r["name"]: r for r in lab.runs}.values()]
     now = sum(run.pop("ran") for lab in labs for run in lab.runs)
     done = {"claim": name, "paper": claim.paper, "line": claim.line, "seeds": list(seeds), "values": values,
-            "process_minutes": round(sum(run["seconds"] for run in runs) / 60, 1), "jobs": jobs, "commit": commit(),
+            "process_minutes": round(sum(run["seconds"] for run in runs) / 60, 1), "commit": commit(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a process", "torch": torch.__version__,
             "runs": runs}
     panels = [figure.Panel(kind, values[key], *rest) for kind, key, *rest in claim.panels]
@@ -611,11 +628,12 @@ def main(argv=None):
         for name, claim in CLAIMS.items():
             print(f"{name:14} {claim.line} ({claim.paper}); {claim.minutes} minutes")
         return
-    if args.quick:
-        small = {"cot": 240, "train": 120, "test": 16}
-        done, now = study(args.claim, range(2), "out/claims-quick", "out/claims-quick", jobs=args.jobs, shrink=20, clips=small)
-    else:
-        done, now = study(args.claim, range(args.seeds), "out/claims", "results/claims", jobs=args.jobs)
+    with workers(args.jobs) as pool:
+        if args.quick:
+            small = {"cot": 240, "train": 120, "test": 16}
+            done, now = study(args.claim, range(2), "out/claims-quick", "out/claims-quick", pool, shrink=20, clips=small)
+        else:
+            done, now = study(args.claim, range(args.seeds), "out/claims", "results/claims", pool)
     print(table(done["values"]))
     print(f"{now} of {len(done['runs'])} commands were run now; {done['process_minutes']} process minutes in all")
 

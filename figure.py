@@ -20,7 +20,8 @@ STYLE = """
 svg { --paper: #ffffff; --ink: #1f2328; --faint: #d0d7de; %s }
 @media (prefers-color-scheme: dark) { svg { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; %s } }
 text { font: 12px system-ui, sans-serif; fill: var(--ink) } .big { font-size: 13.5px; font-weight: 600 }
-.title { font-size: 12.5px; font-weight: 600 } .small { font-size: 10px } .middle { text-anchor: middle } .end { text-anchor: end }
+.title { font-size: 12.5px; font-weight: 600 } .small { font-size: 10px }
+.middle { text-anchor: middle } .end { text-anchor: end }
 .paper { fill: var(--paper) } .grid { stroke: var(--faint) } .whisker { fill: none } .seed { opacity: 0.7 }
 """
 
@@ -131,7 +132,7 @@ def bars(panel):
     width = min(56, 0.86 * room / len(names))
     for g, (label, group) in enumerate(data.items()):
         middle = LEFT + (g + 0.5) * room
-        out.append(text(middle, BOTTOM + 16, label, "middle"))
+        out.append(text(middle, BOTTOM + 16, label, "small middle" if len(data) > 4 else "middle"))
         for name, s in group.items():
             i = names.index(name)
             x, y0, y1 = middle + (i - len(names) / 2) * width, at(0), at(s["mean"])

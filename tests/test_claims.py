@@ -13,7 +13,13 @@ import figure
 import rewards
 import toy
 
-TINY = dict(shrink=600, clips={"cot": 24, "train": 16, "test": 4})
+TINY = dict(shrink=600, clips={"cot": 24, "train": 16, "test": 4}, flags=("--prompts", 4, "--group", 2, "--max_new", 8))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with claims.workers(2) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +42,12 @@ def test_an_interval_by_hand():
 
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
-def test_every_claim_from_nothing_to_a_figure(folder, name):
-    study = lambda: claims.study(name, range(2), folder / "scratch", folder / "results", **TINY)
+def test_every_claim_from_nothing_to_a_figure(folder, pool, name):
+    study = lambda: claims.study(name, range(2), folder / "scratch", folder / "results", pool, **TINY)
     done, now = study()
     written = json.loads((folder / "results" / f"{name}.json").read_text())
     assert written == json.loads(json.dumps(done)) and written["claim"] == name and written["seeds"] == [0, 1]
-    assert {"paper", "line", "process_minutes", "jobs", "commit", "machine", "torch"} <= set(written)
+    assert {"paper", "line", "process_minutes", "commit", "machine", "torch"} <= set(written)
     for s in stats(written["values"]):
         assert len(s["seeds"]) == 2 and s["interval"][0] <= s["mean"] <= s["interval"][1]
     for run in written["runs"]:
@@ -50,16 +56,17 @@ def test_every_claim_from_nothing_to_a_figure(folder, name):
 
     svg = (folder / "results" / f"{name}.svg").read_text()
     root = ET.fromstring(svg)
-    says = " ".join(e.text for e in root.iter("{http://www.w3.org/2000/svg}title"))
+    texts = lambda tag: [e.text for e in root.iter("{http://www.w3.org/2000/svg}" + tag)]
+    says = " ".join(texts("title"))
     assert "prefers-color-scheme: dark" in svg
     for _, key, title, *_ in claims.CLAIMS[name].panels:
-        assert title in svg and all(figure.number(s["mean"]) in says for s in stats(written["values"][key]))
+        assert title in texts("text") and all(figure.number(s["mean"]) in says for s in stats(written["values"][key]))
 
     again, now = study()
     assert now == 0 and again["values"] == done["values"]
 
 
-def test_what_other_flags_ask_for_is_run_anew(folder, monkeypatch):
+def test_what_other_flags_ask_for_is_run_anew(folder):
     calls = []
 
     def command(argv):
@@ -67,10 +74,12 @@ def test_what_other_flags_ask_for_is_run_anew(folder, monkeypatch):
         calls.append(argv)
         (folder / "made").mkdir()
 
-    assert claims.once(folder / "made", command, ["--steps", "1"], [])["ran"]
-    assert not claims.once(folder / "made", command, ["--steps", "1"], [])["ran"]
-    assert claims.once(folder / "made", command, ["--steps", "2"], [])["ran"]  # in an empty folder
-    assert claims.once(folder / "made", command, ["--steps", "2"], ["other weights"])["ran"]
+    def once(steps, *inputs):
+        return claims.once(folder / "made", command, ["--steps", steps], {"command": f"--steps {steps}", "inputs": list(inputs)})
+
+    assert once("1")["ran"] and not once("1")["ran"]
+    assert once("2")["ran"]  # in an empty folder
+    assert once("2", "other weights")["ran"] and not once("2", "other weights")["ran"]
     assert len(calls) == 3
 
 
@@ -84,9 +93,9 @@ def test_what_was_killed_goes_on(folder):
             raise KeyboardInterrupt
         (folder / "half" / "ended").touch()
 
-    with pytest.raises(RuntimeError, match="half: KeyboardInterrupt; its output is in"):
-        claims.once(folder / "half", command, [], [])
-    assert claims.once(folder / "half", command, [], [])["ran"] and (folder / "half" / "ended").exists()
+    with pytest.raises(RuntimeError, match="half: KeyboardInterrupt.*; its output is in"):
+        claims.once(folder / "half", command, [], {"command": "half"})
+    assert claims.once(folder / "half", command, [], {"command": "half"})["ran"] and (folder / "half" / "ended").exists()
 
 
 def test_records_made_from_others(world):
