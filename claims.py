@@ -28,6 +28,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -577,9 +578,18 @@ CLAIMS = {
 
 
 def workers(jobs):
-    """So many processes of one thread."""
+    """So many processes of one thread, that end with this one, however it ends."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers' torch
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=end_with, initargs=(os.getpid(),))
+
+
+def end_with(parent):
+    """Ends this process as soon as its parent has ended: a killed one tells nobody."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def study(name, seeds, root, results, pool, **size):
