@@ -101,11 +101,19 @@ def write_y4m(path, frames, fps):
             f.write(b"FRAME\n" + frame.tobytes())
 
 
-def write_split(folder, split, clips, seed):
+def scenes(clips, rng):
+    """So many clips, and an image for every four -> (frames, questions) each, asking less about the square than about lamps."""
+    for i in range(clips * 5 // 4):
+        frames, questions = image(rng) if i % 5 == 4 else clip(("first", "flash", "count")[i % 3], rng)
+        for kind in (("colour",), ("motion",), ("colour", "motion"))[i // 3 % 3]:
+            questions.pop(kind, None)
+        yield frames, questions
+
+
+def write_split(folder, split, scenes, rng):
     """Writes split.json, records in the Video-R1 form, and their media/. The answers of cot.json are those of its author."""
     (folder / "media").mkdir(parents=True, exist_ok=True)
-    rng, records = random.Random(f"{split} {seed}"), []
-    scenes = (image(rng) if i % 5 == 4 else clip(("first", "flash", "count")[i % 3], rng) for i in range(clips * 5 // 4))
+    records = []
     for i, (frames, questions) in enumerate(scenes):
         path = folder / "media" / f"{split}_{i:05d}.{'png' if len(frames) == 1 else 'y4m'}"
         if len(frames) == 1:
@@ -114,8 +122,6 @@ def write_split(folder, split, clips, seed):
             n = rng.choice(SHOWN[split])
             kept = data.frame_indices(FRAMES, FPS, target_fps=float("inf"), max_frames=n)
             write_y4m(path, frames[kept], Fraction(n * FPS, FRAMES))
-        for kind in (("colour",), ("motion",), ("colour", "motion"))[i // 3 % 3]:  # ask less about the square than about lamps
-            questions.pop(kind, None)
         for kind, (question, words, answer, reasoning) in questions.items():
             words, numerical = list(words), kind == "count"
             said = words.index(answer)
@@ -195,7 +201,8 @@ def write(folder, seed=0, clips=CLIPS):
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for split, n in clips.items():
-        write_split(partial, split, n, seed)
+        rng = random.Random(f"{split} {seed}")
+        write_split(partial, split, scenes(n, rng), rng)
     texts = []
     for sample in data.load_samples(partial / "cot.json"):
         response = f"<think>{sample.reasoning}</think>\n<answer>{sample.answer}</answer>"
