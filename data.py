@@ -264,8 +264,8 @@ def _read_folder(sample, counts, pixels):
 
 
 def normalize(frames, dtype=torch.float32, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
-    """uint8 (T, 3, H, W) -> (x / 255 - mean) / std, with the statistics that all Qwen-VL vision towers share."""
-    column = lambda x: torch.tensor(x, dtype=dtype, device=frames.device).view(3, 1, 1)
+    """uint8 (N, 3, ...) -> (x / 255 - mean) / std, with the statistics that all Qwen-VL vision towers share."""
+    column = lambda x: torch.tensor(x, dtype=dtype, device=frames.device).view(3, *[1] * (frames.ndim - 2))
     return (frames.to(dtype) / 255 - column(mean)) / column(std)
 
 

@@ -208,7 +208,8 @@ class Policy(nn.Module):
                     runs[-1][2] += 1
                 else:
                     runs.append([m, g, 1])
-            pixels = torch.cat([patchify(normalize(m.frames_of(g, n).to(self.device), exact))[0] for m, g, n in runs])
+            patches = torch.cat([patchify(m.frames_of(g, n))[0] for m, g, n in runs]).to(self.device)  # bytes
+            pixels = normalize(patches.unflatten(1, (3, -1)), exact).flatten(1)
             sizes = torch.tensor([(n, *m.grid[1:]) for m, _, n in runs], device=self.device)
             out.append(visual(pixels.to(visual.dtype), grid_thw=sizes).pooler_output)
             i = end
