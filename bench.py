@@ -1,7 +1,7 @@
 """Speed, side by side: one GRPO step the plain way, and with each idea of this code added one by one.
 
     python bench.py                                    a 17 M model on this machine's CPU, 3 minutes
-    python bench.py --shape 3b --frames 16 64 256      a true shape with random weights, for a GPU
+    python bench.py --shape 3b --frames 16 64 256 --checkpointing 1      a true shape with random weights, for a GPU
     python bench.py --model DIR --json results/x.json  any checkpoint; the figures also as JSON
     torchrun --nproc_per_node 2 -- bench.py            also with each row shared by all ranks
 
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add(g, "text", 32, "tokens of the question")
     add(g, "group", 8, "G")
     add(g, "new", 32, "tokens of every response")
-    add(g, "checkpointing", 1, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
+    add(g, "checkpointing", 0, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
     add(g, "repeat", 3, "measurements of each phase, each way")
     add(g, "json", None, "file for the figures")
     return p.parse_args(argv)
