@@ -33,7 +33,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, 
     `plan` is required: without one, transformers would silently attend across packed sequences.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves q and k in fp32 after the fp32 RoPE
-    return plan.attend(module.layer_idx, query, key, value, scaling), None
+    last = module.layer_idx + 1 == module.config.num_hidden_layers
+    return plan.attend(module.layer_idx, query, key, value, scaling, last), None
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)
@@ -97,6 +98,18 @@ def blocks(spans, causal, device):
         parts = (x.to(device) for x in (real.flatten().nonzero()[:, 0], q[real], ~real))
         out.append(Blocks(q.to(device), k.to(device), causal, *parts))
     return out
+
+
+def layer_blocks(squares, across, read, device):
+    """Causal and other spans -> [blocks of a layer, blocks of the last layer: from the first query of a span on that is read].
+    read: bool of every token that may be a query."""
+    trimmed, beside = [], []
+    for causal, spans in ((True, squares), (False, across)):
+        for q, n, k, keys in spans:
+            skip = int(read[q : q + n].to(torch.uint8).argmax()) if read[q : q + n].any() else n
+            trimmed += [(q + skip, n - skip, k + skip, n - skip)] * causal
+            beside.append((q + skip, n - skip, k, skip if causal else keys))
+    return [blocks(some, True, device) + blocks(others, False, device) for some, others in ((squares, across), (trimmed, beside))]
 
 
 class BlockAttention(torch.autograd.Function):
@@ -175,30 +188,31 @@ class PackedRow:
 
     def __init__(self, lengths, device, cache=None, first_slot=0):
         self.cache, self.first_slot, self.prompts = cache, first_slot, []
-        squares, across, reads, start = [], [], [], 0
+        squares, across, start = [], [], 0
+        read = torch.zeros(sum(P + sum(responses) for P, responses in lengths), dtype=torch.bool)
         for P, responses in lengths:
             first, others = sum(responses[:1]), responses[1:]
             self.prompts.append((start, start + P))
             squares.append((start, P + first, start, P + first))  # the prompt and o_1: an ordinary causal sequence
             across.append((start + P + first, sum(others), start, P))
-            reads.append((start + P - 1, max(1, first)))  # a response's last token predicts none
+            read[start + P - 1 : start + P + max(0, first - 1)] = True  # a response's last token predicts none
             start += P + first
             for R in others:
                 squares.append((start, R, start, R))
-                reads.append((start, R - 1))
+                read[start : start + R - 1] = True
                 start += R
-        self.blocks = blocks(squares, True, device) + blocks(across, False, device)
-        self.reads = torch.cat([torch.arange(a, a + n) for a, n in reads]).to(device)
+        self.blocks = layer_blocks(squares, across, read, device)
+        self.reads = read.nonzero()[:, 0].to(device)
 
-    def attend(self, layer, q, k, v, scale):
-        return self.attend_row(layer, *(x[0].transpose(0, 1) for x in (q, k, v)), scale)
+    def attend(self, layer, q, k, v, scale, last=False):
+        return self.attend_row(layer, *(x[0].transpose(0, 1) for x in (q, k, v)), scale, last)
 
-    def attend_row(self, layer, q, k, v, scale):
+    def attend_row(self, layer, q, k, v, scale, last):
         """q (n, Hq, d) of the tokens that are here, k and v (S, Hkv, d) of all -> (1, n, Hq, d)."""
         if self.cache is not None:
             for i, (a, b) in enumerate(self.prompts):
                 self.cache.store_prompt(layer, self.first_slot + i, k[a:b].transpose(0, 1), v[a:b].transpose(0, 1))
-        return BlockAttention.apply(q, k, v, self.blocks, scale)[None]
+        return BlockAttention.apply(q, k, v, self.blocks[last], scale)[None]
 
     def find(self, tokens):
         """Of the given tokens of the row, all of them read: the indices of those that are here, and where their hidden states
@@ -237,7 +251,7 @@ class DecodeCache:
         for buffer, x in zip(self.prompt_kv[layer][i], (k, v)):
             buffer[j] = x
 
-    def attend(self, layer, q, k, v, scale):
+    def attend(self, layer, q, k, v, scale, last=False):
         """One token per row, as in BlockAttention: all rows of a prompt read it together, then each what it has written; scores
         in fp32, since a bf16 score of 50 is off by 0.1. q (N, Hq, 1, d), k and v (N, Hkv, 1, d) -> (N, 1, Hq, d)."""
         N, H, _, d = k.shape

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, blocks
+from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, layer_blocks
 
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names from torch 2.13 on, and before
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -267,14 +267,14 @@ class ShardedRow(PackedRow):
                 read[start : start + R - 1] = True
                 start += R
             here += b - a
-        self.blocks = blocks(squares, True, device) + blocks(across, False, device)
         read = read[tokens[group.rank]]
+        self.blocks = layer_blocks(squares, across, read, device)
         self.reads, self.place = read.nonzero()[:, 0].to(device), (read.cumsum(0) - 1).to(device)
 
-    def attend(self, layer, q, k, v, scale):
+    def attend(self, layer, q, k, v, scale, last=False):
         kv = self.group.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
         k, v = kv.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, self.slot)  # (S, Hkv, d) each, in the row's order
-        return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
+        return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale, last)
 
     def find(self, tokens):
         """Of the given tokens of the row, all of them read: the indices of those that are here, and where their hidden states
