@@ -299,10 +299,10 @@ def table(figures, args):
     for row in rows:
         out.append(f"{row['name']:18}" + "".join(f"{row[p]:11.3f}" for p in PHASES)
                    + f"{total(row):11.3f}{total(rows[0]) / total(row):9.2f}x{args.group * args.new / total(row):10.0f}")
-    faster, expected = f["faster"], f["expected"]
-    out.append(f"with the encoding that each does: training pass {faster['training pass']:.1f}x, rollout {faster['rollout']:.1f}x")
-    out.append(f"without: train {faster['train']:.1f}x (operations: {expected['train']:.1f}x), decode {faster['decode']:.1f}x (bytes: "
-               f"{expected['decode']:.1f}x); log-probs differ by {f['difference']:.1e} at most")
+    times = {p: f"{p} {x:.1f}x" for p, x in f["faster"].items()}
+    model = {p: f"{times[p]} ({what}: {f['expected'][p]:.1f}x)" for p, what in (("train", "operations"), ("decode", "bytes"))}
+    out.append(f"with the encoding that each does: {times['training pass']}, {times['rollout']}; without: {model['train']}, "
+               f"{model['decode']}; log-probs differ by {f['difference']:.1e} at most")
     out.append(f"ours trains at {f['train_utilisation']:.0%} of the matrix rate measured (recomputation not counted) and "
                f"decodes at {f['decode_floor_share']:.0%} of the copy rate measured"
                + "".join(f"; {name} {x:.1f} GB" for name, x in f["memory"].items() if x))
