@@ -1,7 +1,7 @@
 """Speed, side by side: one GRPO step the plain way, and with each idea of this code added one by one.
 
     python bench.py                                    a 17 M model on this machine's CPU, 3 minutes
-    python bench.py --shape 3b --frames 16 64 256 --checkpointing 1      a true shape with random weights, for a GPU
+    python bench.py --model 3b --frames 16 64 256 --checkpointing 1      a true shape with random weights, for a GPU
     python bench.py --model DIR --json results/x.json  any checkpoint; the figures also as JSON
     torchrun --nproc_per_node 2 -- bench.py            also with each row shared by all ranks
 
@@ -39,7 +39,7 @@ import attention
 import mrsp
 import toy
 from data import Prompt, Sample, load_media, normalize, patchify
-from model import Policy
+from model import ModelError, Policy
 from rollout import generate
 from run import RANK, WORLD, commit, flag_parser, say, start_ranks
 from video import close_workers
@@ -60,8 +60,7 @@ def parse_args(argv=None):
     """The flags."""
     p, add, flag = flag_parser(__doc__)
     g = p.add_argument_group("what is measured")
-    add(g, "shape", "tiny", "of the random model: tiny is 17 M parameters, 3b and 7b are Qwen2.5-VL's", choices=SHAPES)
-    add(g, "model", None, "a checkpoint instead")
+    add(g, "model", "tiny", "tiny (17 M parameters), 3b or 7b (Qwen2.5-VL's shapes), with random weights; or a checkpoint")
     g.add_argument("--frames", type=int, nargs="+", default=[16, 64, 128], help="of the video (default: 16 64 128)")
     add(g, "height", 112, "pixels of a frame")
     add(g, "width", 112, "pixels of a frame")
@@ -315,14 +314,19 @@ def main(argv=None):
     torch.manual_seed(0)
     device = start_ranks(timedelta(minutes=30))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = Policy.load(args.model, device=device) if args.model else random_policy(args.shape, device, torch.float32)
+    try:
+        policy = random_policy(args.model, device, torch.float32) if args.model in SHAPES else Policy.load(args.model, device=device)
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    except (ModelError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
     policy.set_checkpointing(args.checkpointing)
     policy.freeze_vision()
     policy.eos_ids = []
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if device.type == "cuda" else threads
     matrix, copy = rates(device, dtype)
-    head = dict(model=args.model or args.shape, parameters=sum(p.numel() for p in policy.parameters()), machine=machine,
+    head = dict(model=args.model, parameters=sum(p.numel() for p in policy.parameters()), machine=machine,
                 ranks=WORLD, torch=torch.__version__, commit=commit(), matrix_flops=matrix, copy_bytes=copy, flags=vars(args))
     say(f"{head['model']}: {head['parameters'] / 1e6:.1f} M parameters; {machine}, torch {torch.__version__}: matrix product "
         f"{matrix / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s")
