@@ -315,7 +315,8 @@ def main(argv=None):
     device = start_ranks(timedelta(minutes=30))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        policy = random_policy(args.model, device, torch.float32) if args.model in SHAPES else Policy.load(args.model, device=device)
+        random = args.model in SHAPES
+        policy = random_policy(args.model, device, torch.float32) if random else Policy.load(args.model, device=device)
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     except (ModelError, OSError) as e:
