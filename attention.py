@@ -83,33 +83,39 @@ class Blocks(NamedTuple):
 def blocks(spans, causal, device):
     """spans: [(first query, queries, first key, keys), ...] -> [Blocks, ...] for all of them, few calls for many spans.
 
-    Causal ones go together when the padding stays below a third; a padded key of theirs is seen by padded queries only. The
-    others must have equally many keys.
+    A query must stand in one span only. Spans go together when less than a third is padding, causal ones of any length (a padded
+    key is seen by padded queries only), the others of equally many keys.
     """
-    out, spans = [], sorted((s for s in spans if s[1] and s[3]), key=lambda s: s[3])
+    out, spans = [], sorted((s for s in spans if s[1] and s[3]), key=lambda s: (s[3], s[1]))
     while spans:
-        longest = spans[-1][3]
-        together = [s for s in spans if (4 * s[3] >= 3 * longest if causal else s[3] == longest)]
+        _, most, _, longest = spans[-1]
+        together = [s for s in spans if (causal or s[3] == longest) and 4 * s[1] >= 3 * most]
         spans = spans[: -len(together)]
         first_q, queries, first_k, keys = torch.tensor(together).T[..., None]  # (n, 1) each
-        real = torch.arange(int(queries.max())) < queries  # (n, a)
-        q = (first_q + torch.arange(real.shape[1])).where(real, first_q)
+        real = torch.arange(most) < queries  # (n, a)
+        q = (first_q + torch.arange(most)).where(real, first_q)
         k = first_k + torch.arange(longest).clamp(max=keys - 1)  # (n, b)
         parts = (x.to(device) for x in (real.flatten().nonzero()[:, 0], q[real], ~real))
         out.append(Blocks(q.to(device), k.to(device), causal, *parts))
     return out
 
 
-def layer_blocks(squares, across, read, device):
-    """Causal and other spans -> [blocks of a layer, blocks of the last layer: from the first query of a span on that is read].
-    read: bool of every token that may be a query."""
-    trimmed, beside = [], []
-    for causal, spans in ((True, squares), (False, across)):
-        for q, n, k, keys in spans:
-            skip = int(read[q : q + n].to(torch.uint8).argmax()) if read[q : q + n].any() else n
-            trimmed += [(q + skip, n - skip, k + skip, n - skip)] * causal
-            beside.append((q + skip, n - skip, k, skip if causal else keys))
-    return [blocks(some, True, device) + blocks(others, False, device) for some, others in ((squares, across), (trimmed, beside))]
+def layer_blocks(squares, rectangles, read, device):
+    """A row's blocks -> (of a layer, of the last layer: there a span begins with its first query that is read).
+
+    squares: causal spans.  rectangles: lists of other spans; in each list a query stands once.  read: bool of every token.
+    """
+    def unread(q, n):
+        return int(read[q : q + n].to(torch.uint8).argmax()) if read[q : q + n].any() else n
+
+    trimmed, before = [], []
+    for q, n, k, _ in squares:
+        skip = unread(q, n)
+        trimmed.append((q + skip, n - skip, k + skip, n - skip))
+        before.append((q + skip, n - skip, k, skip))
+    after = [[(q + unread(q, n), n - unread(q, n), k, keys) for q, n, k, keys in spans] for spans in rectangles]
+    every = lambda squares, others: blocks(squares, True, device) + sum((blocks(spans, False, device) for spans in others), [])
+    return every(squares, rectangles), every(trimmed, [before, *after])
 
 
 class BlockAttention(torch.autograd.Function):
@@ -201,7 +207,7 @@ class PackedRow:
                 squares.append((start, R, start, R))
                 read[start : start + R - 1] = True
                 start += R
-        self.blocks = layer_blocks(squares, across, read, device)
+        self.blocks = layer_blocks(squares, [across], read, device)
         self.reads = read.nonzero()[:, 0].to(device)
 
     def attend(self, layer, q, k, v, scale, last=False):
@@ -259,10 +265,12 @@ class DecodeCache:
             buffer.index_copy_(2, self.t, x)
         exact = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            read, of_length = [], q[:, :, 0].split([n * self.G for _, n in self.sizes])
-            for q_p, (k_p, v_p) in zip(of_length, self.prompt_kv[layer]):
-                read.append(_flash(q_p.view(len(k_p), self.G, -1, d).transpose(1, 2), k_p, v_p, False, scale)[:2])
-            out, lse = (torch.cat([x.transpose(1, 2).flatten(0, 1) for x in part]).to(exact) for part in zip(*read))
+            read, of_length = [], q.view(N, H, -1, d).split([n * self.G for _, n in self.sizes])
+            for q_p, (k_p, v_p) in zip(of_length, self.prompt_kv[layer]):  # all query heads of a K/V head, and all rows, together
+                q_p = q_p.unflatten(0, (-1, self.G)).transpose(1, 2)  # (n, Hkv, G, Hq / Hkv, d)
+                out, lse, _ = _flash(q_p.flatten(2, 3), k_p, v_p, False, scale)
+                read.append([x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2) for x in (out, lse)])
+            out, lse = (torch.cat(part).to(exact) for part in zip(*read))  # (N, Hq, d), (N, Hq)
             k_o, v_o = (x[:, :, : self.width] for x in self.own_kv[layer])  # (N, Hkv, width, d)
             scores = (q.view(N, H, -1, d).to(exact) * scale) @ k_o.to(exact).mT  # query heads that share a K/V head side by side
             scores = scores.masked_fill(self.tokens[: self.width] > self.t, float("-inf")).flatten(1, 2)  # (N, Hq, width)
@@ -277,10 +285,13 @@ class DecodeCache:
         kept = [self.slots[p] for p in prompts.tolist()]
         if len(kept) < len(self.slots):
             which = [[j for i, j in kept if i == n] for n in range(len(self.sizes))]
-            self.prompt_kv = [[(k[w], v[w]) for (k, v), w in zip(layer, which) if w] for layer in self.prompt_kv]
+            some = lambda x, w: x if len(w) == len(x) else x[w]
+            for layer, of_length in enumerate(self.prompt_kv):  # one after the other: old and new stand in memory for a layer
+                self.prompt_kv[layer] = [(some(k, w), some(v, w)) for (k, v), w in zip(of_length, which) if w]
             self.sizes = [(P, len(w)) for (P, _), w in zip(self.sizes, which) if w]
             self.slots = [(i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)]
-        self.own_kv = [tuple(self._rows(x, rows, t) for x in kv) for kv in self.own_kv]
+        for layer, kv in enumerate(self.own_kv):
+            self.own_kv[layer] = tuple(self._rows(x, rows, t) for x in kv)
         self.G = G
 
     @staticmethod

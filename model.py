@@ -118,7 +118,8 @@ class Policy(nn.Module):
         self.side_files = {f.name: f.read_bytes() for f in files if not f.name.endswith((".index.json", "state.json"))}
         c = self.config = net.config
         self.text = net.model.language_model
-        self.text.layers[-1].forward = partial(last_layer, self.text.layers[-1])
+        last = self.text.layers[-1]
+        last.__class__ = type("LastLayer", (type(last),), {"forward": last_layer})
         net.model.visual.patch_embed.forward = partial(embed_patches, net.model.visual.patch_embed.proj)
         self.tokens_per_second = c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
         self.merge = c.vision_config.spatial_merge_size
@@ -239,11 +240,10 @@ class Policy(nn.Module):
         weight = self.net.lm_head.weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
-    def logits(self, hidden, head=None):
+    def logits(self, hidden, head):
         """Next-token logits (..., vocabulary) in at least fp32, vision ids impossible. In full precision even under autocast:
-        in bf16 a logit is off by up to 0.06, too much for a ratio or a KL. head: what self.head() gave, to make it once."""
+        in bf16 a logit is off by up to 0.06, too much for a ratio or a KL. head: what self.head() gave."""
         with torch.autocast(self.device.type, enabled=False):
-            head = self.head() if head is None else head
             logits = F.linear(hidden.to(head.dtype), head)
             return logits.index_fill(-1, self.banned, -1e30)
 
@@ -303,12 +303,13 @@ class Policy(nn.Module):
         targets = torch.cat([r.to(self.device) for group in responses for r in group])
         mine, where = plan.find(sources)
         chunk = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
-        out = [checkpoint(self._log_softmax, h, t, temperature, use_reentrant=False)  # no logits for the prompt
+        head = self.head()
+        out = [checkpoint(self._log_softmax, h, t, head, temperature, use_reentrant=False)  # no logits for the prompt
                for h, t in zip(hidden[where].split(chunk), targets[mine].split(chunk))]
         return tuple(plan.collect(torch.cat(column), sources) for column in zip(*out))
 
-    def _log_softmax(self, hidden, targets, temperature):
-        logits = self.logits(hidden) / temperature  # (chunk, vocabulary), recomputed in the backward pass
+    def _log_softmax(self, hidden, targets, head, temperature):
+        logits = self.logits(hidden, head) / temperature  # (chunk, vocabulary), recomputed in the backward pass
         logp = logits.log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy

@@ -248,7 +248,8 @@ class ShardedRow(PackedRow):
             slot[t] = r * self.n + torch.arange(len(t))
         self.slot, self.own = slot.to(device), F.pad(tokens[group.rank], (0, self.n - counts[group.rank])).to(device)
 
-        squares, across, read, start, here, mine = [], [], torch.zeros(len(slot), dtype=torch.bool), 0, 0, iter(spans[group.rank])
+        squares, across, earlier, start, here, mine = [], [], [], 0, 0, iter(spans[group.rank])
+        read = torch.zeros(len(slot), dtype=torch.bool)
         for P, responses in lengths:
             self.prompts.append((start, start + P))
             for a, b in (next(mine), next(mine)):  # a block of the prompt sees itself, and all of the prompt before it
@@ -263,12 +264,12 @@ class ShardedRow(PackedRow):
                 first, last = max(a, start), min(b, start + R)
                 if first < last:
                     squares.append((here + first - a, last - first, first, last - first))
-                    across.append((here + first - a, last - first, start, first - start))
+                    earlier.append((here + first - a, last - first, start, first - start))
                 read[start : start + R - 1] = True
                 start += R
             here += b - a
         read = read[tokens[group.rank]]
-        self.blocks = layer_blocks(squares, across, read, device)
+        self.blocks = layer_blocks(squares, [across, earlier], read, device)
         self.reads, self.place = read.nonzero()[:, 0].to(device), (read.cumsum(0) - 1).to(device)
 
     def attend(self, layer, q, k, v, scale, last=False):
@@ -338,8 +339,10 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     if shards > 1:
         train["gathered weights and gradients"] = (trained - layers + 2 * layers / L) * (2 * bytes_ + 4)
         decode["gathered weights"] = trained * bytes_
+        if bytes_ == 2:  # Policy.head
+            train["head in fp32"], decode["head in fp32"] = 8 * c.vocab_size * D, 4 * c.vocab_size * D
     return {"weights, gradients, moments": 16 * trained / shards + 4 * (total - trained),  # a frozen tower is whole
-            "copies in bf16": 2 * total * (bytes_ == 2 and shards == 1),
+            "copies in bf16": 2 * trained * (bytes_ == 2 and shards == 1),
             "reference": ((total - tower) / shards + tower) * bytes_ * (reference is not None),
             "embeddings": prompts * D * bytes_,
             **max(train, decode, key=lambda terms: sum(terms.values()))}  # training and decoding come one after the other

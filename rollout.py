@@ -134,12 +134,12 @@ class Decoding:
         """Steps until every response has ended or has max_new tokens."""
         window = WINDOW if self.policy.cuda_graph else 1
         recorded = replay = None
-        for t in range(1, max_new):  # tokens that every row has
-            if t % COMPACT_EVERY == 0:
+        for drawn in range(1, max_new):  # tokens of every row; the last is not in the cache yet
+            if drawn % COMPACT_EVERY == 0:
                 if self.done.all():
                     break
-                self.compact(t)
-            self.cache.width = min(max_new, -(-t // window) * window)
+                self.compact(drawn)
+            self.cache.width = min(max_new, -(-drawn // window) * window)
             if not self.policy.cuda_graph:
                 self.step()
             elif recorded != (shape := (len(self.rows), self.cache.width)):
@@ -149,7 +149,7 @@ class Decoding:
                 replay = replay or record(self.step)
                 replay()
 
-    def compact(self, t):
+    def compact(self, drawn):
         """Drops finished rows and finished prompts, when that saves at least a quarter of the rows.
 
         Every prompt that is left keeps as many rows as the one with most unfinished responses.
@@ -161,7 +161,7 @@ class Decoding:
             return
         order = self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)[prompts, :most]  # unfinished rows first
         kept = (prompts[:, None] * G + order).flatten()
-        self.cache.keep(prompts, kept, most, t - 1)  # the last token drawn is not in the cache yet
+        self.cache.keep(prompts, kept, most, drawn - 1)
         self.rows, self.position, self.done, self.token = (x[kept] for x in (self.rows, self.position, self.done, self.token))
 
 

@@ -47,6 +47,7 @@ def backward(policy, rows, loss):
     Ranks do the same number of passes: one that has fewer rows does empty ones. DDP averages over ranks in the last backward,
     a sharded policy (fsdp.py) in each; both divide by the number of ranks, so each share is multiplied by it.
     """
+    torch.clear_autocast_cache()  # before torch 2.10, weights that were cast without gradient stay without
     most = max(gather(len(rows)))
     for i, row in enumerate(rows + [[]] * (most - len(rows))):
         later = isinstance(policy, DistributedDataParallel) and i + 1 < most

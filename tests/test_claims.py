@@ -85,6 +85,7 @@ def test_what_other_flags_ask_for_is_run_anew(folder):
 
 def test_what_was_killed_goes_on(folder):
     """A command that dies keeps its folder, and finds it when it is called again."""
+
     def command(argv):
         """a command"""
         (folder / "half").mkdir(exist_ok=True)

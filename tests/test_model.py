@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 import attention
 import data
 import model
+import mrsp
 import toy
 
 VIDEO, IMAGE, TEXT = 9, 8, 1
@@ -156,26 +157,70 @@ def test_qwen2_vl_too(tmp_path, world, builder, prompts):
     assert_equals_plain(policy, net, prompts, random_responses(prompts, LENGTHS))
 
 
+ROWS = [
+    [(7, [3, 1, 5]), (7, [2]), (40, []), (9, [4, 4])],
+    [(1, [1])],
+    [(30, [1] * 40)],
+    [(4, [8])],
+    [(10, [30, 30]), (11, [40])],
+]
+
+
+def dense_mask(lengths):
+    """Who attends to whom in a packed row, as one matrix."""
+    size = sum(P + sum(responses) for P, responses in lengths)
+    mask, start = torch.zeros(size, size, dtype=torch.bool), 0
+    for P, responses in lengths:
+        first = start
+        for R in (P, *responses):
+            mask[start : start + R, first : first + P] = start != first
+            mask[start : start + R, start : start + R] = torch.ones(R, R).tril().bool()
+            start += R
+    return mask
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_rows_of_a_group_attend_as_one(size):
+    """Every rank's part, given the keys and values of all, in each layer and (where it is read) in the last; also where a prompt
+    is as long as the part of a response that an earlier rank has."""
+    torch.manual_seed(0)
+    for lengths in ROWS:
+        mask = dense_mask(lengths)
+        q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64) for h in (6, 2, 2))
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        for rank in range(size):
+            row = mrsp.ShardedRow(lengths, "cpu", mrsp.Group(size, rank))
+            mine = len(row.place)  # without the tail that makes all ranks equally long
+            for last, tokens in ((False, slice(mine)), (True, row.reads)):
+                out = row.attend_row(0, q[row.own], k, v, 8**-0.5, last)[0]
+                torch.testing.assert_close(out[tokens], plain[row.own][tokens], rtol=0, atol=1e-12)
+
+
 def test_block_attention_equals_masked_attention():
     """Rows of unequal groups in random order, grouped-query heads: output and gradients of a dense mask, in float64."""
     torch.manual_seed(0)
-    for lengths in ([(7, [3, 1, 5]), (7, [2]), (40, []), (9, [4, 4])], [(1, [1])], [(30, [1] * 40)]):
-        mask, start = torch.zeros(99, 99, dtype=torch.bool), 0
-        for P, responses in lengths:
-            first = start
-            for R in (P, *responses):
-                mask[start : start + R, first : first + P] = start != first
-                mask[start : start + R, start : start + R] = torch.ones(R, R).tril().bool()
-                start += R
-        q, k, v = (torch.randn(1, h, start, 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
-        plain = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask[:start, :start], scale=0.3, enable_gqa=True
-        ).transpose(1, 2)
+    for lengths in ROWS:
+        mask = dense_mask(lengths)
+        q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(
+            1, 2
+        )
         ours = attention.PackedRow(lengths, "cpu").attend(0, q, k, v, 0.3)
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
         weights = torch.randn_like(plain)
         for a, b in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, plain))):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("n, runs", [(0, [1, 1, 1, 1]), (1, [2, 2, 2, 2]), (2, [2, 1, 2, 1]), (3, [2, 1, 1, 2])])
+def test_every_nth_layer_is_recomputed(policy, prompts, n, runs):
+    policy.train().set_checkpointing(n)
+    seen = []
+    for i, layer in enumerate(policy.text.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: seen.append(i))
+    policy(prompts[:1], [[torch.arange(100, 105)]])[0].sum().backward()
+    assert [seen.count(i) for i in range(4)] == runs
 
 
 def test_the_last_layer_computes_what_predicts_a_token(policy, prompts):
