@@ -276,6 +276,91 @@ def shuffle(records):
     return [r | said[r["data_source"]].pop() for r in records]
 
 
+# ---- 2. T-GRPO and the order of frames
+
+SKILLS, CUES = (0.5, 0.75, 1.0), (0.6, 0.75, 0.9)
+LAMPS = dict(zip(toy.MOTIONS, toy.COLOURS))  # the colour that goes with a direction
+METHODS = {
+    "GRPO": ["--algo", "grpo"], "T-GRPO": ["--algo", "tgrpo"],
+    "T-GRPO, advantage": ["--algo", "tgrpo", "--temporal", "advantage"],
+    "GRPO, norm none": ["--algo", "grpo", "--norm", "none"], "T-GRPO, norm none": ["--algo", "tgrpo", "--norm", "none"],
+    "contrast (ours)": ["--algo", "tgrpo", "--temporal", "contrast"]}
+MEASURES = ("reasons from motion", "reads it right then", "accuracy", "accuracy lost in shuffled frames")
+
+
+def frame_order(lab):
+    """Which way does the square move? The order of the frames says it. So does the colour of a lamp, in a share of the training
+    questions (the cue); in the test it says nothing. The cold start shows both ways of reasoning, one as often as the other: from
+    the lamp, and from motion, with the right direction in a share of the examples (the skill). From there, RL by each method."""
+    world, (skills, cues) = lab.world("order", write_order), (SKILLS, CUES) if lab.shrink == 1 else (SKILLS[:1], CUES[:1])
+    out = {f"{method}: {measure}": {} for method in METHODS for measure in MEASURES}
+    test, start = world / "test.json", {}
+    truth = load_samples(test)
+
+    def measured(run):
+        """On the test, in which every clip is followed by itself with its frames shuffled -> MEASURES: accuracies of greedy
+        answers, by the run's own last evaluation, and shares of four responses to each question, sampled as RL samples them
+        (of those that reason from motion, 0 where none does)."""
+        right, mixed = log(run)[-1]["eval_by_source"], lab.root / f"{run.name}-mixed.json"
+        _, lines = lab.answers(f"{run.name}-sampled", run, test, "--m", 4, "--filter", mixed)["vote-16"]
+        said = [(truth[r["record"]].reasoning, x) for r in lines[::2] for x in r["rounds"][0]["responses"]]
+        moves = [f"<think>{reasoning}</think>" in x for reasoning, x in said if "the square moves" in x]
+        return dict(zip(MEASURES, (len(moves) / len(said), mean(moves), right["motion"], right["motion"] - right["shuffled"])))
+
+    for skill in map(str, skills):
+        ways = lab.records(f"ways-{skill}", partial(misread, float(skill)), world / "ways.json")
+        cold = lab.train(f"order-{skill}", "sft", world / "model", ways, 400, points=1)
+        start[skill] = measured(cold)
+        for cue in map(str, cues):
+            data = lab.records(f"cue-{cue}", partial(mix, float(cue)), world / "agree.json", world / "differ.json")
+            for method, flags in METHODS.items():
+                name = re.sub(r"[^\w.]+", "-", f"order {skill} {cue} {method}").strip("-").lower()
+                run = lab.rl(name, cold, data, ["--max_new", 20, *flags], points=1, without=("--train_vision",))
+                for measure, value in measured(run).items():
+                    out[f"{method}: {measure}"].setdefault(skill, {})[cue] = value
+    minus = {method: {skill: {cue: x - out["GRPO: accuracy"][skill][cue] for cue, x in row.items()}
+                      for skill, row in out[f"{method}: accuracy"].items()} for method in METHODS if method != "GRPO"}
+    return {"cold start": start, **out, "accuracy minus GRPO's": minus}
+
+
+def write_order(folder, seed, clips):
+    """A world with this question only, and a smaller model. agree.json, differ.json: to train on, by what the lamp says."""
+    splits = {"ways": clips["cot"], "agree": clips["train"], "differ": clips["train"], "test": clips["test"]}
+    toy.write(folder, seed, splits, order_scenes, hidden=64, layers=3)
+
+
+def order_scenes(split, clips, rng):
+    """Clips of 8 frames, a square that moves above a lamp that is lit throughout -> (frames, questions) each, as toy.scenes.
+    Without their order, the frames tell its axis only. In ways.json every second clip is answered by the lamp."""
+    for i in range(clips):
+        motion, frames = rng.choice(list(LAMPS)), toy.floor(8, rng)
+        cue = rng.choice([m for m in LAMPS if split not in ("agree", "differ") or (m == motion) == (split == "agree")])
+        toy.drift(frames, (220, 220, 220), motion, rng)
+        frames[:, 20:27, 1:27] = toy.COLOURS[LAMPS[cue]]
+        ask = lambda kind, answer, reasoning: {kind: ("Which way does the square move?", toy.MOTIONS, answer, reasoning)}
+        by_lamp = split == "ways" and i % 2
+        yield frames, ask("lamp", cue, f"the lamp is {LAMPS[cue]}") if by_lamp else ask("motion", motion, "the square moves {}")
+        if split == "test":
+            yield frames[rng.sample(range(8), 8)], ask("shuffled", motion, "the square moves {}")
+
+
+def misread(skill, records):
+    """The records, with another direction wherever one is read from motion, but for a share of `skill`."""
+    rng, words, out = random.Random(0), list(toy.MOTIONS), []
+    for r in records:
+        right, off, wrong = "ABCD".index(extract_answer(r["solution"])), rng.randrange(1, 4), rng.random() >= skill
+        said = (right + off) % 4
+        read = {"process": r["process"].replace(words[right], words[said]), "solution": f"<answer>{'ABCD'[said]}</answer>"}
+        out.append(r | read if wrong and r["data_source"] == "motion" else r)
+    return out
+
+
+def mix(cue, agree, differ):
+    """So many records that the lamp agrees with the answer in a share of `cue`."""
+    n = round(cue * len(agree))
+    return agree[:n] + differ[n:]
+
+
 # ---- 3. Video-R1
 
 def video_r1(lab):
@@ -542,6 +627,10 @@ CLAIMS = {
             ("bars", "kinds", "By kind of question", "", SHARE),
             ("bars", "right", "What GRPO repairs", "", "share of held-out questions"),
             ("bars", "GRPO minus", "GRPO's end, minus", "", "difference in accuracy")]),
+    "frame_order": Claim(
+        "Video-R1", "T-GRPO makes the policy use the order of frames", 90, frame_order, [
+            ("map", f"{method}: {measure}", f"{method}: {measure}", "cue: the lamp's share of right answers in training",
+             "skill in the cold start") for method in METHODS for measure in (MEASURES[0], MEASURES[2])]),
     "video_r1": Claim(
         "Video-R1", "images help video questions; a cold start before RL helps; a length reward changes length", 40,
         video_r1, [

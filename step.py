@@ -9,6 +9,7 @@ same prompts here, compute the same losses, and their gradients add up; their nu
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,7 @@ import fsdp
 import grpo
 import rewards
 import tgrpo
+from data import Prompt
 from rollout import Group, generate
 from run import WORLD, gather, say, seed, timed
 
@@ -104,7 +106,7 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
     trained = mixed()[: args.prompts] if args.drop_zero_std else everyone
     reward, bonus = (torch.tensor([s[name] for s in trained], dtype=torch.float64).view(len(trained), args.group)
                      for name in ("reward", "bonus"))  # (B, G)
-    if args.temporal == "reward":
+    if args.temporal != "advantage":
         reward = reward + bonus
     advantages = grpo.group_advantages(reward, args.norm) if trained else reward
     if args.temporal == "advantage":
@@ -135,7 +137,8 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
         about = dict(step=step + 1, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, segment=s.segment,
                      question=s.question, answer=s.answer)
         if n["orders"]:
-            about |= dict(orders=n["orders"], shuffled_accuracies=n["shuffled"])
+            said = "shares_lost" if args.temporal == "contrast" else "shuffled_accuracies"
+            about |= {"orders": n["orders"], said: n["shuffled"]}
         some += [about | dict(response=text, **part, temporal_bonus=b) for text, part, b in zip(m.texts[:2], m.parts, n["bonus"])]
     return entry, some, int(column("lengths").sum())
 
@@ -158,10 +161,14 @@ def roll(policy, prompts, builder, step, args):
         with timed("rollout"):
             seeds = [seed(args.seed, step, i) for i, _ in prompts]
             groups = generate(policy, [p for _, p in prompts], args.group, seeds=seeds, features=features, **sampling)
-        shuffled = {}  # position -> (accuracies of the shuffled responses, the orders their frames were in)
+        shuffled = {}  # position -> (accuracies of the shuffled responses or shares lost, the orders their frames were in)
         if args.algo == "tgrpo":
             with timed("shuffled"):
-                shuffled = shuffled_rollout(policy, prompts, features, builder, step, sampling, args)
+                others = shuffled_prompts(prompts, features, step, args)
+                if args.temporal == "contrast":
+                    shuffled = rescored(policy, {i: group for (i, _), group in zip(prompts, groups)}, others, args)
+                else:
+                    shuffled = shuffled_rollout(policy, others, builder, step, sampling, args)
     with timed("reward"):
         mine, numbers = {}, []
         for (i, prompt), group, feature in zip(prompts, groups, features):
@@ -174,9 +181,18 @@ def roll(policy, prompts, builder, step, args):
         return mine, sorted(sum(gather(numbers, policy.group.size), []), key=lambda s: s["position"])
 
 
-def shuffled_rollout(policy, prompts, features, builder, step, sampling, args):
-    """T-GRPO's G/2 responses to every video in another order -> {position: (accuracies, orders)}; images have none."""
-    shuffled, embedded, seeds, positions, out = [], [], [], [], {}
+class Shuffled(NamedTuple):
+    """The prompt at a position of the step, its video's frames in another order, the k-th.  feature: its embeddings, if known."""
+    position: int
+    k: int
+    order: list[int]
+    prompt: Prompt
+    feature: torch.Tensor | None
+
+
+def shuffled_prompts(prompts, features, step, args):
+    """Every video in args.shuffles other orders -> [Shuffled]; images have none."""
+    out = []
     for (i, prompt), feature in zip(prompts, features):
         media, = prompt.media
         if media.kind == "image" or (args.shuffle == "grid" and media.grid[0] < 2):
@@ -184,17 +200,37 @@ def shuffled_rollout(policy, prompts, features, builder, step, sampling, args):
         for k in range(args.shuffles):
             units = media.grid[0] if args.shuffle == "grid" else len(media.frames)
             order = tgrpo.permutation(units, seed(args.seed, step, i, "order", k))
-            frames = tgrpo.reorder(media.frames, order)
-            if args.shuffle == "grid":
-                embedded.append(tgrpo.reorder(feature, order))
-            out.setdefault(i, ([], []))[1].append(order.tolist())
-            shuffled.append(replace(prompt, media=[replace(media, frames=frames, key=None)]))
-            seeds.append(seed(args.seed, step, i, "shuffled", k))
-            positions.append(i)
-    groups = generate(policy, shuffled, args.group // 2 // args.shuffles, seeds=seeds, features=embedded or None, **sampling)
-    for i, group in zip(positions, groups):
-        out[i][0].extend(rewards.accuracy_reward(builder.decode(r), group.prompt.sample) for r in group.responses)
+            other = replace(prompt, media=[replace(media, frames=tgrpo.reorder(media.frames, order), key=None)])
+            out.append(Shuffled(i, k, order.tolist(), other, tgrpo.reorder(feature, order) if args.shuffle == "grid" else None))
     return out
+
+
+def shuffled_rollout(policy, shuffled, builder, step, sampling, args):
+    """T-GRPO's G/2 responses to every shuffled video -> {position: (their accuracies, orders)}."""
+    features, out = [s.feature for s in shuffled] if args.shuffle == "grid" else None, {}
+    seeds = [seed(args.seed, step, s.position, "shuffled", s.k) for s in shuffled]
+    groups = generate(policy, [s.prompt for s in shuffled], args.group // 2 // args.shuffles, seeds=seeds, features=features,
+                      **sampling)
+    for s, group in zip(shuffled, groups):
+        accuracies, orders = out.setdefault(s.position, ([], []))
+        accuracies.extend(rewards.accuracy_reward(builder.decode(r), s.prompt.sample) for r in group.responses)
+        orders.append(s.order)
+    return out
+
+
+@torch.no_grad()
+def rescored(policy, groups, shuffled, args):
+    """The ordered responses, {position: Group}, scored on the shuffled videos -> {position: (their shares lost, orders)}."""
+    logps, orders = {}, {}
+    lengths = [len(s.prompt.ids) + sum(map(len, groups[s.position].responses)) for s in shuffled]
+    for row in pack(shuffled, lengths, args.row_tokens):
+        features = [s.feature for s in row] if args.shuffle == "grid" else None
+        logp, _ = policy([s.prompt for s in row], [groups[s.position].responses for s in row], features, args.temperature)
+        for s, x in zip(row, logp.double().sum(1).cpu().split(args.group)):
+            logps.setdefault(s.position, []).append(x)
+            orders.setdefault(s.position, []).append(s.order)
+    before = {i: torch.stack([x.double().sum() for x in groups[i].logps]) for i in logps}
+    return {i: (tgrpo.share_lost(before[i], torch.stack(logps[i])).tolist(), orders[i]) for i in logps}
 
 
 def temporal_bonus(groups, args):
@@ -202,10 +238,13 @@ def temporal_bonus(groups, args):
     accuracy = torch.tensor([s["accuracy"] for s in groups], dtype=torch.float64)  # (B, G)
     bonus = torch.zeros_like(accuracy)
     rows = [b for b, s in enumerate(groups) if s["shuffled"]]
-    entry = {"temporal_passed": 0.0, "temporal_vacuous": 0.0, "temporal_not_applicable": 1 - len(rows) / len(groups),
-             "temporal_bonus": 0.0}
-    if rows:
-        shuffled = torch.tensor([groups[b]["shuffled"] for b in rows], dtype=torch.float64)
+    tests = {} if args.temporal == "contrast" else {"temporal_passed": 0.0, "temporal_vacuous": 0.0}
+    entry = {**tests, "temporal_not_applicable": 1 - len(rows) / len(groups), "temporal_bonus": 0.0}
+    shuffled = torch.tensor([groups[b]["shuffled"] for b in rows], dtype=torch.float64)
+    if rows and args.temporal == "contrast":
+        bonus[rows] = tgrpo.contrast_bonus(accuracy[rows], shuffled, alpha=args.alpha, correct=args.correct)
+        entry |= {"temporal_bonus": float(bonus.mean()), "share_lost": float(shuffled.mean())}
+    elif rows:
         bonus[rows] = tgrpo.temporal_bonus(accuracy[rows], shuffled, alpha=args.alpha, mu=args.mu, correct=args.correct)
         passed, vacuous = tgrpo.temporal_test(accuracy[rows], shuffled, mu=args.mu, correct=args.correct)
         entry |= {"temporal_passed": int(passed.sum()) / len(groups), "temporal_vacuous": int(vacuous.sum()) / len(groups),

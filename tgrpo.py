@@ -13,7 +13,16 @@ advantage as it was. It acts only where the rest of the reward varies within the
 where advantages are not divided by the group's std. The paper remarks that the term could be added to the advantages
 directly; `--temporal advantage` does that: A_i + r_t for every right response, after the normalisation.
 
-Pure functions; shapes: B prompts, G ordered and G' shuffled responses, T frames.
+The published test is about the group: within it, a right guess from a still frame gets the bonus of a right answer from motion.
+`--temporal contrast`, ours and not the paper's, tells them apart. It generates no shuffled responses, but scores the ordered ones
+again with the frames shuffled, one more packed forward pass:
+    c_i   = max(0, 1 - pi(o_i | shuffled) / pi(o_i | ordered))       the share of its probability that the order is good for
+    R_i   = r_i + alpha * c_i for every right response o_i
+This varies within a group, so the normalisation does not cancel it; it also teaches where all responses are right. The
+probability is that of the whole response: its reasoning is where a look at the frames shows, its answer often only repeats it.
+Long responses lose nearly all of theirs to any shuffle, and there the bonus tells less.
+
+Pure functions; shapes: B prompts, G ordered and G' shuffled responses, K orders of the frames, T frames.
 """
 
 import random
@@ -35,6 +44,17 @@ def temporal_bonus(ordered_acc, shuffled_acc, *, alpha=0.3, mu=1.0, correct=0.5)
     """The bonus of every ordered response (B, G): alpha where it is right and its group passed the test, else 0."""
     passed, _ = temporal_test(ordered_acc, shuffled_acc, mu=mu, correct=correct)
     return alpha * (passed[:, None] & (ordered_acc > correct)).to(ordered_acc.dtype)
+
+
+def share_lost(logp, shuffled_logp):
+    """c of every response: logp (G,) with the frames in order, shuffled_logp (K, G) of the same responses in K other orders, all
+    summed over a response's tokens -> (G,) in [0, 1], by its mean probability over the orders."""
+    return (1 - (shuffled_logp - logp).exp().mean(dim=0)).clamp(min=0)
+
+
+def contrast_bonus(ordered_acc, lost, *, alpha=0.3, correct=0.5):
+    """The bonus of every ordered response (B, G): alpha * share_lost (B, G) where it is right, else 0."""
+    return alpha * lost * (ordered_acc > correct).to(lost.dtype)
 
 
 def permutation(n, seed):

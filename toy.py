@@ -49,15 +49,20 @@ def floor(n, rng):
     return np.full((n, SIZE, SIZE, 3), 25, np.uint8) + np.asarray(rng.choices(range(20), k=3), np.uint8)
 
 
+def drift(frames, colour, motion, rng):
+    """Draws a square that crosses the upper part of the frames."""
+    dx, dy = MOTIONS[motion]
+    aside = rng.uniform(-3, 3)
+    for t, frame in enumerate(frames):
+        along = (2 * t / (len(frames) - 1) - 1) * 6  # from -6 to 6 pixels off the centre
+        x, y = round(14 + dx * along + aside * abs(dy)), round(9 + dy * along + aside * abs(dx))
+        frame[y - 3 : y + 4, x - 3 : x + 4] = colour
+
+
 def clip(kind, rng):
     """A clip with lamps of a kind -> (frames (16, 28, 28, 3) uint8, {kind: (question, words, answer, reasoning)})."""
     frames, colour, motion = floor(FRAMES, rng), rng.choice(list(COLOURS)), rng.choice(list(MOTIONS))
-    dx, dy = MOTIONS[motion]
-    aside = rng.uniform(-3, 3)
-    for t in range(FRAMES):
-        along = (2 * t / (FRAMES - 1) - 1) * 6  # from -6 to 6 pixels off the centre
-        x, y = round(14 + dx * along + aside * abs(dy)), round(9 + dy * along + aside * abs(dx))
-        frames[t, y - 3 : y + 4, x - 3 : x + 4] = COLOURS[colour]
+    drift(frames, COLOURS[colour], motion, rng)
     questions = {
         "colour": ("What colour is the square?", COLOURS, colour, "the square is {}"),
         "motion": ("Which way does the square move?", MOTIONS, motion, "the square moves {}")}
@@ -101,8 +106,9 @@ def write_y4m(path, frames, fps):
             f.write(b"FRAME\n" + frame.tobytes())
 
 
-def scenes(clips, rng):
-    """So many clips, and an image for every four -> (frames, questions) each, asking less about the square than about lamps."""
+def scenes(split, clips, rng):
+    """So many clips, and an image for every four -> (frames, questions) each, asking less about the square than about lamps;
+    the same in every split."""
     for i in range(clips * 5 // 4):
         frames, questions = image(rng) if i % 5 == 4 else clip(("first", "flash", "count")[i % 3], rng)
         for kind in (("colour",), ("motion",), ("colour", "motion"))[i // 3 % 3]:
@@ -119,9 +125,9 @@ def write_split(folder, split, scenes, rng):
         if len(frames) == 1:
             Image.fromarray(frames[0]).save(path)
         else:
-            n = rng.choice(SHOWN[split])
-            kept = data.frame_indices(FRAMES, FPS, target_fps=float("inf"), max_frames=n)
-            write_y4m(path, frames[kept], Fraction(n * FPS, FRAMES))
+            n = rng.choice(SHOWN.get(split, (FRAMES,)))
+            kept = data.frame_indices(len(frames), FPS, target_fps=float("inf"), max_frames=n)
+            write_y4m(path, frames[kept], Fraction(len(kept) * FPS, FRAMES))
         for kind, (question, words, answer, reasoning) in questions.items():
             words, numerical = list(words), kind == "count"
             said = words.index(answer)
@@ -196,20 +202,21 @@ def write_model(folder, config, tokenizer, seed=0):
     net.save_pretrained(folder)
 
 
-def write(folder, seed=0, clips=CLIPS):
-    """The whole world: records, media and model/. Written beside and moved into place, so a folder that is there is whole."""
+def write(folder, seed=0, clips=CLIPS, scenes=scenes, **size):
+    """The whole world: records, media and model/. Written beside and moved into place, so a folder that is there is whole.
+    The tokenizer learns from the first split. size: of the model (tiny_config)."""
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for split, n in clips.items():
         rng = random.Random(f"{split} {seed}")
-        write_split(partial, split, scenes(n, rng), rng)
+        write_split(partial, split, scenes(split, n, rng), rng)
     texts = []
-    for sample in data.load_samples(partial / "cot.json"):
+    for sample in data.load_samples(partial / f"{next(iter(clips))}.json"):
         response = f"<think>{sample.reasoning}</think>\n<answer>{sample.answer}</answer>"
         texts += [sample.question, *sample.options, sample.reasoning, response]
     texts += ["system\nuser\nassistant\nOptions:\n", *(data.INSTRUCTION + closing for closing in data.CLOSING.values())] * 50
     tokenizer = write_tokenizer(partial / "model", texts)
-    write_model(partial / "model", tiny_config(tokenizer), tokenizer, seed)
+    write_model(partial / "model", tiny_config(tokenizer, **size), tokenizer, seed)
     partial.rename(folder)
     return folder
 

@@ -94,9 +94,10 @@ def parse_args(argv=None):
     add(g, "len_lo", 320, "shortest response that gets the bonus")
     add(g, "len_hi", 512, "longest response that gets the bonus")
     g = p.add_argument_group("temporal reward (tgrpo, videos only)")
-    add(g, "temporal", "reward", "where the bonus is added: to the reward, as published, or to the advantage",
-        choices=("reward", "advantage"))
-    add(g, "alpha", 0.3, "the bonus of a right response whose group passed the test")
+    add(g, "temporal", "reward", "the bonus is added to the reward, as published, or to the advantage; contrast (ours): to the "
+        "reward, each response its own, by the share of its probability that is lost when the frames are shuffled",
+        choices=("reward", "advantage", "contrast"))
+    add(g, "alpha", 0.3, "the bonus of a right response whose group passed the test; contrast: that has lost it all")
     add(g, "mu", 1.0, "passed: right at least mu times as often in order as shuffled")
     add(g, "correct", 0.5, "a response is right above this accuracy")
     add(g, "shuffle", "frame", "what is shuffled: frames, or 2-frame grids (no second encoding)", choices=("frame", "grid"))

@@ -121,6 +121,33 @@ def test_records_made_from_others(world):
         assert frames.shape == (1, 28, 28, 3) and tuple(frames[0, 23, 14]) == toy.COLOURS[colour]
 
 
+def test_the_world_of_the_cue():
+    def lamp_and_way(split, n=8):
+        for frames, questions in claims.order_scenes(split, n, random.Random(0)):
+            (kind, (_, _, answer, reasoning)), = questions.items()
+            lit = next(colour for colour, rgb in toy.COLOURS.items() if tuple(frames[3, 23, 14]) == rgb)
+            yield kind, next(way for way, colour in claims.LAMPS.items() if colour == lit), answer, reasoning.format(answer)
+
+    assert all(lamp == way for _, lamp, way, _ in lamp_and_way("agree"))
+    assert all(lamp != way for _, lamp, way, _ in lamp_and_way("differ"))
+    for kind, lamp, way, reasoning in lamp_and_way("ways"):
+        said = f"the lamp is {claims.LAMPS[lamp]}" if kind == "lamp" else f"the square moves {way}"
+        assert reasoning == said and (way == lamp or kind == "motion")
+    assert [kind for kind, *_ in lamp_and_way("test", 2)] == ["motion", "shuffled"] * 2
+    shown = [frames for frames, _ in claims.order_scenes("test", 1, random.Random(0))]
+    assert (shown[0] != shown[1]).any() and sorted(f.tobytes() for f in shown[0]) == sorted(f.tobytes() for f in shown[1])
+
+    read = {"data_source": "motion", "process": "<think>the square moves down</think>", "solution": "<answer>D</answer>"}
+    lamp = {"data_source": "lamp", "process": "<think>the lamp is yellow</think>", "solution": "<answer>D</answer>"}
+    found = claims.misread(0.75, [read, lamp] * 200)
+    assert found[1::2] == [lamp] * 200 and 0.65 < sum(r == read for r in found[::2]) / 200 < 0.85
+    assert claims.misread(1.0, [read, lamp]) == [read, lamp]
+    ways = dict(zip("ABCD", claims.LAMPS))
+    answer = lambda r: rewards.extract_answer(r["solution"])
+    assert all(r["process"] == f"<think>the square moves {ways[answer(r)]}</think>" for r in found[::2])
+    assert claims.mix(0.75, ["a"] * 4, ["d"] * 4) == ["a", "a", "a", "d"]
+
+
 def test_a_heat_map_says_its_numbers():
     cell = claims.stat([0.25, 0.75])
     panel = figure.Panel("map", {"weak": {"0.7": cell}, "strong": {"0.7": cell}}, "a map", "cue", "skill")

@@ -150,12 +150,10 @@ def test_another_file_other_frames_or_another_size_is_another_entry(tmp_path, wo
     assert load() != first
 
 
-def test_frames_in_another_order_have_no_entry(world, prompts, monkeypatch):
+def test_frames_in_another_order_have_no_entry(world, prompts):
     """T-GRPO's shuffled frames must not be answered with the embedding of the ordered ones."""
-    asked = []
-    monkeypatch.setattr(step, "generate", lambda policy, shuffled, G, **kw: asked.extend(shuffled) or [])
-    args = SimpleNamespace(shuffle="frame", shuffles=1, group=4, seed=0)
-    step.shuffled_rollout(None, list(enumerate(prompts)), [None] * 6, None, 0, {}, args)
+    args = SimpleNamespace(shuffle="frame", shuffles=1, seed=0)
+    asked = [s.prompt for s in step.shuffled_prompts(list(enumerate(prompts)), [None] * 6, 0, args)]
     assert len(asked) == 4 and all(p.media[0].key is None for p in asked) and all(p.media[0].key for p in prompts)
     assert torch.equal(
         asked[0].media[0].frames, tgrpo.reorder(prompts[0].media[0].frames, tgrpo.permutation(16, step.seed(0, 0, 0, "order", 0)))

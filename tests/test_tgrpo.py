@@ -47,6 +47,27 @@ def test_where_the_bonus_does_act():
     torch.testing.assert_close(in_advantage.sum(), bonus.sum())  # no longer centred: right responses are pushed up on the whole
 
 
+def test_contrast_by_hand():
+    """Probabilities 0.5, 0.2 and 0.8 fall to 0.15 and 0.15 and rise to 0.9, on the mean of two orders."""
+    logp = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64).log()
+    shuffled = torch.tensor([[0.25, 0.2, 0.9], [0.05, 0.1, 0.9]], dtype=torch.float64).log()
+    lost = tgrpo.share_lost(logp, shuffled)
+    torch.testing.assert_close(lost, torch.tensor([0.7, 0.25, 0.0], dtype=torch.float64))
+    accuracy = torch.tensor([[1.0, 1, 1], [0, 0.6, 0.5]], dtype=torch.float64)
+    expected = torch.tensor([[0.21, 0.075, 0], [0, 0.075, 0]], dtype=torch.float64)
+    torch.testing.assert_close(tgrpo.contrast_bonus(accuracy, lost.expand(2, 3)), expected)
+    assert not tgrpo.contrast_bonus(accuracy, lost.expand(2, 3), correct=0.7)[1].any()
+
+
+def test_contrast_tells_right_responses_of_a_group_apart():
+    """Where the published bonus leaves advantages as they were, and where there are none without it."""
+    accuracy = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
+    lost = torch.tensor([[0.8, 0.0, 0.8, 0.0]] * 2, dtype=torch.float64)
+    advantages = grpo.group_advantages(accuracy + tgrpo.contrast_bonus(accuracy, lost))
+    assert advantages[0, 0] > advantages[0, 1] > 0 and advantages[0, 2] == advantages[0, 3] < 0
+    assert advantages[1].sign().tolist() == [1, -1, 1, -1]
+
+
 def test_a_permutation_is_seeded_and_never_the_identity():
     for n in (2, 3, 16):
         orders = [tgrpo.permutation(n, seed).tolist() for seed in range(50)]

@@ -83,6 +83,7 @@ def gradients(tmp_path, world, ranks, *extra):
         ),
         (["--algo", "grpo", "frozen"], [(2, ""), (2, "--fsdp")]),
         ("--algo tgrpo --group 4 --temporal advantage --shuffle grid --correct 0.2".split(), [(4, "--sp 2")]),
+        ("--algo tgrpo --group 4 --temporal contrast --shuffles 2 --correct 0.01".split(), [(4, "--sp 2 --fsdp")]),
         (["--algo", "grpo", "--drop_zero_std", "--refill", "2", "--prompts", "7", "--updates", "2"], [(2, ""), (2, "--sp 2")]),
     ],
 )
@@ -251,7 +252,9 @@ def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
     assert entries[0]["length_bonus"] >= 0 and all(e["skipped_update"] == (e["trained_groups"] == 0) for e in entries)
 
 
-@pytest.mark.parametrize("change", [dict(), dict(temporal="advantage", shuffle="grid", shuffles=2)])
+@pytest.mark.parametrize(
+    "change", [dict(), dict(temporal="advantage", shuffle="grid", shuffles=2), dict(temporal="contrast", shuffles=2)]
+)
 def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
     """Two ranks with one prompt each, of which one draws an image while the other draws a video, or both do."""
     records = json.loads((world / "train.json").read_text())
@@ -262,8 +265,9 @@ def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
     entries = log(tmp_path / "a")
     assert sum(e["temporal_not_applicable"] for e in entries) == 2.0 and 0.5 in [e["temporal_not_applicable"] for e in entries]
     for e in entries:
-        assert 0 <= e["temporal_vacuous"] <= e["temporal_passed"] <= 1 - e["temporal_not_applicable"]
-        assert ("shuffled_accuracy" in e) == (e["temporal_not_applicable"] < 1)
+        contrast = change.get("temporal") == "contrast"
+        assert contrast or 0 <= e["temporal_vacuous"] <= e["temporal_passed"] <= 1 - e["temporal_not_applicable"]
+        assert ("share_lost" if contrast else "shuffled_accuracy") in e or e["temporal_not_applicable"] == 1
     run(*flags(world, tmp_path / "b", "grpo", steps=1, **extra))
     assert log(tmp_path / "b")[0]["accuracy"] == entries[0]["accuracy"]  # the ordered rollouts are those of GRPO
 
@@ -273,10 +277,10 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, m
     asked = {}
     monkeypatch.setattr(step, "generate", lambda policy, shuffled, G, **kw: asked.update(prompts=shuffled, G=G, **kw) or [])
     args = train.parse_args(["--algo", "tgrpo", "--model", "m", "--data", "d", "--shuffles", "2"])
-    out = step.shuffled_rollout(None, list(enumerate(prompts)), [None] * 6, builder, 0, {}, args)
+    shuffled = step.shuffled_prompts(list(enumerate(prompts)), [None] * 6, 0, args)
+    step.shuffled_rollout(None, shuffled, builder, 0, {}, args)
     assert (
-        sorted(out) == [0, 1, 3, 4]
-        and all(len(orders) == 2 for _, orders in out.values())
+        [(s.position, s.k) for s in shuffled] == [(i, k) for i in (0, 1, 3, 4) for k in (0, 1)]
         and asked["G"] == 2
         and len(set(asked["seeds"])) == 8
         and asked["features"] is None
@@ -288,6 +292,25 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, m
         assert in_some_order(after) == in_some_order(before) and not torch.equal(after.frames, before.frames)
     first, second = asked["prompts"][:2]
     assert not torch.equal(first.media[0].frames, second.media[0].frames)
+
+
+@pytest.mark.parametrize("shuffle", ["frame", "grid"])
+def test_the_share_lost_is_that_of_a_forward_pass_of_its_own(policy, prompts, shuffle):
+    """Many groups in a row, all responses of a group on one prompt, against each response on each shuffled video."""
+    how = ["--temperature", 0.8, "--group", 3, "--shuffles", 1, "--shuffle", shuffle, "--row_tokens", 500]
+    args = train.parse_args(["--algo", "tgrpo", "--model", "m", "--data", "d", *map(str, how)])
+    with torch.no_grad():
+        features = policy.encode(prompts)
+        groups = dict(enumerate(step.generate(policy, prompts, 3, max_new=6, temperature=0.8)))
+        shuffled = step.shuffled_prompts(list(enumerate(prompts)), features, 0, args)
+        found = step.rescored(policy, groups, shuffled, args)
+        assert sorted(found) == [0, 1, 3, 4]
+        for s in shuffled:
+            lost, orders = found[s.position]
+            total = lambda prompt, r: policy([prompt], [[r]], temperature=0.8)[0].sum()
+            expected = [1 - (total(s.prompt, r) - total(prompts[s.position], r)).exp() for r in groups[s.position].responses]
+            assert orders == [s.order] and lost == pytest.approx([max(0.0, float(x)) for x in expected], abs=1e-5)
+    assert max(x for lost, _ in found.values() for x in lost) > 1e-3
 
 
 def assert_same_steps(one, two):
