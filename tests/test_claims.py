@@ -124,7 +124,7 @@ def test_records_made_from_others(world):
 def test_the_world_of_the_cue():
     def lamp_and_way(split, n=8):
         for frames, questions in claims.order_scenes(split, n, random.Random(0)):
-            (kind, (_, _, answer, reasoning)), = questions.items()
+            ((kind, (_, _, answer, reasoning)),) = questions.items()
             lit = next(colour for colour, rgb in toy.COLOURS.items() if tuple(frames[3, 23, 14]) == rgb)
             yield kind, next(way for way, colour in claims.LAMPS.items() if colour == lit), answer, reasoning.format(answer)
 
