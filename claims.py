@@ -101,7 +101,7 @@ def once(folder, main, argv, command):
         with open(f"{folder}.log", "a", encoding="utf-8") as console, redirect_stdout(console), redirect_stderr(console):
             try:
                 main(argv)
-            except BaseException as e:
+            except BaseException as e:  # SystemExit too, which is how train.py ends on an error
                 raise RuntimeError(f"{folder.name}: {e!r}; its output is in {folder}.log") from e
         done = command | {"seconds": round(time.perf_counter() - began, 1), "commit": commit()}
         write_whole(record, json.dumps(done))
@@ -400,6 +400,7 @@ def video_r1(lab):
 
 
 def is_video(r):
+    """Whether a record is about a video."""
     return r["data_type"] == "video"
 
 
@@ -611,7 +612,7 @@ def training_plainly(argv):  # train.py, with PlainPolicy and generate_plainly i
 
 class Claim(NamedTuple):
     """run: from a Lab to nested dicts of numbers.  panels: (kind, key of those, title, x axis, y axis) and, for a logarithmic
-    x axis, True.  minutes: of five seeds, on two quiet cores, cold starts included."""
+    x axis, True.  minutes: of five seeds on two cores, cold starts included; an estimate, where results/ has no such run."""
     paper: str
     line: str
     minutes: int
@@ -622,7 +623,7 @@ class Claim(NamedTuple):
 SHARE, STEP = "accuracy on held-out questions", "step"
 CLAIMS = {
     "grpo": Claim(
-        "Video-R1, Video-RTS, LongVILA-R1", "GRPO with rule rewards raises accuracy without reasoning labels", 25, grpo, [
+        "Video-R1, Video-RTS, LongVILA-R1", "GRPO with rule rewards raises accuracy without reasoning labels", 33, grpo, [
             ("lines", "accuracy", "Learning curves", STEP, SHARE),
             ("bars", "kinds", "By kind of question", "", SHARE),
             ("bars", "right", "What GRPO repairs", "", "share of held-out questions"),
@@ -720,7 +721,7 @@ def main(argv=None):
         p.error(f"--seeds {args.seeds}: expected 2 to 10")
     if not args.claim:
         for name, claim in CLAIMS.items():
-            print(f"{name:14} {claim.line} ({claim.paper}); {claim.minutes} minutes")
+            print(f"{name:14} {claim.line} ({claim.paper}); about {claim.minutes} minutes")
         return
     with workers(args.jobs) as pool:
         if args.quick:

@@ -28,3 +28,7 @@ def test_the_model_of_the_cost_grows_towards_G(policy):
     ratio = lambda P: [plain / ours for plain, ours in zip(*bench.cost(policy, P, 8, 32, torch.float32).values())]
     for short, long in zip(ratio(100), ratio(100_000)):
         assert 1 < short < long < 8 and long > 7.5
+
+
+def test_a_model_that_is_none_is_said_before_the_work(tmp_path):
+    assert "error: " in run("bench.py", "--model", tmp_path / "none", expect=1)
