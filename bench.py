@@ -38,8 +38,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import attention
 import mrsp
 import toy
-from data import Prompt, Sample, load_media, normalize, patchify
+from data import Prompt, Sample, load_media
 from model import ModelError, Policy
+from plain import Plain
 from rollout import generate
 from run import RANK, WORLD, commit, flag_parser, say, start_ranks
 from video import close_workers
@@ -107,45 +108,6 @@ def video_prompt(policy, file, args):
     words = lambda n: torch.randint(8, policy.config.text_config.vocab_size, (n,))
     visual = torch.full((media.tokens,), policy.config.video_token_id)
     return Prompt(sample, torch.cat([words(args.text // 2), visual, words(args.text - args.text // 2)]), [media]), seconds
-
-
-class Plain:
-    """One step's phases as transformers does them."""
-
-    def __init__(self, policy, prompt, responses):
-        self.policy, self.net, (media,) = policy, policy.net, prompt.media
-        self.G, device = len(responses), policy.device
-        patches, grid = patchify(normalize(media.frames.to(device), policy.net.model.visual.dtype))
-        self.video = dict(pixel_values_videos=patches, video_grid_thw=torch.tensor([grid], device=device))
-        self.copies = {name: x.repeat(self.G, 1) for name, x in self.video.items()}
-        self.ids = prompt.ids[None].to(device)
-        self.responses = torch.stack(responses).to(device)
-        where, following = policy.positions(prompt)
-        R = self.responses.shape[1]
-        where = torch.cat([where, (following + torch.arange(R)).expand(3, -1)], dim=1)
-        self.positions = where[:, None].expand(-1, self.G, -1).to(device)
-
-    def encode(self):
-        """Nothing: every pass encodes for itself."""
-
-    def rollout(self, new):
-        self.net.generate(self.ids, **self.video, num_return_sequences=self.G, do_sample=True, max_new_tokens=new,
-                          min_new_tokens=new, use_cache=True, top_k=0, mm_token_type_ids=self.kinds(self.ids))
-
-    def kinds(self, ids):
-        return 2 * (ids == self.net.config.video_token_id).int()
-
-    def distribution(self):
-        """(G, R, vocabulary): log-probs of every token that each response could have gone on with."""
-        rows = torch.cat([self.ids.expand(self.G, -1), self.responses], dim=1)
-        R = self.responses.shape[1]
-        out = self.net(rows, **self.copies, position_ids=self.positions, logits_to_keep=R + 1, use_cache=False,
-                       mm_token_type_ids=self.kinds(rows))
-        logits = out.logits[:, :-1].float().index_fill(-1, self.policy.banned, -1e30)
-        return logits.log_softmax(-1)
-
-    def log_probs(self):
-        return self.distribution().gather(-1, self.responses[..., None])[..., 0]
 
 
 class Ours:

@@ -10,6 +10,7 @@ import pytest
 
 import claims
 import figure
+import lab
 import rewards
 import toy
 
@@ -18,7 +19,7 @@ TINY = dict(shrink=600, clips={"cot": 24, "train": 16, "test": 4}, flags=("--pro
 
 @pytest.fixture(scope="module")
 def pool():
-    with claims.workers(2) as pool:
+    with lab.workers(2) as pool:
         yield pool
 
 
@@ -32,13 +33,13 @@ def stats(tree):
 
 
 def test_an_interval_by_hand():
-    found = claims.stat([1.0, 2.0, 3.0, 4.0, 5.0])  # standard deviation sqrt(2.5), over sqrt(5), times 2.776
+    found = lab.stat([1.0, 2.0, 3.0, 4.0, 5.0])  # standard deviation sqrt(2.5), over sqrt(5), times 2.776
     assert found["mean"] == 3 and found["seeds"] == [1, 2, 3, 4, 5]
     assert found["interval"] == pytest.approx([3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5])
-    assert claims.stat([0.0, 2.0])["interval"] == pytest.approx([1 - 12.706, 1 + 12.706])
+    assert lab.stat([0.0, 2.0])["interval"] == pytest.approx([1 - 12.706, 1 + 12.706])
     trees = [{"a": 1, "b": {"2": 0.5}}, {"a": 3, "b": {"2": 0.5}}]
-    assert claims.combine(trees)["b"] == {"2": {"mean": 0.5, "interval": [0.5, 0.5], "seeds": [0.5, 0.5]}}
-    assert claims.combine(trees)["a"]["mean"] == 2
+    assert lab.combine(trees)["b"] == {"2": {"mean": 0.5, "interval": [0.5, 0.5], "seeds": [0.5, 0.5]}}
+    assert lab.combine(trees)["a"]["mean"] == 2
 
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
@@ -51,7 +52,7 @@ def test_every_claim_from_nothing_to_a_figure(folder, pool, name):
     for s in stats(written["values"]):
         assert len(s["seeds"]) == 2 and s["interval"][0] <= s["mean"] <= s["interval"][1]
     for run in written["runs"]:
-        assert set(run) == {"seed", "name", "command", "inputs", "seconds", "commit"} and str(claims.HERE) not in run["command"]
+        assert set(run) == {"seed", "name", "command", "inputs", "seconds", "commit"} and str(lab.HERE) not in run["command"]
     assert {run["seed"] for run in written["runs"]} == {0, 1} and now > 0
 
     svg = (folder / "results" / f"{name}.svg").read_text()
@@ -75,7 +76,7 @@ def test_what_other_flags_ask_for_is_run_anew(folder):
         (folder / "made").mkdir()
 
     def once(steps, *inputs):
-        return claims.once(folder / "made", command, ["--steps", steps], {"command": f"--steps {steps}", "inputs": list(inputs)})
+        return lab.once(folder / "made", command, ["--steps", steps], {"command": f"--steps {steps}", "inputs": list(inputs)})
 
     assert once("1")["ran"] and not once("1")["ran"]
     assert once("2")["ran"]  # in an empty folder
@@ -95,8 +96,8 @@ def test_what_was_killed_goes_on(folder):
         (folder / "half" / "ended").touch()
 
     with pytest.raises(RuntimeError, match="half: KeyboardInterrupt.*; its output is in"):
-        claims.once(folder / "half", command, [], {"command": "half"})
-    assert claims.once(folder / "half", command, [], {"command": "half"})["ran"] and (folder / "half" / "ended").exists()
+        lab.once(folder / "half", command, [], {"command": "half"})
+    assert lab.once(folder / "half", command, [], {"command": "half"})["ran"] and (folder / "half" / "ended").exists()
 
 
 def test_records_made_from_others(world):
@@ -149,7 +150,7 @@ def test_the_world_of_the_cue():
 
 
 def test_a_heat_map_says_its_numbers():
-    cell = claims.stat([0.25, 0.75])
+    cell = lab.stat([0.25, 0.75])
     panel = figure.Panel("map", {"weak": {"0.7": cell}, "strong": {"0.7": cell}}, "a map", "cue", "skill")
     root = ET.fromstring(figure.draw("A & B", [panel]))
     words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]

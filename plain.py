@@ -1,0 +1,119 @@
+"""The plain way, to compare with: one step as a trainer does it that calls transformers, and a training run of such steps.
+
+    python plain.py --algo grpo ...      train.py, with PlainPolicy and generate_plainly in the places of Policy and generate
+
+That is transformers' own attention (SDPA) and cache, G copies of the prompt, and the video encoded again for every row of every
+pass. bench.py times its phases. A run of it is the same run, with the same dice, up to rounding (`claims.py shared_prefix`).
+"""
+
+from unittest.mock import patch
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import eval
+import rollout
+import step
+import train
+from data import normalize, patchify
+from model import Policy
+
+
+class Plain:
+    """One step's phases as transformers does them."""
+
+    def __init__(self, policy, prompt, responses):
+        self.policy, self.net, (media,) = policy, policy.net, prompt.media
+        self.G, device = len(responses), policy.device
+        patches, grid = patchify(normalize(media.frames.to(device), policy.net.model.visual.dtype))
+        self.video = dict(pixel_values_videos=patches, video_grid_thw=torch.tensor([grid], device=device))
+        self.copies = {name: x.repeat(self.G, 1) for name, x in self.video.items()}
+        self.ids = prompt.ids[None].to(device)
+        self.responses = torch.stack(responses).to(device)
+        where, following = policy.positions(prompt)
+        R = self.responses.shape[1]
+        where = torch.cat([where, (following + torch.arange(R)).expand(3, -1)], dim=1)
+        self.positions = where[:, None].expand(-1, self.G, -1).to(device)
+
+    def encode(self):
+        """Nothing: every pass encodes for itself."""
+
+    def rollout(self, new):
+        self.net.generate(self.ids, **self.video, num_return_sequences=self.G, do_sample=True, max_new_tokens=new,
+                          min_new_tokens=new, use_cache=True, top_k=0, mm_token_type_ids=self.kinds(self.ids))
+
+    def kinds(self, ids):
+        return 2 * (ids == self.net.config.video_token_id).int()
+
+    def distribution(self):
+        """(G, R, vocabulary): log-probs of every token that each response could have gone on with."""
+        rows = torch.cat([self.ids.expand(self.G, -1), self.responses], dim=1)
+        R = self.responses.shape[1]
+        out = self.net(rows, **self.copies, position_ids=self.positions, logits_to_keep=R + 1, use_cache=False,
+                       mm_token_type_ids=self.kinds(rows))
+        logits = out.logits[:, :-1].float().index_fill(-1, self.policy.banned, -1e30)
+        return logits.log_softmax(-1)
+
+    def log_probs(self):
+        return self.distribution().gather(-1, self.responses[..., None])[..., 0]
+
+
+class PlainPolicy(Policy):
+    """The policy as transformers has it: its attention, and for every response a row of its own with the video encoded again."""
+
+    def __init__(self, net, folder):
+        super().__init__(net, folder)
+        net.set_attn_implementation("sdpa")
+
+    def encode(self, prompts):
+        """Nothing is encoded ahead."""
+        return [torch.zeros(0, self.config.text_config.hidden_size) for _ in prompts]
+
+    def _score(self, prompts, responses, features, temperature):
+        out = []
+        for prompt, group in zip(prompts, responses):
+            plain = Plain(self, prompt, [*pad_sequence(group, batch_first=True)])
+            logp = (plain.distribution() / temperature).log_softmax(-1)  # (G, R, vocabulary)
+            entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+            chosen = logp.gather(-1, plain.responses[..., None])[..., 0]
+            out += [(x[: len(r)], h[: len(r)]) for x, h, r in zip(chosen, entropy, group)]
+        return tuple(torch.cat(column) for column in zip(*out))
+
+
+@torch.no_grad()
+def generate_plainly(policy, prompts, G, *, max_new, temperature=1.0, top_p=1.0, seeds, features=None):
+    """rollout.generate in transformers' forward and cache, with the same dice: G copies of a prompt, prompt after prompt."""
+    groups, training = [], policy.training
+    policy.eval()
+    eos = torch.tensor(policy.eos_ids)
+    for prompt, seed in zip(prompts, seeds):
+        plain = Plain(policy, prompt, [torch.zeros(max_new, dtype=torch.long)] * G)
+        uniform = torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        P, ids, video, cache, tokens, logps = len(prompt.ids), plain.ids.expand(G, -1), plain.copies, None, [], []
+        done, start = torch.zeros(G, dtype=torch.bool), 0
+        while len(tokens) < max_new and not done.all():
+            out = policy.net(ids, **video, position_ids=plain.positions[..., start : start + ids.shape[1]], past_key_values=cache,
+                             use_cache=True, logits_to_keep=1, mm_token_type_ids=plain.kinds(ids))
+            logits = out.logits[:, -1].float().index_fill(-1, policy.banned, -1e30)
+            token, logp = rollout.sample(logits, uniform[:, len(tokens)], temperature, top_p)
+            tokens.append(torch.where(done, -1, token))
+            logps.append(logp)
+            done = done | torch.isin(token, eos)
+            start, ids, video, cache = P + len(tokens) - 1, token[:, None], {}, out.past_key_values
+        tokens, logps = torch.stack(tokens, 1), torch.stack(logps, 1)
+        lengths = (tokens >= 0).sum(1).tolist()
+        groups.append(rollout.Group(prompt, [t[:n] for t, n in zip(tokens, lengths)], [x[:n] for x, n in zip(logps, lengths)],
+                                    [int(t[n - 1]) not in policy.eos_ids for t, n in zip(tokens, lengths)]))
+    policy.train(training)
+    return groups
+
+
+def main(argv=None):
+    """The command line of train.py."""
+    with (patch.object(train, "Policy", PlainPolicy), patch.object(step, "generate", generate_plainly),
+          patch.object(eval, "generate", generate_plainly)):
+        train.main(argv)
+
+
+if __name__ == "__main__":
+    main()
