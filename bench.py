@@ -111,7 +111,7 @@ def video_prompt(policy, file, args):
 
 
 class Ours:
-    """The same phases as this code does them."""
+    """One step's phases as this code does them (plain.Plain: as transformers does)."""
 
     def __init__(self, policy, prompt, responses):
         self.policy, self.prompt, self.responses = policy, prompt, responses

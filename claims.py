@@ -4,8 +4,8 @@
     python claims.py grpo                    one of them, seeds 0 to 4 -> results/claims/grpo.json and grpo.svg
     python claims.py grpo --quick            two seeds, a 20th of the steps, a smaller world -> out/claims-quick/
 
-An experiment is a function of a Lab, i.e. of one seed: runs of train.py, eval.py and bench.py, in processes of their own, and the
-numbers that they come to (lab.py). Worlds, cold starts and whatever else several claims need are shared, in out/claims/seedN/.
+An experiment is a function of a Lab, i.e. of one seed: runs of train.py, eval.py and bench.py, and the numbers that they come to
+(lab.py). Worlds, cold starts and whatever else several claims need are shared, in out/claims/seedN/.
 What has run is not run again, and what was killed goes on: the same command until it is done.
 
 A number is given as its mean over seeds and the 95 % interval of that mean (Student's t). A seed is another world, other initial
@@ -32,7 +32,7 @@ import bench
 import figure
 import toy
 from data import load_samples
-from lab import Lab, combine, curve, last, log, table, timing, training_on_two, training_plainly, workers
+from lab import Lab, combine, curve, last, locked, log, table, timing, training_on_two, training_plainly, workers
 from rewards import extract_answer
 from run import commit, write_whole
 from scores import mean
@@ -50,17 +50,28 @@ def format_only(lab):
     return lab.train("format", "sft", lab.world() / "model", cot, 200, points=1)
 
 
-def rl(lab, name, start, data=None, flags=(), *, algo="grpo", steps=100, **kw):
+def rl(lab, name, start, data=None, flags=(), *, steps=100, **kw):
     """GRPO from a start, on the default world's questions unless told: no reasoning in the records, only answers."""
-    return lab.train(name, algo, start, data or lab.world() / "train.json", steps, flags, **kw)
+    return lab.train(name, "grpo", start, data or lab.world() / "train.json", steps, flags, **kw)
+
+
+def more_sft(lab, name, data=None, **kw):
+    """100 more steps of SFT from the cold start, on the teacher's examples unless told."""
+    return lab.train(name, "sft", cold_start(lab), data or lab.world() / "cot.json", 100, ["--lr", 2e-4], **kw)
 
 
 def stills(lab):
     """Images beside the default world's, as many as it has clips to train on (lit_stills)."""
-    if not (lab.world() / "stills.json").exists():
-        rng = random.Random(f"stills {lab.seed}")
-        toy.write_split(lab.world(), "stills", lit_stills(lab.clips["train"], rng), rng)
-    return lab.world() / "stills.json"
+    path, rng = lab.world() / "stills.json", random.Random(f"stills {lab.seed}")
+    with locked(path):
+        if not path.exists():
+            toy.write_split(lab.world(), "stills", lit_stills(lab.clips["train"], rng), rng)
+    return path
+
+
+def videos(records):
+    """Those that are about a video."""
+    return [r for r in records if r["data_type"] == "video"]
 
 
 # ---- 1. GRPO
@@ -72,7 +83,7 @@ def grpo(lab):
     arms = {
         "GRPO": rl(lab, "grpo", cold),
         "GRPO, answers shuffled": rl(lab, "grpo-shuffled", cold, lab.records("train-shuffled", shuffle, world / "train.json")),
-        "more SFT": lab.train("sft-more", "sft", cold, world / "cot.json", 100, ["--lr", 2e-4])}
+        "more SFT": more_sft(lab, "sft-more")}
     before, after = (lab.answers(f"{name}-greedy", run, world / "test.json")["greedy-16"]
                      for name, run in (("cold", cold), ("grpo", arms["GRPO"])))
     truth = load_samples(world / "test.json")
@@ -107,7 +118,7 @@ METHODS = {
     "T-GRPO, advantage": ["--algo", "tgrpo", "--temporal", "advantage"],
     "GRPO, norm none": ["--algo", "grpo", "--norm", "none"], "T-GRPO, norm none": ["--algo", "tgrpo", "--norm", "none"],
     "contrast (ours)": ["--algo", "tgrpo", "--temporal", "contrast"]}
-MEASURES = ("reasons from motion", "reads it right then", "accuracy", "accuracy lost in shuffled frames")
+MEASURES = ("reasons from motion", "reasons from motion, rightly", "accuracy", "accuracy lost in shuffled frames")
 
 
 def frame_order(lab):
@@ -121,13 +132,13 @@ def frame_order(lab):
 
     def measured(run):
         """On the test, in which every clip is followed by itself with its frames shuffled -> MEASURES: accuracies of greedy
-        answers, by the run's own last evaluation, and shares of four responses to each question, sampled as RL samples them
-        (of those that reason from motion, 0 where none does)."""
+        answers, by the run's own last evaluation, and shares of four responses to each question, sampled as RL samples them."""
         right, mixed = log(run)[-1]["eval_by_source"], lab.root / f"{run.name}-mixed.json"
         _, lines = lab.answers(f"{run.name}-sampled", run, test, "--m", 4, "--filter", mixed)["vote-16"]
         said = [(truth[r["record"]].reasoning, x) for r in lines[::2] for x in r["rounds"][0]["responses"]]
         moves = [f"<think>{reasoning}</think>" in x for reasoning, x in said if "the square moves" in x]
-        return dict(zip(MEASURES, (len(moves) / len(said), mean(moves), right["motion"], right["motion"] - right["shuffled"])))
+        shares = len(moves) / len(said), sum(moves) / len(said)
+        return dict(zip(MEASURES, (*shares, right["motion"], right["motion"] - right["shuffled"])))
 
     for skill in map(str, skills):
         ways = lab.records(f"ways-{skill}", partial(misread, float(skill)), world / "ways.json")
@@ -193,12 +204,12 @@ def video_r1(lab):
     Length: from a cold start that has also seen its reasoning said twice, RL with and without a bonus for short or long right
     answers; and from the usual cold start, that never says it twice, with the bonus for long ones."""
     cold, world = cold_start(lab), lab.world()
-    videos, few = partial(filter_list, is_video), lambda rs: random.Random(lab.seed).sample(videos(rs), min(60, len(videos(rs))))
+    few = lambda records: random.Random(lab.seed).sample(videos(records), min(60, len(videos(records))))
     on_videos = ["--eval_data", lab.records("test-videos", videos, world / "test.json")]
     sources = [world / "train.json", stills(lab)]
-    mixes = {"all videos": lab.records("videos", lambda v, s: videos(v), *sources),
+    mixes = {"all videos": lab.records("videos", videos, world / "train.json"),
              "all videos, images": lab.records("videos-stills", lambda v, s: videos(v) + s, *sources),
-             "60 questions": lab.records("few", lambda v, s: few(v), *sources),
+             "60 questions": lab.records("few", few, world / "train.json"),
              "60 questions, images": lab.records("few-stills", lambda v, s: few(v) + s, *sources)}
     images = {name: curve(rl(lab, f"rl-{path.stem}", cold, path, on_videos, steps=60, points=6)) for name, path in mixes.items()}
     end = {name: [*points.values()][-1] for name, points in images.items()}
@@ -207,28 +218,23 @@ def video_r1(lab):
               "cold start": rl(lab, "grpo", cold)}
 
     cot = lab.records("cot-wordy", say_twice, world / "cot.json")
-    wordy = lab.train("wordy", "sft", cold, cot, 100, ["--lr", 2e-4], points=1)
+    wordy = more_sft(lab, "wordy", cot, points=1)
     short, long = (["--len_bonus", 0.2, "--len_lo", lo, "--len_hi", hi] for lo, hi in ((1, 17), (18, 32)))
     lengths = {"no bonus": rl(lab, "length-none", wordy, None, steps=60, points=1),
                "up to 17 tokens": rl(lab, "length-short", wordy, None, short, steps=60, points=1),
                "18 to 32 tokens": rl(lab, "length-long", wordy, None, long, steps=60, points=1),
                "18 to 32, never seen": rl(lab, "length-unseen", cold, None, long, steps=60, points=1)}
+    tokens = {name: curve(run, "response_length", 6) for name, run in lengths.items()}
+    ends = {name: {"tokens": [*tokens[name].values()][-1], "accuracy": last(run)} for name, run in lengths.items()}
     return {
         "images": images,
         "images minus none": {name: end[f"{name}, images"] - end[name] for name in ("all videos", "60 questions")},
         "starts": {name: curve(run) for name, run in starts.items()},
-        "lengths": {name: curve(run, "response_length", 6) for name, run in lengths.items()},
-        "lengths, accuracy": {name: last(run) for name, run in lengths.items()}}
-
-
-def is_video(r):
-    """Whether a record is about a video."""
-    return r["data_type"] == "video"
-
-
-def filter_list(keep, records):
-    """Those to keep, as a list."""
-    return list(filter(keep, records))
+        "lengths": tokens,
+        "lengths, accuracy": {name: end["accuracy"] for name, end in ends.items()},
+        "lengths minus no bonus": {name: {key: ends[name][key] - ends["no bonus"][key] for key in ("tokens", "accuracy")}
+                                   for name in ("up to 17 tokens", "18 to 32 tokens")},
+        "bonus given": {name: mean(curve(run, "length_bonus").values()) for name, run in lengths.items() if name != "no bonus"}}
 
 
 def lit_stills(n, rng):
@@ -254,25 +260,39 @@ def video_rts(lab):
     cold, world = cold_start(lab), lab.world()
     total = len(json.loads((world / "train.json").read_text()))
     explained = lab.records("explained", explain, world / "train.json", world / "cot.json")
-    rl, sft = {}, {}
+    by_rl, by_sft = {}, {}
     for n in sorted({min(n, total) for n in (30, 100, 300, total)}):
         some = lab.records(f"train-{n}", first_of(n, lab.seed), world / "train.json")
-        rl[str(n)] = last(rl(lab, f"rl-{n}", cold, some) if n < total else rl(lab, "grpo", cold))
+        by_rl[str(n)] = last(rl(lab, f"rl-{n}", cold, some) if n < total else rl(lab, "grpo", cold))
         some = lab.records(f"explained-{n}", first_of(n, lab.seed), explained)
-        sft[str(n)] = last(lab.train(f"sft-{n}", "sft", cold, some, 100, ["--lr", 2e-4], points=1))
+        by_sft[str(n)] = last(more_sft(lab, f"sft-{n}", some, points=1))
     methods = {"before RL": lab.answers("cold-tts", cold, world / "test.json", "--tts"),
                "after RL": lab.answers("grpo-tts", rl(lab, "grpo", cold), world / "test.json", "--tts")}
     of = lambda key: {method: {when: found[method][0][key] for when, found in methods.items()} for method in methods["after RL"]}
     accuracy, tokens = of("accuracy"), {method: x["after RL"] for method, x in of("mean_visual_tokens").items()}
     greedy, vote, search = accuracy["greedy-16"], accuracy["vote-16"], accuracy["s2d-4-16"]
     return {
-        "questions": {"RL, answers only": rl, "SFT, perfect teacher": sft},
-        "RL minus SFT on all": {n: rl[n] - sft[str(total)] for n in rl},
+        "questions": {"RL, answers only": by_rl, "SFT, perfect teacher": by_sft},
+        "RL minus SFT": {n: by_rl[n] - by_sft[n] for n in by_rl},
+        "RL minus SFT on all": {n: by_rl[n] - by_sft[str(total)] for n in by_rl},
+        "RL on all minus SFT": {n: by_rl[str(total)] - by_sft[n] for n in by_rl},
         "accuracy": accuracy, "tokens": tokens,
         "gains": {"RL": greedy["after RL"] - greedy["before RL"],
                   "sparse-to-dense before RL": search["before RL"] - greedy["before RL"],
                   "sparse-to-dense after RL": search["after RL"] - greedy["after RL"]},
-        "sparse-to-dense minus dense vote": {when: search[when] - vote[when] for when in search}}
+        "dense vote minus a greedy answer": {when: vote[when] - greedy[when] for when in vote},
+        "sparse-to-dense minus dense vote": {when: search[when] - vote[when] for when in search},
+        "wrong after RL": {method: missed(methods["after RL"][method][1]) for method in ("vote-16", "s2d-4-16")}}
+
+
+def missed(lines):
+    """Answers of one method -> shares of its questions that are wrong: all, by kind, and those on which the responses agreed."""
+    wrong = [r for r in lines if r["score"] <= 0.5]
+    of = lambda kind: [r for r in wrong if r["about"]["data_source"] == kind]
+    agreed = [r["rounds"][-1]["frames"] for r in wrong if len(set(r["rounds"][-1]["votes"])) == 1]
+    found = {"all": wrong, "counting": of("count"), "motion": of("motion"), "agreed on": agreed,
+             "agreed on at 4 or 8 frames": [n for n in agreed if n in (4, 8)]}
+    return {name: len(some) / len(lines) for name, some in found.items()}
 
 
 def first_of(n, seed):
@@ -305,7 +325,7 @@ def longvila_r1(lab):
     count = {name: {n: summary["by"]["data_source"]["count"][0] for n, (summary, _) in by.items()} for name, by in found.items()}
     gain = {name: accuracy["16"] - accuracy["4"] for name, accuracy in frames.items()}
 
-    stages = {"SFT": last(lab.train("sft-more", "sft", cold, cot, 100, ["--lr", 2e-4])),
+    stages = {"SFT": last(more_sft(lab, "sft-more")),
               "RL": last(rl(lab, "rl-format", format_only(lab))), "SFT + RL": frames["a sentence"]["16"]}
 
     some = lab.records("train-100", first_of(100, lab.seed), world / "train.json")  # each is seen five times
@@ -350,20 +370,18 @@ def shared_prefix(lab):
     (its SDPA attention and cache, G copies of the prompt, the video encoded again for every row of every pass). And bench.py's
     times of a step of a 16.8 M-parameter model, by the number of frames and by G: the plain way over ours."""
     cold, world = cold_start(lab), lab.world()
-    videos = partial(filter_list, is_video)
     train_json, test_json = (lab.records(f"{split}-videos", videos, world / f"{split}.json") for split in ("train", "test"))
     once_more = partial(rl, lab, start=cold, data=train_json, flags=["--eval_data", test_json], steps=40, points=2)
     ways = {"ours": once_more("prefix-ours"), "plain": once_more("prefix-plain", main=training_plainly)}
 
     def times(frames, group):
-        """{phase: how many times as long the plain way takes}"""
+        """{part: how many times as long the plain way takes}, the encoding that each way does counted in."""
         out = lab.root / f"bench-{frames}-{group}.figures"
         lab.call(out.stem, timing, ["--frames", frames, "--group", group, "--new", new, "--repeat", 1, "--json", out])
-        rows = {row["name"]: row for row in json.loads(out.read_text())["results"][0]["rows"]}
-        plain, ours = rows["plain"], rows["+ packed rows"]
-        total = lambda row, phases: sum(row[p] for p in phases)
-        parts = {"step": bench.PHASES, "rollout": ("prefill", "decode"), "training pass": ("train",)}
-        return {part: total(plain, phases) / total(ours, phases) for part, phases in parts.items()}
+        found = json.loads(out.read_text())["results"][0]
+        step = {row["name"]: sum(row[phase] for phase in bench.PHASES) for row in found["rows"]}
+        parts = {part: found["faster"][part] for part in ("rollout", "training pass")}
+        return {"step": step["plain"] / step["+ packed rows"], **parts}
 
     new = max(4, 32 // lab.shrink)  # tokens of a response
     frames = sorted({max(4, n // lab.shrink // 2 * 2) for n in (16, 32, 64, 128)})
@@ -396,7 +414,7 @@ CLAIMS = {
     "frame_order": Claim(
         "Video-R1", "T-GRPO makes the policy use the order of frames", 90, frame_order, [
             ("map", f"{method}: {measure}", f"{method}: {measure}", "cue: the lamp's share of right answers in training",
-             "skill in the cold start") for method in METHODS for measure in (MEASURES[0], MEASURES[2])]),
+             "skill: right directions in its examples") for method in METHODS for measure in (MEASURES[0], MEASURES[2])]),
     "video_r1": Claim(
         "Video-R1", "images help video questions; a cold start before RL helps; a length reward changes length", 40,
         video_r1, [
@@ -410,7 +428,7 @@ CLAIMS = {
             ("lines", "questions", "RL against SFT from the same start", "questions trained on", SHARE, True),
             ("bars", "gains", "Gains over a greedy answer at 16 frames", "", "difference in accuracy"),
             ("bars", "accuracy", "Ways to answer", "", SHARE),
-            ("bars", "tokens", "Their cost", "", "visual tokens a question, all rounds")]),
+            ("bars", "tokens", "Their visual tokens, after RL", "", "visual tokens a question, all rounds")]),
     "longvila_r1": Claim(
         "LongVILA-R1", "more frames help, more so with reasoning; SFT + RL beats either; MR-SP changes cost, not results", 40,
         longvila_r1, [
@@ -442,7 +460,7 @@ def study(name, seeds, root, results, pool, **size):
     panels = [figure.Panel(kind, values[key], *rest) for kind, key, *rest in claim.panels]
     Path(results).mkdir(parents=True, exist_ok=True)
     write_whole(Path(results) / f"{name}.json", json.dumps(done, indent=1))
-    write_whole(Path(results) / f"{name}.svg", figure.draw(f"{claim.paper}: {claim.line}", panels))
+    write_whole(Path(results) / f"{name}.svg", figure.draw(f"The claim ({claim.paper}): {claim.line}", panels))
     return done, now
 
 

@@ -1,7 +1,7 @@
 """Charts of means and intervals over seeds, as SVG by hand: lines, bars and heat maps, readable in light and in dark.
 
     draw(title, [Panel("bars", {"A": stat, "B": stat}, "title", "", "accuracy"), ...]) -> the text of an SVG file
-A stat is what claims.stat gives: {"mean", "interval": [low, high], "seeds": [a value each]}. Every mark is drawn with its
+A stat is what lab.stat gives: {"mean", "interval": [low, high], "seeds": [a value each]}. Every mark is drawn with its
 interval and with a dot for each seed, and says its numbers when pointed at.
     lines    {series: {x: stat}}, x a number, or its digits
     bars     {bar: stat}, or {group: {bar: stat}}

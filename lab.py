@@ -1,8 +1,8 @@
 """Experiments over seeds: runs of train.py, eval.py and bench.py, each done once, and what their numbers come to.
 
-A Lab is one seed: its worlds and runs, in a folder of its own. What has run is not run again unless its flags, weights or records
-have changed, and what was killed goes on. Processes of one thread each do the work side by side: the toy's operations are too
-small for more threads to help. What is run, claims.py says.
+A Lab is one seed: its worlds and runs, in a folder of its own. What has run is not run again unless its command, the weights that
+it starts from or its records have changed (code, configs/ and media are not looked at), and what was killed goes on. Processes
+of one thread each do the work side by side: the toy's operations are too small for more threads to help.
 """
 
 import fcntl
@@ -104,6 +104,7 @@ def locked(folder):
     """Nobody else works on the folder meanwhile: another claim may want the same run."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)  # what this process starts holds on to it
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -114,6 +115,8 @@ def write_world(folder, write, seed, clips):
         if not folder.exists():
             write(folder, seed, clips)
 
+
+# their docstrings are the commands as typed, and part of a run's record
 
 def training(argv):
     """python train.py"""
@@ -138,7 +141,7 @@ def training_plainly(argv):
 def training_on_two(argv):
     """torchrun --nproc_per_node 2 train.py"""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(HERE / "train.py")]
-    subprocess.run([sys.executable, *launch, *argv], stdout=sys.stdout, stderr=sys.stderr, check=True)
+    subprocess.run([sys.executable, *launch, *argv], stdout=sys.stdout, stderr=sys.stderr, check=True, close_fds=False)
 
 
 def workers(jobs):
@@ -177,7 +180,8 @@ class Lab:
     def records(self, name, make, *sources):
         """A records file beside its first source: what make(records of each source ...) gives."""
         path = sources[0].with_name(f"{name}.json")
-        write_whole(path, json.dumps(make(*(json.loads(source.read_text()) for source in sources)), indent=1))
+        with locked(path):
+            write_whole(path, json.dumps(make(*(json.loads(source.read_text()) for source in sources)), indent=1))
         return path
 
     def call(self, name, main, argv, *inputs):

@@ -1,6 +1,7 @@
 """The plain way, to compare with: one step as a trainer does it that calls transformers, and a training run of such steps.
 
-    python plain.py --algo grpo ...      train.py, with PlainPolicy and generate_plainly in the places of Policy and generate
+    python plain.py --algo grpo ...      train.py, with PlainPolicy and generate_plainly in the places of Policy and generate;
+                                         for questions about videos
 
 That is transformers' own attention (SDPA) and cache, G copies of the prompt, and the video encoded again for every row of every
 pass. bench.py times its phases. A run of it is the same run, with the same dice, up to rounding (`claims.py shared_prefix`).
