@@ -111,7 +111,7 @@ def shuffle(records):
 
 # ---- 2. T-GRPO and the order of frames
 
-SKILLS, CUES = (0.5, 0.75, 1.0), (0.6, 0.75, 0.9)
+SKILLS, CUES = (0.5, 0.75, 1.0), (0.75, 0.9)
 LAMPS = dict(zip(toy.MOTIONS, toy.COLOURS))  # the colour that goes with a direction
 METHODS = {
     "GRPO": ["--algo", "grpo"], "T-GRPO": ["--algo", "tgrpo"],
