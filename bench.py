@@ -1,6 +1,6 @@
 """Speed, side by side: one GRPO step the plain way, and with each idea of this code added one by one.
 
-    python bench.py                                    a 17 M model on this machine's CPU, 3 minutes
+    python bench.py                                    a 17 M model on this machine's CPU, 2 minutes
     python bench.py --model 3b --frames 16 64 256 --checkpointing 1      a true shape with random weights, for a GPU
     python bench.py --model DIR --json results/x.json  any checkpoint; the figures also as JSON
     torchrun --nproc_per_node 2 -- bench.py            also with each row shared by all ranks
