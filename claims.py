@@ -126,8 +126,7 @@ def frame_order(lab):
     questions (the cue); in the test it says nothing. The cold start shows both ways of reasoning, one as often as the other: from
     the lamp, and from motion, with the right direction in a share of the examples (the skill). From there, RL by each method."""
     world, (skills, cues) = lab.world("order", write_order), (SKILLS, CUES) if lab.shrink == 1 else (SKILLS[:1], CUES[:1])
-    out = {f"{method}: {measure}": {} for method in METHODS for measure in MEASURES}
-    test, start = world / "test.json", {}
+    out, test = {f"{measure}, cue {cue}": {} for measure in MEASURES for cue in cues}, world / "test.json"
     truth = load_samples(test)
 
     def measured(run):
@@ -140,20 +139,22 @@ def frame_order(lab):
         shares = len(moves) / len(said), sum(moves) / len(said)
         return dict(zip(MEASURES, (*shares, right["motion"], right["motion"] - right["shuffled"])))
 
-    for skill in map(str, skills):
-        ways = lab.records(f"ways-{skill}", partial(misread, float(skill)), world / "ways.json")
+    for skill in skills:
+        ways = lab.records(f"ways-{skill}", partial(misread, skill), world / "ways.json")
         cold = lab.train(f"order-{skill}", "sft", world / "model", ways, 400, points=1)
-        start[skill] = measured(cold)
-        for cue in map(str, cues):
-            data = lab.records(f"cue-{cue}", partial(mix, float(cue)), world / "agree.json", world / "differ.json")
+        for cue in cues:
+            data = lab.records(f"cue-{cue}", partial(mix, cue), world / "agree.json", world / "differ.json")
+            runs = {"cold start": cold}
             for method, flags in METHODS.items():
                 name = re.sub(r"[^\w.]+", "-", f"order {skill} {cue} {method}").strip("-").lower()
-                run = rl(lab, name, cold, data, ["--max_new", 20, *flags], points=1, without=("--train_vision",))
+                runs[method] = rl(lab, name, cold, data, ["--max_new", 20, *flags], points=1, without=("--train_vision",))
+            for method, run in runs.items():
                 for measure, value in measured(run).items():
-                    out[f"{method}: {measure}"].setdefault(skill, {})[cue] = value
-    minus = {method: {skill: {cue: x - out["GRPO: accuracy"][skill][cue] for cue, x in row.items()}
-                      for skill, row in out[f"{method}: accuracy"].items()} for method in METHODS if method != "GRPO"}
-    return {"cold start": start, **out, "accuracy minus GRPO's": minus}
+                    out[f"{measure}, cue {cue}"].setdefault(f"skill {skill}", {})[method] = value
+    minus = {f"accuracy minus GRPO's, cue {cue}": {
+        skill: {method: x - by["GRPO"] for method, x in by.items() if method not in ("GRPO", "cold start")}
+        for skill, by in out[f"accuracy, cue {cue}"].items()} for cue in cues}
+    return out | minus
 
 
 def write_order(folder, seed, clips):
@@ -413,8 +414,8 @@ CLAIMS = {
             ("bars", "GRPO minus", "GRPO's end, minus", "", "difference in accuracy")]),
     "frame_order": Claim(
         "Video-R1", "T-GRPO makes the policy use the order of frames", 90, frame_order, [
-            ("map", f"{method}: {measure}", f"{method}: {measure}", "cue: the lamp's share of right answers in training",
-             "skill: right directions in its examples") for method in METHODS for measure in (MEASURES[0], MEASURES[2])]),
+            ("bars", f"{measure}, cue {cue}", f"A cue that is right in {cue} of the training questions", "", about)
+            for measure, about in ((MEASURES[0], "share that reasons from motion"), (MEASURES[2], SHARE)) for cue in CUES]),
     "video_r1": Claim(
         "Video-R1", "images help video questions; a cold start before RL helps; a length reward changes length", 40,
         video_r1, [
@@ -457,7 +458,7 @@ def study(name, seeds, root, results, pool, **size):
             "process_minutes": round(sum(run["seconds"] for run in runs) / 60, 1), "commit": commit(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a process", "torch": torch.__version__,
             "runs": runs}
-    panels = [figure.Panel(kind, values[key], *rest) for kind, key, *rest in claim.panels]
+    panels = [figure.Panel(kind, values[key], *rest) for kind, key, *rest in claim.panels if key in values]
     Path(results).mkdir(parents=True, exist_ok=True)
     write_whole(Path(results) / f"{name}.json", json.dumps(done, indent=1))
     write_whole(Path(results) / f"{name}.svg", figure.draw(f"The claim ({claim.paper}): {claim.line}", panels))

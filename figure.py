@@ -1,11 +1,10 @@
-"""Charts of means and intervals over seeds, as SVG by hand: lines, bars and heat maps, readable in light and in dark.
+"""Charts of means and intervals over seeds, as SVG by hand: lines and bars, readable in light and in dark.
 
     draw(title, [Panel("bars", {"A": stat, "B": stat}, "title", "", "accuracy"), ...]) -> the text of an SVG file
 A stat is what lab.stat gives: {"mean", "interval": [low, high], "seeds": [a value each]}. Every mark is drawn with its
 interval and with a dot for each seed, and says its numbers when pointed at.
     lines    {series: {x: stat}}, x a number, or its digits
     bars     {bar: stat}, or {group: {bar: stat}}
-    map      {row: {column: stat}}
 """
 
 import math
@@ -145,28 +144,6 @@ def bars(panel):
     return out
 
 
-def heat(panel):
-    """A panel of coloured cells."""
-    rows, columns = list(panel.data), list(dict.fromkeys(c for row in panel.data.values() for c in row))
-    means = [s["mean"] for row in panel.data.values() for s in row.values()]
-    low, high = (0.0, 1.0) if 0 <= min(means) and max(means) <= 1 else (min(means), max(means))
-    left, top = LEFT + 30, 34
-    w, h = (RIGHT - left) / len(columns), (BOTTOM - top) / len(rows)
-    out = [text(left + (c + 0.5) * w, BOTTOM + 16, column, "middle") for c, column in enumerate(columns)]
-    for r, row in enumerate(rows):
-        y = top + r * h
-        out.append(text(left - 6, y + h / 2 + 4, row, "end"))
-        for c, column in enumerate(columns):
-            if s := panel.data[row].get(column):
-                share, half = (s["mean"] - low) / ((high - low) or 1), (s["interval"][1] - s["interval"][0]) / 2
-                out += ["<g>", f"<title>{says(f'{panel.y} {row}, {panel.x} {column}', s)}</title>",
-                        f'<rect x="{left + c * w:.1f}" y="{y:.1f}" width="{w - 2:.1f}" height="{h - 2:.1f}" fill="var(--c0)" '
-                        f'opacity="{0.06 + 0.7 * share:.2f}"/>',
-                        text(left + (c + 0.5) * w, y + h / 2 + 1, number(s["mean"]), "middle"),
-                        text(left + (c + 0.5) * w, y + h / 2 + 14, f"± {number(half)}", "small middle"), "</g>"]
-    return out
-
-
 def draw(title, panels):
     """The SVG of some panels, two beside each other."""
     columns = min(2, len(panels))
@@ -178,7 +155,7 @@ def draw(title, panels):
     for i, panel in enumerate(panels):
         corner = f"{i % columns * WIDTH} {40 + i // columns * HEIGHT}"
         out += [f'<g transform="translate({corner})">', text(16, 14, panel.title, "title"),
-                *{"lines": lines, "bars": bars, "map": heat}[panel.kind](panel),
+                *{"lines": lines, "bars": bars}[panel.kind](panel),
                 text((LEFT + RIGHT) / 2, BOTTOM + 36, panel.x, "middle"),
                 text(0, 0, panel.y, "middle", f'transform="translate(14 {(BOTTOM + 40) / 2}) rotate(-90)"'), "</g>"]
     return "\n".join([*out, "</svg>"]) + "\n"
