@@ -18,7 +18,7 @@ DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#d29922", "#8b949e", "#ff7b
 STYLE = """
 svg { --paper: #ffffff; --ink: #1f2328; --faint: #d0d7de; %s }
 @media (prefers-color-scheme: dark) { svg { --paper: #0d1117; --ink: #e6edf3; --faint: #30363d; %s } }
-text { font: 12px system-ui, sans-serif; fill: var(--ink) } .big { font-size: 13.5px; font-weight: 600 }
+text { font: 12px system-ui, sans-serif; fill: var(--ink) } .big { font-size: 13px; font-weight: 600 }
 .title { font-size: 12.5px; font-weight: 600 } .small { font-size: 10px }
 .middle { text-anchor: middle } .end { text-anchor: end }
 .paper { fill: var(--paper) } .grid { stroke: var(--faint) } .whisker { fill: none } .seed { opacity: 0.7 }
