@@ -427,7 +427,7 @@ CLAIMS = {
             ("lines", "starts", "RL from three starts", STEP, SHARE),
             ("lines", "lengths", "Length reward of 0.2", STEP, "tokens of a response")]),
     "video_rts": Claim(
-        "Video-RTS", "RL on few questions matches SFT on many examples; sparse-to-dense saves tokens; both add up", 40,
+        "Video-RTS", "RL on few questions matches SFT on many; sparse-to-dense saves tokens; the two add up", 40,
         video_rts, [
             ("lines", "questions", "RL against SFT from the same start", "questions trained on", SHARE, True),
             ("bars", "gains", "Gains over a greedy answer at 16 frames", "", "difference in accuracy"),
