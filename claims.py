@@ -399,7 +399,7 @@ def shared_prefix(lab):
 
 class Claim(NamedTuple):
     """run: from a Lab to nested dicts of numbers.  panels: (kind, key of those, title, x axis, y axis) and, for a logarithmic
-    x axis, True.  minutes: of five seeds on two cores, cold starts included; an estimate, where results/ has no such run."""
+    x axis, True.  minutes: of five seeds on two cores, after the claims before it, whose runs it shares."""
     paper: str
     line: str
     minutes: int
@@ -420,28 +420,28 @@ CLAIMS = {
             ("bars", f"{measure}, cue {cue}", f"A cue that is right in {cue} of the training questions", "", about)
             for measure, about in ((MEASURES[0], "share that reasons from motion"), (MEASURES[2], SHARE)) for cue in CUES]),
     "video_r1": Claim(
-        "Video-R1", "images help video questions; a cold start before RL helps; a length reward changes length", 40,
+        "Video-R1", "images help video questions; a cold start before RL helps; a length reward changes length", 21,
         video_r1, [
             ("lines", "images", "Images beside the videos", STEP, "accuracy on held-out video questions"),
             ("bars", "images minus none", "With images, minus without, at the end", "", "difference in accuracy"),
             ("lines", "starts", "RL from three starts", STEP, SHARE),
             ("lines", "lengths", "Length reward of 0.2", STEP, "tokens of a response")]),
     "video_rts": Claim(
-        "Video-RTS", "RL on few questions matches SFT on many; sparse-to-dense saves tokens; the two add up", 40,
+        "Video-RTS", "RL on few questions matches SFT on many; sparse-to-dense saves tokens; the two add up", 15,
         video_rts, [
             ("lines", "questions", "RL against SFT from the same start", "questions trained on", SHARE, True),
             ("bars", "gains", "Gains over a greedy answer at 16 frames", "", "difference in accuracy"),
             ("bars", "accuracy", "Ways to answer", "", SHARE),
             ("bars", "tokens", "Their visual tokens, after RL", "", "visual tokens a question, all rounds")]),
     "longvila_r1": Claim(
-        "LongVILA-R1", "more frames help, more so with reasoning; SFT + RL beats either; MR-SP changes cost only", 40,
+        "LongVILA-R1", "more frames help, more so with reasoning; SFT + RL beats either; MR-SP changes cost only", 30,
         longvila_r1, [
             ("lines", "frames", "Frames, after RL", "frames", SHARE, True),
             ("lines", "frames, counting", "Frames, after RL: counting", "frames", "accuracy on counting questions", True),
             ("bars", "stages", "Stages", "", SHARE),
             ("lines", "reward", "The same run, three ways", STEP, "mean reward of a step (0 to 2)")]),
     "shared_prefix": Claim(
-        "this code", "a shared prefix changes cost, not results; what it saves grows with frames and G", 35, shared_prefix, [
+        "this code", "a shared prefix changes cost, not results; what it saves grows with frames and G", 15, shared_prefix, [
             ("lines", "reward", "The same run, both ways", STEP, "mean reward of a step (0 to 2)"),
             ("bars", "seconds", "Its cost in the toy", "", "seconds a step"),
             ("lines", "by frames", "By frames, G = 8", "frames", "plain time / ours", True),
