@@ -33,7 +33,7 @@ import figure
 import toy
 from data import load_samples
 from lab import Lab, combine, curve, last, locked, log, table, timing, training_on_two, training_plainly, workers
-from rewards import extract_answer
+from rewards import accuracy_reward, extract_answer
 from run import commit, write_whole
 from scores import mean
 
@@ -88,6 +88,8 @@ def grpo(lab):
                      for name, run in (("cold", cold), ("grpo", arms["GRPO"])))
     truth = load_samples(world / "test.json")
     seen = lambda r: f"<think>{truth[r['record']].reasoning}</think>" in r["rounds"][0]["responses"][0]
+    share = lambda lines, wanted: mean((seen(r), r["score"] > 0.5) == wanted for r in lines)
+    counting = [r for r in after[1] if r["about"]["data_source"] == "count"]
     kinds = lambda summary: {kind: accuracy for kind, (accuracy, _) in summary["by"]["data_source"].items()}
     ends = {name: last(run) for name, run in arms.items()}
     return {
@@ -95,6 +97,8 @@ def grpo(lab):
         "kinds": {kind: {"cold start": a, "GRPO": kinds(after[0])[kind]} for kind, a in kinds(before[0]).items()},
         "right": {"cold start": {"reasoning": mean(map(seen, before[1])), "answer": before[0]["accuracy"]},
                   "GRPO": {"reasoning": mean(map(seen, after[1])), "answer": after[0]["accuracy"]}},
+        "after GRPO": {kind: {"only the sentence": share(lines, (True, False)), "only the answer": share(lines, (False, True))}
+                       for kind, lines in (("all questions", after[1]), ("counting", counting))},
         "GRPO minus": {"cold start": ends["GRPO"] - before[0]["accuracy"],
                        **{name: ends["GRPO"] - end for name, end in ends.items() if name != "GRPO"}}}
 
@@ -272,12 +276,20 @@ def video_rts(lab):
     of = lambda key: {method: {when: found[method][0][key] for when, found in methods.items()} for method in methods["after RL"]}
     accuracy, tokens = of("accuracy"), {method: x["after RL"] for method, x in of("mean_visual_tokens").items()}
     greedy, vote, search = accuracy["greedy-16"], accuracy["vote-16"], accuracy["s2d-4-16"]
+    truth = load_samples(world / "test.json")
+    one = {when: mean(accuracy_reward(x, truth[r["record"]]) for r in found["vote-16"][1] for x in r["rounds"][0]["responses"])
+           for when, found in methods.items()}
+    said = lambda lines: mean(sum(n for part in r["rounds"] for n in part["tokens"]) for r in lines)
     return {
         "questions": {"RL, answers only": by_rl, "SFT, perfect teacher": by_sft},
         "RL minus SFT": {n: by_rl[n] - by_sft[n] for n in by_rl},
         "RL minus SFT on all": {n: by_rl[n] - by_sft[str(total)] for n in by_rl},
         "RL on all minus SFT": {n: by_rl[str(total)] - by_sft[n] for n in by_rl},
         "accuracy": accuracy, "tokens": tokens,
+        "response tokens": {method: said(lines) for method, (_, lines) in methods["after RL"].items()},
+        "rounds": {when: found["s2d-4-16"][0]["mean_rounds"] for when, found in methods.items()},
+        "one response at 16 frames": one,
+        "dense vote minus one response": {when: vote[when] - one[when] for when in one},
         "gains": {"RL": greedy["after RL"] - greedy["before RL"],
                   "sparse-to-dense before RL": search["before RL"] - greedy["before RL"],
                   "sparse-to-dense after RL": search["after RL"] - greedy["after RL"]},
