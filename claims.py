@@ -351,7 +351,7 @@ def longvila_r1(lab):
     return {
         "frames": frames, "frames, counting": count, "from 4 to 16 frames": gain,
         "from 4 to 16 frames, minus no reasoning's": {kind: beyond(by) for kind, by in gain.items()},
-        "at 16 frames, minus no reasoning": beyond({name: accuracy["16"] for name, accuracy in frames.items()}),
+        "frames, minus no reasoning": {n: beyond({name: by[n] for name, by in frames.items()}) for n in frames["no reasoning"]},
         "stages": stages, "SFT + RL minus": {name: stages["SFT + RL"] - stages[name] for name in ("SFT", "RL")},
         **same_curve(ways, "as is")}
 
