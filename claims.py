@@ -89,7 +89,7 @@ def grpo(lab):
     truth = load_samples(world / "test.json")
     seen = lambda r: f"<think>{truth[r['record']].reasoning}</think>" in r["rounds"][0]["responses"][0]
     share = lambda lines, wanted: mean((seen(r), r["score"] > 0.5) == wanted for r in lines)
-    counting = [r for r in after[1] if r["about"]["data_source"] == "count"]
+    of = lambda lines, kind: [r for r in lines if r["about"]["data_source"] == kind]
     kinds = lambda summary: {kind: accuracy for kind, (accuracy, _) in summary["by"]["data_source"].items()}
     ends = {name: last(run) for name, run in arms.items()}
     return {
@@ -98,7 +98,9 @@ def grpo(lab):
         "right": {"cold start": {"reasoning": mean(map(seen, before[1])), "answer": before[0]["accuracy"]},
                   "GRPO": {"reasoning": mean(map(seen, after[1])), "answer": after[0]["accuracy"]}},
         "after GRPO": {kind: {"only the sentence": share(lines, (True, False)), "only the answer": share(lines, (False, True))}
-                       for kind, lines in (("all questions", after[1]), ("counting", counting))},
+                       for kind, lines in (("all questions", after[1]), ("counting", of(after[1], "count")))},
+        "kinds, sentence": {kind: {"cold start": mean(map(seen, of(before[1], kind))), "GRPO": mean(map(seen, of(after[1], kind)))}
+                            for kind in kinds(before[0])},
         "GRPO minus": {"cold start": ends["GRPO"] - before[0]["accuracy"],
                        **{name: ends["GRPO"] - end for name, end in ends.items() if name != "GRPO"}}}
 
