@@ -84,24 +84,28 @@ def grpo(lab):
         "GRPO": rl(lab, "grpo", cold),
         "GRPO, answers shuffled": rl(lab, "grpo-shuffled", cold, lab.records("train-shuffled", shuffle, world / "train.json")),
         "more SFT": more_sft(lab, "sft-more")}
-    before, after = (lab.answers(f"{name}-greedy", run, world / "test.json")["greedy-16"]
-                     for name, run in (("cold", cold), ("grpo", arms["GRPO"])))
     truth = load_samples(world / "test.json")
-    seen = lambda r: f"<think>{truth[r['record']].reasoning}</think>" in r["rounds"][0]["responses"][0]
-    share = lambda lines, wanted: mean((seen(r), r["score"] > 0.5) == wanted for r in lines)
-    of = lambda lines, kind: [r for r in lines if r["about"]["data_source"] == kind]
-    kinds = lambda summary: {kind: accuracy for kind, (accuracy, _) in summary["by"]["data_source"].items()}
+    parts = {"sentence": lambda sentence, answer: sentence, "answer": lambda sentence, answer: answer,
+             "only the sentence": lambda sentence, answer: sentence and not answer,
+             "only the answer": lambda sentence, answer: answer and not sentence}
+
+    def graded(run):
+        """The run's greedy answers -> [(kind of question, whether its sentence is right, whether its answer is)]."""
+        _, lines = lab.answers(f"{run.name}-greedy", run, world / "test.json")["greedy-16"]
+        seen = lambda r: f"<think>{truth[r['record']].reasoning}</think>" in r["rounds"][0]["responses"][0]
+        return [(r["about"]["data_source"], seen(r), r["score"] > 0.5) for r in lines]
+
+    stages = {"cold start": graded(cold), "GRPO": graded(arms["GRPO"])}
+    kinds = sorted({kind for kind, *_ in stages["GRPO"]})
+    share = lambda stage, part, kinds: mean(parts[part](*right) for kind, *right in stages[stage] if kind in kinds)
     ends = {name: last(run) for name, run in arms.items()}
     return {
         "accuracy": {name: curve(run) for name, run in arms.items()},
-        "kinds": {kind: {"cold start": a, "GRPO": kinds(after[0])[kind]} for kind, a in kinds(before[0]).items()},
-        "right": {"cold start": {"reasoning": mean(map(seen, before[1])), "answer": before[0]["accuracy"]},
-                  "GRPO": {"reasoning": mean(map(seen, after[1])), "answer": after[0]["accuracy"]}},
-        "after GRPO": {kind: {"only the sentence": share(lines, (True, False)), "only the answer": share(lines, (False, True))}
-                       for kind, lines in (("all questions", after[1]), ("counting", of(after[1], "count")))},
-        "kinds, sentence": {kind: {"cold start": mean(map(seen, of(before[1], kind))), "GRPO": mean(map(seen, of(after[1], kind)))}
-                            for kind in kinds(before[0])},
-        "GRPO minus": {"cold start": ends["GRPO"] - before[0]["accuracy"],
+        "kinds": {kind: {stage: share(stage, "answer", [kind]) for stage in stages} for kind in kinds},
+        "kinds, sentence": {kind: {stage: share(stage, "sentence", [kind]) for stage in stages} for kind in kinds},
+        "right": {stage: {part: share(stage, part, kinds) for part in parts} for stage in stages},
+        "right, counting": {stage: {part: share(stage, part, ["count"]) for part in parts} for stage in stages},
+        "GRPO minus": {"cold start": ends["GRPO"] - share("cold start", "answer", kinds),
                        **{name: ends["GRPO"] - end for name, end in ends.items() if name != "GRPO"}}}
 
 
@@ -427,7 +431,9 @@ CLAIMS = {
         "Video-R1, Video-RTS, LongVILA-R1", "GRPO with rule rewards raises accuracy without reasoning labels", 33, grpo, [
             ("lines", "accuracy", "Learning curves", STEP, SHARE),
             ("bars", "kinds", "By kind of question", "", SHARE),
-            ("bars", "right", "What GRPO repairs", "", "share of held-out questions"),
+            ("bars", "right", "What is right", "", "share of held-out questions"),
+            ("bars", "right, counting", "What is right in counting", "", "share of held-out counting questions"),
+            ("bars", "kinds, sentence", "Sentences by kind of question", "", "share that is right, word for word"),
             ("bars", "GRPO minus", "GRPO's end, minus", "", "difference in accuracy")]),
     "frame_order": Claim(
         "Video-R1", "T-GRPO makes the policy use the order of frames", 90, frame_order, [
