@@ -136,7 +136,8 @@ def frame_order(lab):
     questions (the cue); in the test it says nothing. The cold start shows both ways of reasoning, one as often as the other: from
     the lamp, and from motion, with the right direction in a share of the examples (the skill). From there, RL by each method."""
     world, (skills, cues) = lab.world("order", write_order), (SKILLS, CUES) if lab.shrink == 1 else (SKILLS[:1], CUES[:1])
-    out, test = {f"{measure}, cue {cue}": {} for measure in (*MEASURES, "groups that passed") for cue in cues}, world / "test.json"
+    out = {f"{measure}, cue {cue}": {} for measure in (*MEASURES, "groups that passed") for cue in cues}
+    test = world / "test.json"
     truth = load_samples(test)
 
     def measured(run):
@@ -437,7 +438,7 @@ CLAIMS = {
             ("bars", "kinds, sentence", "Sentences by kind of question", "", "share that is right, word for word"),
             ("bars", "GRPO minus", "GRPO's end, minus", "", "difference in accuracy")]),
     "frame_order": Claim(
-        "Video-R1", "T-GRPO makes the policy use the order of frames", 65, frame_order, [
+        "Video-R1", "T-GRPO makes the policy use the order of frames", 60, frame_order, [
             ("bars", f"{measure}, cue {cue}", f"A cue that is right in {cue} of the training questions", "", about)
             for measure, about in ((MEASURES[0], "share that reasons from motion"), (MEASURES[2], SHARE)) for cue in CUES]),
     "video_r1": Claim(
