@@ -125,10 +125,11 @@ def bars(panel):
     data = panel.data if all("mean" not in s for s in panel.data.values()) else {"": panel.data}
     names = list(dict.fromkeys(name for group in data.values() for name in group))
     out, top = legend(names)
-    at, grid = scale([s for group in data.values() for s in group.values()], top + 22)
-    out += grid
     room = (RIGHT - LEFT) / len(data)
     width = min(56, 0.86 * room / len(names))
+    upright = width < 26  # the numbers
+    at, grid = scale([s for group in data.values() for s in group.values()], top + (40 if upright else 22))
+    out += grid
     for g, (label, group) in enumerate(data.items()):
         middle = LEFT + (g + 0.5) * room
         out.append(text(middle, BOTTOM + 16, label, "small middle" if len(data) > 4 else "middle"))
@@ -139,8 +140,10 @@ def bars(panel):
             rect = f'<rect x="{x + 1:.1f}" y="{min(y0, y1):.1f}" width="{width - 2:.1f}" height="{abs(y1 - y0):.1f}" '
             above = min(at(max(*s["interval"], *s["seeds"])), y0) - 5
             out += ["<g>", f"<title>{says(f'{label} {name}'.strip(), s)}</title>", rect + f'fill="{colour}" opacity="0.55"/>',
-                    *mark(x + width / 2, at, s, colour, min(4.0, width / 8)),
-                    text(x + width / 2, above, number(s["mean"]), "small middle"), "</g>"]
+                    *mark(x + width / 2, at, s, colour, min(4.0, width / 8))]
+            turn = f'transform="rotate(-90 {x + width / 2 + 3:.1f} {above:.1f})"'
+            out += [text(x + width / 2 + 3, above, number(s["mean"]), "small", turn) if upright
+                    else text(x + width / 2, above, number(s["mean"]), "small middle"), "</g>"]
     return out
 
 
