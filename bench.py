@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import attention
@@ -42,7 +41,7 @@ from data import Prompt, Sample, load_media
 from model import ModelError, Policy
 from plain import Plain
 from rollout import generate
-from run import RANK, WORLD, commit, flag_parser, say, start_ranks
+from run import RANK, WORLD, commit, flag_parser, say, start_ranks, stop_ranks
 from video import close_workers
 
 SHAPES = {  # hidden, intermediate, layers, heads, K/V heads, vocabulary; vision hidden, intermediate, layers, heads
@@ -301,8 +300,7 @@ def main(argv=None):
     close_workers()
     if args.json and RANK == 0:
         Path(args.json).write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_ranks()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
@@ -49,6 +48,7 @@ from run import (
     say,
     seed,
     start_ranks,
+    stop_ranks,
     write_whole,
 )
 from scores import constant_answer, mean, score, summarize, table
@@ -281,8 +281,7 @@ def main(argv=None):
     except (DataError, ModelError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop_ranks()
 
 
 def write_filtered(lines, samples, source, target):

@@ -8,6 +8,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -99,6 +100,14 @@ def start_ranks(patience):
             torch.cuda.set_device(LOCAL)
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     return torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def stop_ranks():
+    """Leaves the other processes. The group's threads end with the last reference to it, which a cycle may hold; a thread that
+    outlives the interpreter aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
 
 
 def seed(*parts):

@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -54,6 +53,7 @@ from run import (
     say,
     seconds,
     start_ranks,
+    stop_ranks,
     timed,
 )
 from step import grpo_step, pack, sft_step
@@ -393,8 +393,7 @@ def main(argv=None):
     except (DataError, ModelError, OSError) as e:  # an OSError names its file
         raise SystemExit(f"error: {e}") from e
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop_ranks()
 
 
 if __name__ == "__main__":

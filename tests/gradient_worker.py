@@ -6,6 +6,7 @@ With `frozen` the vision tower is not trained. With `bypass` the loss goes throu
 instead of through its forward: the mistake whose gradients are never averaged.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -89,3 +90,4 @@ grads = {name: whole(p.grad) for name, p in policy.named_parameters() if p.requi
 torch.save({"grads": grads, "entry": entry}, f"{out}.{run.RANK}")
 if run.WORLD > 1:
     dist.destroy_process_group()
+    os._exit(0)  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it

@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/mrsp_worker.py WORLD OUT
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -59,3 +60,4 @@ for name, how in (("greedy", dict(temperature=0)), ("sampled", dict(seeds=[11, 1
 torch.save({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in result.items()}, f"{out}.{run.RANK}")
 if run.WORLD > 1:
     dist.destroy_process_group()
+    os._exit(0)  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it
