@@ -310,7 +310,8 @@ def missed(lines):
     """Answers of one method -> shares of its questions that are wrong: all, by kind, and those on which the responses agreed."""
     wrong = [r for r in lines if r["score"] <= 0.5]
     of = lambda kind: [r for r in wrong if r["about"]["data_source"] == kind]
-    agreed = [r["rounds"][-1]["frames"] for r in wrong if len(set(r["rounds"][-1]["votes"])) == 1]
+    ends = [r["rounds"][-1] for r in wrong]
+    agreed = [end["frames"] for end in ends if len(set(end["votes"])) == 1 and None not in end["votes"]]
     found = {"all": wrong, "counting": of("count"), "motion": of("motion"), "agreed on": agreed,
              "agreed on at 4 or 8 frames": [n for n in agreed if n in (4, 8)]}
     return {name: len(some) / len(lines) for name, some in found.items()}

@@ -34,6 +34,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import data
+from run import write_whole
 
 SIZE, FRAMES, FPS = 28, 16, 2  # 28 x 28 pixels: one visual token per two frames
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), "yellow": (235, 215, 40)}
@@ -142,7 +143,7 @@ def write_split(folder, split, scenes, rng):
             if split != "train":
                 record["process"] = f"<think>{reasoning.format(answer)}</think>"
             records.append(record)
-    (folder / f"{split}.json").write_text(json.dumps(records, indent=1))
+    write_whole(folder / f"{split}.json", json.dumps(records, indent=1))
 
 
 def root(seed):

@@ -6,6 +6,8 @@ import torch
 from conftest import run
 
 import bench
+from plain import PlainPolicy, generate_plainly
+from rollout import generate
 
 
 def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path):
@@ -21,6 +23,27 @@ def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path):
         assert result["difference"] < 1e-5
         assert 1 < result["expected"]["train"] < 3 and 1 < result["expected"]["decode"] < 3  # at most G
     assert all(name in output for name in names)
+
+
+def test_the_plain_way_gives_the_same_responses_and_gradients(world, policy, prompts):
+    """Of videos and of images, with the same dice: tokens, log-probs, entropies, and the gradient of their sum."""
+    plain = PlainPolicy.load(world / "model", dtype=torch.float64, checkpointing=0)
+    how = dict(max_new=6, seeds=range(len(prompts)))
+    ours, theirs = generate(policy, prompts, 3, **how), generate_plainly(plain, prompts, 3, **how)
+    for a, b in zip(ours, theirs, strict=True):
+        assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses] and a.truncated == b.truncated
+        for x, y in zip(a.logps, b.logps, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=0, check_dtype=False)
+    responses = [group.responses for group in ours]
+    for x, y in zip(policy(prompts, responses), plain(prompts, responses), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=0, check_dtype=False)
+    for way in (policy, plain):
+        way(prompts, responses)[0].sum().backward()
+    grads = dict(plain.named_parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 1e-2 for p in policy.parameters())
+    for name, p in policy.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, grads[name].grad, atol=1e-4 * float(p.grad.abs().max()) + 1e-9, rtol=0, msg=name)
 
 
 def test_the_model_of_the_cost_grows_towards_G(policy):

@@ -51,8 +51,8 @@ def test_every_claim_from_nothing_to_a_figure(folder, pool, name):
     assert {"paper", "line", "process_minutes", "commit", "machine", "torch"} <= set(written)
     for s in stats(written["values"]):
         assert len(s["seeds"]) == 2 and s["interval"][0] <= s["mean"] <= s["interval"][1]
-    for name_, apart in written["values"].get("largest difference of a step's mean reward", {}).items():
-        assert apart["mean"] == pytest.approx(0, abs=1e-9), name_  # the one outcome that is no noise: the same run, another way
+    for way, apart in written["values"].get("largest difference of a step's mean reward", {}).items():
+        assert apart["mean"] == pytest.approx(0, abs=1e-9), way  # the one outcome that is no noise: the same run, another way
     for run in written["runs"]:
         assert set(run) == {"seed", "name", "command", "inputs", "seconds", "commit"} and str(lab.HERE) not in run["command"]
     assert {run["seed"] for run in written["runs"]} == {0, 1} and now > 0
