@@ -1,7 +1,6 @@
 """The plain way, to compare with: one step as a trainer does it that calls transformers, and a training run of such steps.
 
-    python plain.py --algo grpo ...      train.py, with PlainPolicy and generate_plainly in the places of Policy and generate;
-                                         for questions about videos
+    python plain.py --algo grpo ...      train.py, with PlainPolicy and generate_plainly in the places of Policy and generate
 
 That is transformers' own attention (SDPA) and cache, G copies of the prompt, and the video encoded again for every row of every
 pass. bench.py times its phases. A run of it is the same run, with the same dice, up to rounding (`claims.py shared_prefix`).
@@ -27,8 +26,9 @@ class Plain:
         self.policy, self.net, (media,) = policy, policy.net, prompt.media
         self.G, device = len(responses), policy.device
         patches, grid = patchify(normalize(media.frames.to(device), policy.net.model.visual.dtype))
-        self.video = dict(pixel_values_videos=patches, video_grid_thw=torch.tensor([grid], device=device))
-        self.copies = {name: x.repeat(self.G, 1) for name, x in self.video.items()}
+        pixels = "pixel_values_videos" if media.kind == "video" else "pixel_values"
+        self.medium = {pixels: patches, f"{media.kind}_grid_thw": torch.tensor([grid], device=device)}
+        self.copies = {name: x.repeat(self.G, 1) for name, x in self.medium.items()}
         self.ids = prompt.ids[None].to(device)
         self.responses = torch.stack(responses).to(device)
         where, following = policy.positions(prompt)
@@ -40,11 +40,12 @@ class Plain:
         """Nothing: every pass encodes for itself."""
 
     def rollout(self, new):
-        self.net.generate(self.ids, **self.video, num_return_sequences=self.G, do_sample=True, max_new_tokens=new,
+        self.net.generate(self.ids, **self.medium, num_return_sequences=self.G, do_sample=True, max_new_tokens=new,
                           min_new_tokens=new, use_cache=True, top_k=0, mm_token_type_ids=self.kinds(self.ids))
 
     def kinds(self, ids):
-        return 2 * (ids == self.net.config.video_token_id).int()
+        """Of every token, what transformers has it for: 0 text, 1 image, 2 video."""
+        return (ids == self.net.config.image_token_id).int() + 2 * (ids == self.net.config.video_token_id).int()
 
     def distribution(self):
         """(G, R, vocabulary): log-probs of every token that each response could have gone on with."""
@@ -90,17 +91,18 @@ def generate_plainly(policy, prompts, G, *, max_new, temperature=1.0, top_p=1.0,
     for prompt, seed in zip(prompts, seeds):
         plain = Plain(policy, prompt, [torch.zeros(max_new, dtype=torch.long)] * G)
         uniform = torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        P, ids, video, cache, tokens, logps = len(prompt.ids), plain.ids.expand(G, -1), plain.copies, None, [], []
+        P, ids, medium, cache, tokens, logps = len(prompt.ids), plain.ids.expand(G, -1), plain.copies, None, [], []
         done, start = torch.zeros(G, dtype=torch.bool), 0
         while len(tokens) < max_new and not done.all():
-            out = policy.net(ids, **video, position_ids=plain.positions[..., start : start + ids.shape[1]], past_key_values=cache,
-                             use_cache=True, logits_to_keep=1, mm_token_type_ids=plain.kinds(ids))
+            where = plain.positions[..., start : start + ids.shape[1]]
+            out = policy.net(ids, **medium, position_ids=where, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                             mm_token_type_ids=plain.kinds(ids))
             logits = out.logits[:, -1].float().index_fill(-1, policy.banned, -1e30)
             token, logp = rollout.sample(logits, uniform[:, len(tokens)], temperature, top_p)
             tokens.append(torch.where(done, -1, token))
             logps.append(logp)
             done = done | torch.isin(token, eos)
-            start, ids, video, cache = P + len(tokens) - 1, token[:, None], {}, out.past_key_values
+            start, ids, medium, cache = P + len(tokens) - 1, token[:, None], {}, out.past_key_values
         tokens, logps = torch.stack(tokens, 1), torch.stack(logps, 1)
         lengths = (tokens >= 0).sum(1).tolist()
         groups.append(rollout.Group(prompt, [t[:n] for t, n in zip(tokens, lengths)], [x[:n] for x, n in zip(logps, lengths)],
