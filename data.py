@@ -29,10 +29,9 @@ from video import (
     VideoError,
     choose_frames,
     frame_indices,
-    load_image,
     read_clip,
+    read_image,
     read_video,
-    resize,
     smart_resize,
 )
 
@@ -221,27 +220,30 @@ class Media:
 
 
 def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-               image_max_pixels=256 * 28 * 28, decode_timeout=60.0, decoded=None):
+               image_max_pixels=256 * 28 * 28, reader="av", decode_timeout=60.0, decoded=None):
     """A Sample's file -> Media, at most max_frames frames of at most max_pixels. Raises DataError naming file and record.
 
-    decoded: {frame index: frame} of earlier calls for this sample and size, filled and not decoded again.
+    reader: of videos, one of reader.READERS.
+    decoded: {key of a frame: frame} of earlier calls for this sample and size, filled and not decoded again.
     """
     counts = dict(target_fps=fps, min_frames=min_frames, max_frames=max_frames)
     pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
     try:
         file = _identity(Path(sample.path))
         if sample.data_type == "image":
-            clip = Clip(resize(load_image(sample.path), min_pixels, image_max_pixels)[None], 0.0, 1, [0])
+            frame = read_image(sample.path, min_pixels=min_pixels, max_pixels=image_max_pixels, timeout=decode_timeout)
+            clip = Clip(frame[None], 0.0, 1, [0], [0])
         elif sample.data_type == "video":
-            clip = read_clip(sample.path, **counts, **pixels, segment=sample.segment, timeout=decode_timeout, decoded=decoded)
+            clip = read_clip(sample.path, **counts, **pixels, segment=sample.segment, timeout=decode_timeout,
+                             decoded=decoded, reader=reader)
         else:
-            clip = _read_folder(sample, counts, pixels)
+            clip = _read_folder(sample, counts, pixels, decode_timeout)
     except (ValueError, OSError) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
         where = "" if sample.path in str(e) else f"{sample.path}: "
         raise DataError(f"record {sample.id}: {where}{e}") from e
     frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip.frames, 3, 1)))
     return Media(frames, "image" if sample.data_type == "image" else "video", 2 * clip.seconds, clip.available,
-                 repr((file, clip.indices, tuple(frames.shape[2:]))))
+                 repr((file, reader, clip.keys, tuple(frames.shape[2:]))))
 
 
 def _identity(path):
@@ -250,17 +252,18 @@ def _identity(path):
     return [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
 
 
-def _read_folder(sample, counts, pixels):
+def _read_folder(sample, counts, pixels, timeout):
     path = Path(sample.path)
     if not path.is_dir():
         raise VideoError(f"{path}: no such folder of frames")
     natural = lambda file: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", file.name)]
-    files = sorted((f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")), key=natural)
+    pictures = (".jpg", ".jpeg", ".png", ".webp")
+    files = sorted((f for f in path.iterdir() if f.suffix.lower() in pictures and f.name[0] != "."), key=natural)
     indices, seconds, available = choose_frames(len(files), sample.fps, sample.segment, **counts)
-    frames = [resize(load_image(files[i]), **pixels) for i in indices]
+    frames = [read_image(files[i], **pixels, timeout=timeout) for i in indices]
     if len(shapes := {f.shape for f in frames}) > 1:
         raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
-    return Clip(np.stack(frames), seconds, available, indices)
+    return Clip(np.stack(frames), seconds, available, indices, indices)
 
 
 def normalize(frames, dtype=torch.float32, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):

@@ -29,7 +29,8 @@ import fsdp
 from model import newest_checkpoint
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-MEDIA = ("fps", "min_frames", "min_pixels", "max_pixels", "image_max_pixels", "decode_timeout")  # flags that load_media takes
+# flags that load_media takes
+MEDIA = ("fps", "min_frames", "min_pixels", "max_pixels", "image_max_pixels", "reader", "decode_timeout")
 
 
 # ---- flags
@@ -55,6 +56,8 @@ def media_flags(p, add, *, fps, max_pixels, max_prompt):
     add(g, "max_pixels", max_pixels, "of a video frame; a larger one is scaled down")
     add(g, "image_max_pixels", 256 * 28 * 28, "of an image")
     add(g, "max_prompt", max_prompt, "tokens; a sample with a longer prompt is refused and counted, never cut")
+    add(g, "reader", "av", "of videos: av shows the right frames or refuses a file; decord can show wrong ones (README)",
+        choices=("av", "decord"))
     add(g, "decode_timeout", 60.0, "seconds for one video, after which its decoder is killed and the sample refused")
     add(g, "workers", 2, "threads that load media ahead, each with a decoder process")
     return g

@@ -1,10 +1,13 @@
-"""Frames of a video file, decoded in a process of its own that can be killed.
+"""Frames of video and image files, read in a process of its own that can be killed.
 
-decord can hang or crash inside native code, holding the interpreter's lock: no signal and no in-process timeout helps.
-So this file is also a program (`python video.py`, a worker that answers requests on its standard input), and
-`read_video` asks it and kills it when it does not answer. A bad file then costs one sample, never the run.
-Sampling and resizing are those of Video-R1 (arXiv 2503.21776, released code): they run in the worker,
-frame by frame, so that an hour of video never stands in memory at full size.
+A decoder can hang or crash inside native code, holding the interpreter's lock: no signal and no
+in-process timeout helps. So this file is also a program (`python video.py`, a worker that answers
+requests on its standard input), and read_clip and read_image ask it, and kill it when it does not
+answer. A bad file then costs one sample, never the run.
+
+What is read from a file: reader.py. Which frames are shown and at what size: here, by the rules of
+Video-R1 (arXiv 2503.21776, released code). The worker resizes frame by frame, so that an hour of
+video never stands in memory at full size.
 """
 
 import json
@@ -16,15 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from reader import READERS, StampsDisagree, VideoError, load_image
 
 PATCH, MERGE = 14, 2  # a visual token is a 28 x 28 pixel square of a 2-frame grid
 CLIPS_PER_WORKER = 500  # decord leaks memory: a worker is replaced after this many
 
 
-class VideoError(ValueError):
-    """A video or image that cannot be used, and why; names the file."""
-
+# ---- which frames, which size
 
 def frame_indices(num_frames, fps, *, target_fps=2.0, min_frames=4, max_frames=16):
     """Which frames of a clip to show: an even number n, evenly spaced from the first to the last.
@@ -45,13 +48,48 @@ def frame_count(num_frames, fps, *, target_fps, min_frames, max_frames=math.inf)
     return max(2, int(n) // 2 * 2)
 
 
-def choose_frames(num_frames, fps, segment, *, target_fps, min_frames, max_frames):
-    """frame_indices of a clip, or of its `segment` (start, end) in seconds -> (indices in the clip, seconds per frame shown, the
-    most frames that could be shown)."""
-    first, end = (0, num_frames) if segment is None else (min(int(t * fps), num_frames) for t in segment)
+def choose_frames(num_frames, fps, segment, *, start=0.0, target_fps, min_frames, max_frames):
+    """Which frames to show of a clip of constant rate, or of its `segment` (from, to) in seconds ->
+    (indices in the clip, seconds per frame shown, the most frames that could be shown).
+
+    start: the second at which the first frame appears. Raises ValueError: see frame_indices; a segment
+    outside the clip.
+    """
+    first, end = 0, num_frames
+    if segment is not None:
+        a, b = _within(segment, start, start + num_frames / fps)
+        first, end = (int((t - start) * fps + 1e-6) for t in (a, b))
     how = dict(target_fps=target_fps, min_frames=min_frames)
     indices = [first + i for i in frame_indices(end - first, fps, max_frames=max_frames, **how)]
     return indices, (end - first) / fps / len(indices), frame_count(end - first, fps, **how)
+
+
+def choose_times(times, end, segment, *, target_fps, min_frames, max_frames):
+    """choose_frames for a clip of any rate: what is on the screen at evenly spaced times.
+
+    times (N,): when each picture appears, ascending; end: when the last one goes; all in seconds. A
+    picture that stays is shown as often as it is met. The last time is that at which the last picture
+    appears, or one mean period before the end where that is later.
+    """
+    start, num_frames = times[0], len(times)
+    if segment is not None:
+        start, end = _within(segment, start, end)
+        first = np.searchsorted(times, start, "right") - 1
+        num_frames = max(np.searchsorted(times, end) - first, 2)  # a still is shown twice
+    how = dict(target_fps=target_fps, min_frames=min_frames)
+    rate = num_frames / (end - start)
+    n = frame_count(num_frames, rate, max_frames=max_frames, **how)
+    last = max(times[times < end][-1], end - 1 / rate)
+    indices = np.searchsorted(times, np.linspace(start, last, n) + 1e-9, "right") - 1
+    return indices.tolist(), (end - start) / n, frame_count(num_frames, rate, **how)
+
+
+def _within(segment, start, end):
+    """The part of a segment (from, to) that lies between start and end; all in seconds."""
+    a, b = max(segment[0], start), min(segment[1], end)
+    if a >= b:
+        raise VideoError(f"no frames from {segment[0]:g} to {segment[1]:g} s: it has those from {start:.2f} to {end:.2f} s")
+    return a, b
 
 
 def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE):
@@ -71,26 +109,11 @@ def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE)
     return h, w
 
 
-def load_image(path):
-    """An image file -> Pillow RGB, upright (EXIF), transparency on white. Raises VideoError naming the file."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # 16 bits a pixel; convert() would clip them
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise VideoError(f"{path}: an image of {image.mode!r} pixels, expected 8 or 16 bits a channel")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises SyntaxError for a broken PNG
-        raise VideoError(f"{path}: cannot be read as an image: {e}") from e
-
-
-def resize(image, min_pixels, max_pixels):
-    """A Pillow image -> uint8 (H, W, 3) at smart_resize's size, bicubic with antialiasing."""
-    height, width = smart_resize(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
+def resize(image, min_pixels, max_pixels, shape=None):
+    """A Pillow image -> uint8 (H, W, 3) at smart_resize's size, bicubic with antialiasing.
+    shape: the (height, width) whose aspect ratio counts, where pixels are not square."""
+    height, width = shape or (image.height, image.width)
+    height, width = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
     return np.asarray(image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -101,12 +124,15 @@ _running = set()  # all of them
 
 
 class Clip(NamedTuple):
-    """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of 28. seconds: the clip's true duration / T.
-    available: frames that the clip would show without max_frames. indices: of the T frames in the file."""
+    """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of 28.
+    seconds: of the clip, divided by T.  available: frames that it would show without max_frames.
+    indices: of the T frames, counted in order of display.  keys: what identifies each in its file.
+    """
     frames: np.ndarray
     seconds: float
     available: int
     indices: list[int]
+    keys: list[int]
 
 
 def read_video(path, **how):
@@ -115,30 +141,45 @@ def read_video(path, **how):
 
 
 def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-              segment=None, timeout=60.0, decoded=None):
+              segment=None, timeout=60.0, decoded=None, reader="av"):
     """Decodes a video file, or its `segment` (start, end) in seconds -> Clip; rotated videos come upright.
 
-    decoded: {frame index: frame} of earlier calls for this file at this size; these are not decoded again, new ones are added.
+    decoded: {key of a frame: frame} of earlier calls for this file at this size; these are not decoded again, new ones are
+    added.  reader: one of reader.READERS.
     Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or not decoded after `timeout` seconds (the
     worker is then killed, and the next call starts another).
     """
     decoded = {} if decoded is None else decoded
-    if not Path(path).is_file():
+    reply, frames = _ask(timeout, op="video", path=str(path), target_fps=target_fps, min_frames=min_frames,
+                         max_frames=max_frames, min_pixels=min_pixels, max_pixels=max_pixels, segment=segment,
+                         skip=list(decoded), reader=reader)
+    decoded.update(zip(reply["new"], frames))
+    keys = reply["keys"]
+    return Clip(np.stack([decoded[key] for key in keys]), reply["seconds"], reply["available"], reply["indices"], keys)
+
+
+def read_image(path, *, min_pixels, max_pixels, timeout=60.0):
+    """An image file -> uint8 (H, W, 3). Raises VideoError as read_clip."""
+    return _ask(timeout, op="image", path=str(path), min_pixels=min_pixels, max_pixels=max_pixels)[1][0]
+
+
+def _ask(timeout, **request):
+    """Sends a request about the file request["path"] to this thread's worker -> (reply, frames)."""
+    path = request["path"]
+    if not Path(path).exists():
         raise VideoError(f"{path}: no such file")
+    if Path(path).is_dir():
+        raise VideoError(f"{path}: a folder, expected a file")
     process = _open_worker()
     timer = threading.Timer(timeout, process.kill)
     timer.start()
     try:
-        request = dict(path=str(path), target_fps=target_fps, min_frames=min_frames, max_frames=max_frames,
-                       min_pixels=min_pixels, max_pixels=max_pixels, segment=segment, skip=list(decoded))
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         reply = json.loads(process.stdout.readline())
         if "error" not in reply:
-            frames = np.frombuffer(process.stdout.read(math.prod(reply["shape"])), np.uint8).reshape(reply["shape"])
-            indices = reply["indices"]
-            decoded.update(zip((i for i in indices if i not in decoded), frames))
-            return Clip(np.stack([decoded[i] for i in indices]), reply["seconds"], reply["available"], indices)
+            data = process.stdout.read(math.prod(reply["shape"]))
+            return reply, np.frombuffer(data, np.uint8).reshape(reply["shape"])
     except (ValueError, OSError) as e:  # the worker is gone: no answer, or half of one
         late = not timer.is_alive()
         close_worker()
@@ -181,20 +222,31 @@ def _end(process):
 
 # ---- the side of the worker
 
-def decode(path, skip, segment, *, target_fps, min_frames, max_frames, min_pixels, max_pixels):
-    """What read_clip promises, in this process -> (reply, the frames whose indices are not in `skip`)."""
-    import decord
-    decord.logging.set_level(decord.logging.QUIET)
-    reader = decord.VideoReader(path, num_threads=1)
-    fps = float(reader.get_avg_fps())
-    counts = dict(target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
-    indices, seconds, available = choose_frames(len(reader), fps, segment, **counts)
-    wanted = sorted(set(indices) - set(skip))
-    frames = [resize(Image.fromarray(frame), min_pixels, max_pixels)
-              for i in range(0, len(wanted), 16) for frame in reader.get_batch(wanted[i : i + 16]).asnumpy()]
-    shape = (len(frames), *frames[0].shape) if frames else (0,)
-    reply = dict(indices=indices, seconds=seconds, shape=shape, available=available)
-    return reply, b"".join(frame.tobytes() for frame in frames)
+def video(path, reader, segment, skip, min_pixels, max_pixels, **counts):
+    """What read_clip promises -> (reply, the new frames: those whose keys are not in `skip`)."""
+    clip = READERS[reader](path)
+    try:
+        return _video(clip, segment, skip, min_pixels, max_pixels, counts)
+    except StampsDisagree:
+        clip.count()
+        return _video(clip, segment, skip, min_pixels, max_pixels, counts)
+
+
+def _video(clip, segment, skip, min_pixels, max_pixels, counts):
+    if clip.rate:
+        indices, seconds, available = choose_frames(len(clip.keys), clip.rate, segment, start=clip.times[0], **counts)
+    else:
+        indices, seconds, available = choose_times(clip.times, clip.end, segment, **counts)
+    new = [i for i in sorted(set(indices)) if clip.keys[i] not in skip]
+    frames = [resize(picture.image, min_pixels, max_pixels, picture.shape) for picture in clip.pictures(new)]
+    reply = dict(indices=indices, seconds=seconds, available=available, keys=[clip.keys[i] for i in indices],
+                 new=[clip.keys[i] for i in new])
+    return reply, frames
+
+
+def image(path, min_pixels, max_pixels):
+    """What read_image promises -> ({}, [frame])."""
+    return {}, [resize(load_image(path), min_pixels, max_pixels)]
 
 
 def work(requests, replies):
@@ -202,11 +254,16 @@ def work(requests, replies):
     for line in requests:
         request = json.loads(line)
         try:
-            reply, data = decode(**request)
+            reply, frames = {"video": video, "image": image}[request.pop("op")](**request)
+            if len(shapes := {frame.shape for frame in frames}) > 1:
+                raise VideoError(f"frames of {len(shapes)} different sizes")
+            reply["shape"] = (len(frames), *frames[0].shape) if frames else (0,)
         except Exception as e:  # whatever a broken file makes a native library raise is this file's error, not the run's
-            message = " ".join(str(e).split()).replace(request["path"], "")
-            reply, data = dict(error=f"cannot be decoded: {type(e).__name__}: {message[:300]}"), b""
-        replies.write(json.dumps(reply).encode() + b"\n" + data)
+            reason = str(e) if type(e) in (VideoError, ValueError) else f"cannot be decoded: {type(e).__name__}: {e}"
+            reply, frames = dict(error=" ".join(reason.replace(request["path"], "").split())[:300]), []
+        replies.write(json.dumps(reply).encode() + b"\n")
+        for frame in frames:
+            replies.write(frame.tobytes())
         replies.flush()
 
 

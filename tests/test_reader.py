@@ -1,0 +1,275 @@
+"""The picture at time t is the picture that is shown: clips that show their own numbers, of every kind, read back."""
+
+import shutil
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from clips import KINDS, ROUNDS, SIZE, cut, number, picture, shown, write
+from PIL import Image
+
+import data
+import reader
+import video
+from data import DataError, Sample
+from video import VideoError
+
+EVERY = dict(target_fps=float("inf"), min_frames=2)  # as many frames as max_frames says
+
+
+def frame_numbers(n, of=48, **how):
+    return video.frame_indices(of, 25, target_fps=float("inf"), max_frames=n, **how)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_shows_its_right_frames(tmp_path, kind):
+    """2 to 64 frames, in the rounds of sparse-to-dense, and of a part of the clip; the time is that of the clip."""
+    file, options = KINDS[kind]
+    path = write(tmp_path / file, range(48), **options)
+    decoded, rate = {}, 25
+    for n in ROUNDS:
+        numbers, clip = shown(path, **EVERY, max_frames=n, decoded=decoded)
+        assert numbers == frame_numbers(n) == clip.indices and shown(path, **EVERY, max_frames=n)[0] == numbers
+        assert clip.seconds * len(numbers) == pytest.approx(48 / rate, abs=0.002)
+    assert shown(path, **EVERY, segment=(0.4, 1.2), max_frames=64)[0] == list(range(10, 30))
+    assert shown(path, **EVERY, segment=(1.0, 1.5), max_frames=4)[0] == [25 + i for i in frame_numbers(4, of=12)]
+    assert shown(path, **EVERY, segment=(1.6, 99), max_frames=64)[0] == list(range(40, 48))
+    with pytest.raises(VideoError, match=f"{file}: no frames from 5 to 8 s: it has those from 0.00 to 1.92 s"):
+        shown(path, segment=(5, 8))
+
+
+SCREEN = [*range(20), *(20 + i / 25 for i in range(25))]  # a picture a second for 20 s, then 25 in one
+
+
+@pytest.mark.parametrize(
+    "file, codec",
+    [("s.mp4", "libx264"), ("s.mkv", "libx264"), ("s.ts", "libx264"), ("s.webm", "libvpx-vp9"), ("s.mov", "mpeg4")],
+)
+def test_frames_of_a_variable_rate_are_spread_evenly_in_time(tmp_path, file, codec):
+    """At time t stands the picture that appeared last, not the nearest one nor the one of that count."""
+    path = write(tmp_path / file, range(45), codec=codec, times=SCREEN)
+    numbers, clip = shown(path, target_fps=2, max_frames=16)
+    assert clip.seconds * 16 == pytest.approx(21, abs=0.05)
+    times = np.linspace(0, SCREEN[-1], 16) + 1e-6
+    assert numbers == [int(np.searchsorted(SCREEN, t, "right")) - 1 for t in times]
+    assert shown(path, segment=(5, 10), target_fps=1, max_frames=16)[0] == [5, 6, 7, 9]  # at 5, 6.33, 7.67 and 9 s
+    assert shown(path, segment=(7.2, 7.8), target_fps=4, max_frames=16)[0] == [7, 7]  # a still all that time
+    assert shown(path, segment=(19.5, 20.5), **EVERY, max_frames=64)[0][:2] == [19, 19]
+
+
+def test_a_still_that_lasts_takes_its_share_of_the_frames(tmp_path):
+    """Pictures 0 to 9 in the first second, then 10 for nine seconds, in the middle or at the end."""
+    start = [i / 10 for i in range(11)]
+    middle = write(tmp_path / "m.mp4", range(12), times=[*start, 10.0])
+    assert shown(middle, target_fps=1, max_frames=16)[0] == [0, *[10] * 8, 11]
+    times = np.array([*start])
+    indices, seconds, _ = video.choose_times(times, 10.0, None, target_fps=1, min_frames=4, max_frames=16)
+    assert indices == [0, *[10] * 9] and seconds == 1
+
+
+def test_a_rate_rounded_to_milliseconds_is_constant(tmp_path):
+    """24000/1001 pictures a second in Matroska: the same frames as in mp4, at every number of frames."""
+    for file in ("a.mkv", "a.mp4"):
+        path = write(tmp_path / file, range(120), rate=Fraction(24000, 1001))
+        assert reader.AvVideo(str(path)).rate == pytest.approx(24000 / 1001, abs=1e-3)
+        for n in (6, 10, 34, 64):
+            assert shown(path, **EVERY, max_frames=n)[0] == frame_numbers(n, of=120)
+
+
+# ---- clips that were cut without encoding them again
+
+def test_what_an_edit_list_leaves_out_is_not_shown(tmp_path):
+    source = write(tmp_path / "a.mp4", range(48), g=12)
+    path = cut(source, tmp_path / "cut.mp4", start=Fraction(17, 25), first=12)  # packets from 12 on, shown from 17 on
+    numbers, clip = shown(path, **EVERY, max_frames=64)
+    assert numbers == [17 + i for i in frame_numbers(64, of=31)]
+    assert shown(path, **EVERY, max_frames=2)[0] == [17, 47] and clip.seconds * 30 == pytest.approx(31 / 25)
+    assert shown(path, segment=(0.2, 0.6), **EVERY, max_frames=64)[0] == list(range(22, 32))
+
+
+@pytest.mark.parametrize("kind", ["H.264, ts", "H.264 with open groups, ts", "HEVC with open groups, ts", "MPEG-2, ts"])
+@pytest.mark.parametrize("first", [5, 12, 30])
+def test_a_cut_within_a_group_begins_with_the_first_whole_picture(tmp_path, kind, first):
+    """Never with a picture that lacks what it refers to."""
+    file, options = KINDS[kind]
+    path = cut(write(tmp_path / file, range(48), **options), tmp_path / f"cut_{file}", start=0, first=first)
+    start = shown(path, **EVERY, max_frames=2)[0][0]
+    assert first - 2 <= start <= first + 12
+    for n in (2, 4, 8, 64):
+        assert shown(path, **EVERY, max_frames=n)[0] == [start + i for i in frame_numbers(n, of=48 - start)]
+
+
+def test_two_recordings_in_one_file_are_shown_one_after_the_other(tmp_path):
+    """Their stamps begin anew, so they order nothing."""
+    data = write(tmp_path / "a.ts", range(48), g=12).read_bytes()
+    (tmp_path / "two.ts").write_bytes(data + data)
+    assert shown(tmp_path / "two.ts", **EVERY, max_frames=96)[0] == [*range(48), *range(48)]
+
+
+def test_a_video_that_starts_after_its_sound_keeps_the_clock_of_the_file(tmp_path):
+    with av.open(str(tmp_path / "late.mkv"), "w") as container:
+        video_stream, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=8000)
+        video_stream.width = video_stream.height = SIZE
+        video_stream.pix_fmt, sound.layout = "yuv420p", "mono"
+        for i in range(50):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            samples.sample_rate, samples.pts = 8000, 1024 * i
+            container.mux(sound.encode(samples))
+        for i in range(48):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = 100 + i, Fraction(1, 25)  # from 4 s on
+            container.mux(video_stream.encode(frame))
+        container.mux([*video_stream.encode(), *sound.encode()])
+    assert shown(tmp_path / "late.mkv", **EVERY, segment=(4.4, 5.2), max_frames=64)[0] == list(range(10, 30))
+    with pytest.raises(VideoError, match="no frames from 0 to 2 s"):
+        shown(tmp_path / "late.mkv", segment=(0, 2))
+
+
+# ---- how a player shows them
+
+@pytest.mark.parametrize(
+    "matrix, turned",
+    [
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+        ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+        ((0, -1, 1, 0), lambda x: np.rot90(x)),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+    ],
+)
+def test_a_clip_comes_upright(tmp_path, matrix, turned):
+    """The display matrix of a file: turned by a quarter, a half, three quarters; mirrored; across its diagonal."""
+    a, b, c, d = (65536 * x for x in matrix)
+
+    def turn(stream):
+        stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+
+    path = write(tmp_path / "turned.mp4", [3, 3], edit=turn)  # two blocks in a corner: no two ways of turning it look alike
+    assert shown(path, **EVERY, max_frames=2)[0] == [number(turned(picture(3)))] * 2
+
+
+def test_pixels_that_are_not_square_are_shown_as_a_player_shows_them(tmp_path):
+    def wide(stream):
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+
+    path = write(tmp_path / "wide.mp4", range(8), edit=wide)
+    numbers, clip = shown(path, **EVERY, max_frames=8, max_pixels=4 * SIZE * SIZE)
+    assert numbers == list(range(8)) and clip.frames.shape[1:3] == (84, 196)  # 96 x 192 in multiples of 28
+
+
+def test_the_cover_picture_of_a_file_is_not_its_video(tmp_path):
+    def cover(stream):
+        stream.disposition = av.stream.Disposition.attached_pic
+
+    path = write(tmp_path / "song.mp4", [3], codec="mjpeg", edit=cover)
+    with pytest.raises(VideoError, match="song.mp4: no video in this file, only a cover picture"):
+        shown(path)
+
+
+# ---- refusals, by name
+
+@pytest.mark.parametrize("file", ["a.mp4", "a.mkv", "a.flv"])
+def test_a_file_that_is_cut_off_is_refused(tmp_path, file):
+    options = {"movflags": "faststart"} if file == "a.mp4" else {}
+    with av.open(str(tmp_path / "whole.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width = stream.height = SIZE
+        for i in range(48):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 5)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "whole.mkv")) as old, av.open(str(tmp_path / file), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    whole = (tmp_path / file).read_bytes()
+    assert shown(tmp_path / file, **EVERY, max_frames=2)[0] == [0, 47]
+    (tmp_path / file).write_bytes(whole[: len(whole) * 6 // 10])
+    with pytest.raises(VideoError, match=rf"{file}: cut off: it ends after \d\.\d s, and its header says \d+\.\d s"):
+        shown(tmp_path / file)
+
+
+def test_a_damaged_part_is_refused_where_it_is_shown(tmp_path):
+    path = write(tmp_path / "a.mp4", range(48), g=12)
+    with av.open(str(path)) as container:
+        at = [packet.pos for packet in container.demux(video=0) if packet.size][30]
+    whole = bytearray(path.read_bytes())
+    whole[at : at + 40] = bytes(range(40))
+    path.write_bytes(whole)
+    assert shown(path, **EVERY, segment=(0, 0.8), max_frames=64)[0] == list(range(20))
+    with pytest.raises(VideoError, match=r"a.mp4: cannot be decoded: damaged after frame (2[5-9]|30)"):
+        shown(path, **EVERY, max_frames=64)
+
+
+def test_a_codec_without_a_decoder_is_named_as_the_reason(tmp_path):
+    path = write(tmp_path / "a.mp4", range(8))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(VideoError, match="a.mp4: the codec of this video is not supported"):
+        shown(path)
+
+
+def test_what_is_no_video_is_refused(tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(VideoError, match="folder.mp4: a folder, expected a file"):
+        shown(tmp_path / "folder.mp4")
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(VideoError, match="empty.mp4: cannot be decoded: no video, or a damaged one"):
+        shown(tmp_path / "empty.mp4")
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        sound = container.add_stream("aac", rate=8000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 8000
+        container.mux(sound.encode(samples) + sound.encode())
+    with pytest.raises(VideoError, match="sound.mkv: no video in this file$"):
+        shown(tmp_path / "sound.mkv")
+
+
+def test_a_file_whose_size_changes_is_refused(tmp_path):
+    small = write(tmp_path / "a.ts", range(24)).read_bytes()
+    with av.open(str(tmp_path / "b.ts"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height = 2 * SIZE, SIZE
+        for i in range(24):
+            frame = av.VideoFrame.from_ndarray(np.hstack([picture(i)] * 2), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (tmp_path / "both.ts").write_bytes(small + (tmp_path / "b.ts").read_bytes())
+    with pytest.raises(VideoError, match="both.ts: frames of 2 different sizes"):
+        shown(tmp_path / "both.ts", **EVERY, max_frames=8)
+
+
+# ---- few frames of a long file
+
+def test_a_long_file_is_not_decoded_whole(tmp_path):
+    """8 of 3,000 pictures, a key frame every 25: at most one group of pictures for each, and a few for the decoder's delay."""
+    path = write(tmp_path / "long.mp4", [i % 512 for i in range(3000)], g=25, preset="ultrafast")
+    clip = reader.AvVideo(str(path))
+    indices = frame_numbers(8, of=3000)
+    assert [number(np.asarray(p.image)) for p in clip.pictures(indices)] == [i % 512 for i in indices]
+    assert clip.decoded <= 8 * 25 + 10
+
+
+def test_decord_reads_what_it_has_a_seek_for(tmp_path):
+    pytest.importorskip("decord")
+    path = write(tmp_path / "a.mp4", range(48), g=12)
+    assert shown(path, **EVERY, max_frames=16, reader="decord")[0] == frame_numbers(16)
+
+
+# ---- folders of frames
+
+def test_hidden_files_are_no_frames_of_a_folder(tmp_path):
+    for i in range(8):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i:05d}.png")
+        (tmp_path / f"._{i:05d}.png").write_bytes(b"\x00\x05\x16\x07" + bytes(100))
+    sample = Sample("7", "?", [], "numerical", "frame", str(tmp_path), "1")
+    media = data.load_media(sample, fps=float("inf"), min_pixels=SIZE * SIZE)
+    assert [number(frame.permute(1, 2, 0).numpy()) for frame in media.frames] == list(range(8))
+    shutil.copy(tmp_path / "._00003.png", tmp_path / "00003.png")
+    with pytest.raises(DataError, match="00003.png: cannot be read as an image"):
+        data.load_media(sample, fps=float("inf"))
