@@ -63,7 +63,7 @@ class AvVideo:
 
     def __init__(self, path):
         self.path, self.decoded = path, 0
-        self.seeks = self.checks = False  # frames against their stamps
+        self.seeks = self.checks = False  # checks: the stamps of frames against self.keys
         self._open()
         self.packets, self.key_frames, shown = self._scan()
         self.places = {packet.place: i for i, packet in enumerate(self.packets)}
@@ -198,12 +198,9 @@ class AvVideo:
                 self.position += 1
             try:
                 frames = self.decoder.decode(packet)
-            except av.error.InvalidDataError as e:
-                if first:
-                    raise StampsDisagree from e
-                if self.number >= 0:
-                    raise VideoError(f"cannot be decoded: damaged after frame {self.number}") from e
-                continue  # a cut clip may begin with the rest of a group of pictures
+            except av.error.InvalidDataError:
+                self._damaged(first)
+                continue
             for frame in frames:
                 if start is not None:  # after a seek, pictures before the key frame lack what they refer to
                     if frame.pts is not None and frame.pts < start:
@@ -211,11 +208,21 @@ class AvVideo:
                     if frame.pts != start or not frame.key_frame:
                         raise StampsDisagree
                     start = None
+                if frame.is_corrupt:
+                    self._damaged(first)
+                    continue
                 self.decoded += 1
                 self.number += 1
                 if self.checks and self.keys[self.number : self.number + 1] != [frame.pts]:
                     raise StampsDisagree
                 yield frame
+
+    def _damaged(self, first):
+        """Raises for a frame that is not whole; but a cut clip may begin with the rest of a group of pictures."""
+        if first:
+            raise StampsDisagree
+        if self.number >= 0:
+            raise VideoError(f"cannot be decoded: damaged after frame {self.number}")
 
     def _find(self, i):
         """The frame of picture i, which is not before the one found last."""

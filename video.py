@@ -71,6 +71,8 @@ def choose_times(times, end, segment, *, target_fps, min_frames, max_frames):
     picture that stays is shown as often as it is met. The last time is that at which the last picture
     appears, or one mean period before the end where that is later.
     """
+    if len(times) < 2:
+        raise VideoError(f"{len(times)} frames, a video needs at least 2 frames")
     start, num_frames = times[0], len(times)
     if segment is not None:
         start, end = _within(segment, start, end)
