@@ -86,24 +86,23 @@ def choice_letter(text, options):
     return None if another else letter
 
 
-def _visible(text):
-    """The text in its plainest characters (NFKC: full-width letters and digits are ASCII), without
-    what is not seen: zero-width characters and LaTeX's commands."""
-    text = "".join(c for c in unicodedata.normalize("NFKC", text) if c.isspace() or not _invisible(c))
-    return LATEX.sub("", text)
-
-
-def _invisible(c):
-    return unicodedata.category(c) in ("Cc", "Cf") or "\ufe00" <= c <= "\ufe0f"  # the last: variation selectors
+def _visible(text, form="NFKC"):
+    """The text in a Unicode normal form (in NFKC full-width letters and digits are ASCII), without
+    characters that are not seen: zero-width ones, controls, variation selectors."""
+    return "".join(c for c in unicodedata.normalize(form, text) if c.isspace() or not (
+        unicodedata.category(c) in ("Cc", "Cf") or "\ufe00" <= c <= "\ufe0f"))
 
 
 def _bare(text):
     """The visible text with spaces for markup, and around characters of scripts without spaces."""
-    return re.sub(f"[{SPACELESS}]", r" \g<0> ", MARKUP.sub(" ", _visible(text)))
+    text = MARKUP.sub(" ", LATEX.sub("", _visible(text)))
+    return re.sub(f"[{SPACELESS}]", r" \g<0> ", text)
 
 
 def _said(text):
-    """The words of a text with one space between them."""
+    """The words of a text with one space between them; a minus sign and % are words: an option may
+    be -5 where another is 5."""
+    text = re.sub(r"(?<!\w)-(?=\d)", " minus ", text.translate(DASHES)).replace("%", " percent ")
     return " ".join(_words(text))
 
 
@@ -128,7 +127,7 @@ def _found(texts, said):
 
 def _decimal(text):
     """The number that a text is, with the decimals that it is written with; None if it is none."""
-    found = NUMBER.fullmatch(_visible(text).translate(DASHES))
+    found = NUMBER.fullmatch(LATEX.sub("", _visible(text)).translate(DASHES))
     if not found or any(unicodedata.category(c) == "No" for c in text):  # 10² is not 102
         return None
     before, after = ("".join(found[side].translate(CLOSING).split()) for side in ("before", "after"))
@@ -161,7 +160,7 @@ def normalize_answer(text, sample):
         number, gold = parse_number(text), _decimal(sample.answer)
         decimals = 2 if gold is None else max(2, -gold.as_tuple().exponent)
         return None if number is None else round(number, decimals)
-    return " ".join(unicodedata.normalize("NFC", text).split()) or None
+    return " ".join(_visible(text, "NFC").split()) or None
 
 
 def accuracy_reward(response, sample):
@@ -267,4 +266,4 @@ def _words(text):
 def _stems(text):
     """The words of a text, longer ones stemmed: in ASCII as the rouge-score package does. Letters beyond ASCII, which that
     package takes for spaces, are letters here: "café" is one word, and not "caf"."""
-    return [stem(word) if len(word) > 3 else word for word in _words(unicodedata.normalize("NFC", text))]
+    return [stem(word) if len(word) > 3 else word for word in _words(text)]
