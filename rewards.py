@@ -21,20 +21,24 @@ from stem import stem
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 
-OPTION = re.compile(r"\s*\(?([A-Z])[.):]")  # its letter
-LATEX = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\]])")  # \boxed{5}: {5}, \(5\): (5)
+# How an option is named
+OPTION = re.compile(r"\s*\(?([A-Z])[.):]")  # the letter of an option in a record
+LATEX = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\],])")  # leaves {5} of \boxed{5}, (5) of \(5\)
 MARKUP = re.compile(r"""[*_`$"“”„«»「」『』#~|\\]|</?(?:b|i|u|em|strong|code)>|(?<!\w)['‘’]|['‘’](?!\w)""")
-LEAD = re.compile(r"(?:\W*\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?)*\W*",
-                  re.IGNORECASE)  # "The answer is option", and all that is no letter or digit
-LETTER = re.compile(  # a letter that is no part of a word, and its mark, if any; "e.g." has none
-    r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b))|\s+[-–—](?=\s))?")
+LEAD = re.compile(  # "The answer is option", and whatever is no letter or digit
+    r"(?:\W*\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?)*\W*",
+    re.IGNORECASE)
+LETTER = re.compile(  # a letter that is no part of a word, and the mark that tells it from a word; "e.g." has none
+    r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s))?")
 NO_NOUN = set("and or nor but is as may might could also too not if because".split())
+
+# How a number is written
 NUMBER = re.compile(
-    r"(?P<before>[\s(\[{$*`\"'“‘]*)"
+    r"(?P<before>[\s(\[{$*_`\"'“‘«「]*)"
     r"(?P<number>[+-]?(?=\.?\d)(?:\d{1,3}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
-    r"(?P<after>[\s)\]}$*`\"'”’.。]*)")
+    r"(?P<after>[\s)\]}$*_`\"'”’»」.。]*)")
 DASHES = str.maketrans("‐‒–—−", "-----")
-CLOSING = str.maketrans("([{“‘", ")]}”’", ".。")
+CLOSING = str.maketrans("([{“‘«「", ")]}”’»」", ".。")
 
 # Thai, Lao, Burmese, Khmer, kana, ideographs: scripts without spaces, of which every character counts as a word
 SPACELESS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u9fff"
@@ -65,7 +69,7 @@ def choice_letter(text, options):
         A or B   A, B   A: b  is None: two letters
         A. left or right      is None: the text of another option, among other words
         B. left               is None: the text of another option
-        B turns   A lady      is None: without a mark (. : , ; ! bracket, dash) it may be a word
+        B turns   A lady      is None: without a mark (. : , ; ! bracket, dash, new line) it may be a word
         right   right, B   D  is None: no letter at the start, or none that is there
     """
     texts = {m[1]: _said(_bare(o[m.end():])) for o in options if (m := OPTION.match(o))}
@@ -107,14 +111,15 @@ def _said(text):
 
 
 def _letters(text):
-    """The letters that stand alone in a text, as capitals. Those of "a.m.", "I'm" and "T-shirt" do
-    not, nor does "a" or "I" before a word that it can go with: in "A man", not in "A or"."""
-    tokens = re.findall(r"\w(?:\.\w)+|\w+(?:['’-]\w+)*|[^\w\s]", text)
+    """The letters that stand alone in a text, as capitals. Those of "a.m.", "I'm", "°C" and "T-shirt"
+    do not, nor does "a" or "I" before a word that it can go with: in "A man", not in "A or"."""
+    tokens = re.findall(r"\w(?:\.\w)+|°?\w+(?:['’-]\w+)*|[^\w\s]", text)
     alone = [(t, after) for t, after in zip(tokens, [*tokens[1:], ""]) if len(t) == 1]
-    return {t.upper() for t, after in alone if t not in "aAI" or not _may_follow_article(after)}
+    return {t.upper() for t, after in alone if t not in "aAI" or not _may_follow(after)}
 
 
-def _may_follow_article(token):
+def _may_follow(token):
+    """Can "a" or "I" go with this next word, or is it the end, a sign, a letter or an "or"?"""
     return (len(token) > 1 or token.isdigit()) and token.lower() not in NO_NOUN
 
 
@@ -135,10 +140,11 @@ def _decimal(text):
 
 
 def parse_number(text):
-    """A number, or None. Read past: brackets, quotes and markup on both sides, thousands commas or spaces, a full stop.
+    """A number, or None. Read past: brackets, quotes and markup on both sides, commas or spaces
+    between thousands, a full stop. Units and words are not.
 
-        5   5.0   5.   5。   (5)   $5$   **5**   \\boxed{5}   1,000   1 000   –3   1e3   ５      numbers
-        5 m   50%   $5   five   4 or 5   1,00   10²   3-5   inf                               None: units and words are not read
+        5   5.0   5.   5。   (5)   $5$   **5**   \\boxed{5}   1,000   1 000   –3   1e3   ５   numbers
+        5 m   50%   $5   five   4 or 5   1,00   10²   3-5   inf                            None
     """
     number = _decimal(text)
     value = math.inf if number is None else float(number)
@@ -148,7 +154,8 @@ def parse_number(text):
 def normalize_answer(text, sample):
     """What an answer says, in a form that compares with ==: a letter, a number, or text; None if it says nothing valid.
 
-    A numerical answer is rounded to as many decimals as the sample's own has, at least 2: 0.0034 is right for 0.003, 0 is not.
+    A numerical answer is rounded to as many decimals as the sample's own has, at least 2: 0.0034 is
+    right for 0.003, 0 is not.
     """
     if text is None:
         return None

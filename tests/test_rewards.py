@@ -72,7 +72,8 @@ def test_choice_letter(text, letter):
         *("Option B", "Option B: right", "Choice B", "Answer: B", "answer: b", "The answer is B.", "The answer is: (B)"),
         *("The correct answer is **B**.", "Final answer: B", "My answer is option B", "The best option is B. right"),
         *("Ｂ", "（B）", "Ｂ．right", "Answer:\nB", "\ufeffB", "B\u200b", "\u200b(\u200dB\u2060)", "\u00a0B\u3000"),
-        *("B. it's at 9 a.m.", "B. I'm sure", "B. a U-turn", "B: a lady in a T-shirt", "B. right, plan B", "B. righteous"),
+        *("B. it's at 9 a.m.", "B. I'm sure", "B. a U-turn", "B: a lady in a T-shirt", "B. righteous"),
+        *("B\n\nBecause it turns.", "B. right, plan B", "B. at 20 °C", "(B) is the answer", "B. all in all"),
     ],
 )
 def test_a_letter_is_read_past_its_markup(text):
@@ -133,16 +134,21 @@ def test_options_of_any_style_and_script(option):
     assert {text: rewards.choice_letter(text, options) for text in answers} == answers
 
 
-@pytest.mark.parametrize("solution", ["B.right", "(B)", "**B**", "B. right", "<answer>Option B</answer>", "right", "A or B"])
+def load_one(folder, **record):
+    (folder / "records.json").write_text(json.dumps([dict(problem="?", path="x.mp4", **record)]))
+    return load_samples(folder / "records.json")[0]
+
+
+@pytest.mark.parametrize("solution", ["B.right", "(B)", "**B**", "B. right", "<answer>Option B</answer>"])
 def test_a_record_is_accepted_whose_solution_names_an_option(solution, tmp_path):
-    record = dict(problem="?", options=["A. left", "B. right"], path="x.mp4", solution=solution)
-    (tmp_path / "records.json").write_text(json.dumps([record]))
-    if solution in ("right", "A or B"):
-        with pytest.raises(DataError, match="not among the options"):
-            load_samples(tmp_path / "records.json")
-    else:
-        (loaded,) = load_samples(tmp_path / "records.json")
-        assert rewards.accuracy_reward("<answer>B</answer>", loaded) == 1 and rewards.normalize_answer("B", loaded) == "B"
+    loaded = load_one(tmp_path, options=["A. left", "B. right"], solution=solution)
+    assert [rewards.accuracy_reward(f"<answer>{letter}</answer>", loaded) for letter in "AB"] == [0, 1]
+
+
+@pytest.mark.parametrize("solution", ["right", "A or B", "C", "A. right"])
+def test_a_record_is_refused_whose_solution_names_none(solution, tmp_path):
+    with pytest.raises(DataError, match="is not among the options"):
+        load_one(tmp_path, options=["A. left", "B. right"], solution=solution)
 
 
 def test_choice_letter_with_closing_brackets_and_many_options():
@@ -178,9 +184,9 @@ def test_choice_letter_with_closing_brackets_and_many_options():
         ("e5", None),
         ("-E3", None),
         *((text, 5) for text in ("$5$", r"\boxed{5}", r"$\boxed{\text{5}}$", r"\(5\)", "5。", "(5)", "[ 5 ]", "“5”", "５")),
-        *((text, 5) for text in ("**5**", "`5`.", "**5.**", "5\u200b", "\ufeff5")),
+        *((text, 5) for text in ("**5**", "`5`.", "**5.**", "_5_", "「5」", "5\u200b", "\ufeff5")),
         *((text, -3) for text in ("–3", "—3", "\u20113", "－3", "(–3)", "$-3$")),
-        *((text, 1000) for text in ("1 000", "1\u2009000", "1\u00a0000", "1\u202f000", "１，０００", "1 000.0", "1\u200b000")),
+        *((text, 1000) for text in ("1 000", "1\u2009000", "1\u00a0000", "1\u202f000", "１，０００", "1 000.0", r"1\,000")),
         ("12 345 678,5", None),
         *((text, None) for text in ("$5", "5$", '5"', "5'", "50 %", "５％", "10²", "½", "①", "5!", "5)", "3–5", "x = 5")),
         *((text, None) for text in ("1 00", "1 0000", "1,000 000", r"\sqrt{5}", r"\frac{1}{2}", "()", "$$", "The answer is 5")),
