@@ -12,11 +12,38 @@ Pure functions of strings: any response gives a number in range, never an except
 
 import math
 import re
+import unicodedata
 from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
 
 from stem import stem
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+
+# How an option is named
+OPTION = re.compile(r"\s*\(?([A-Z])[.):]")  # the letter of an option in a record
+LATEX = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\],])")  # leaves {5} of \boxed{5}, (5) of \(5\)
+MARKUP = re.compile(r"""[*_`$"“”„«»「」『』#~|\\]|</?(?:b|i|u|em|strong|code)>|(?<!\w)['‘’]|['‘’](?!\w)""")
+LEAD = re.compile(  # "The answer is option", and whatever is no letter or digit
+    r"(?:\W*\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?)*\W*",
+    re.IGNORECASE)
+LETTER = re.compile(  # a letter that is no part of a word, and the mark that tells it from a word; "e.g." has none
+    r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s))?")
+NO_NOUN = set("and or nor but is as may might could also too not if because".split())
+
+# How a number is written
+NUMBER = re.compile(
+    r"(?P<before>[\s(\[{$*_`\"'“‘«「]*)"
+    r"(?P<number>[+-]?(?=\.?\d)(?:\d{1,3}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
+    r"(?P<after>[\s)\]}$*_`\"'”’»」.。]*)")
+DASHES = str.maketrans("‐‒–—−", "-----")
+CLOSING = str.maketrans("([{“‘«「", ")]}”’»」", ".。")
+
+# Thai, Lao, Burmese, Khmer, kana, ideographs: scripts without spaces, of which every character counts as a word
+SPACELESS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u9fff"
+             "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+TOKEN = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
 
 
 def extract_answer(response):
@@ -26,35 +53,110 @@ def extract_answer(response):
 
 
 def choice_letter(text, options):
-    """The option that an answer names, as its capital letter, or None if it names none, several, or one that is not there.
+    """The option that an answer names, as its capital letter, or None if it names none, several, or
+    one that is not there.
 
-    A single letter may carry brackets, a full stop, or the option's text after it: B, (B), b., "B. right", "B) right".
-    The text of an option alone names nothing: real data has options such as "A. C".
+    options: with their letters, "A. left", "A) left", "(A) left", "A: left" or "A.left"; [] if they
+    are not known, and then any letter will do, alone.
+    Markup, brackets, quotes and words such as "The answer is" are read past. The letter that follows
+    is the answer, unless what stands after it names another option, by its letter or by its text.
+    With the options A. left, B. right, C. a man walks:
+
+        B   b   (B)   B.   **B**   $B$   \\boxed{B}   Option B   The answer is B.   Ｂ   is B
+        B. right   B.right   (B)right   B right   B, right   B: it goes that way     is B
+        C. A man              is C, whose text begins so
+        B. A lady turns       is B, for an article is no letter
+        A or B   A, B   A: b  is None: two letters
+        A. left or right      is None: the text of another option, among other words
+        B. left               is None: the text of another option
+        B turns   A lady      is None: without a mark (. : , ; ! bracket, dash, new line) it may be a word
+        right   right, B   D  is None: no letter at the start, or none that is there
     """
-    letters = {m[1]: o[m.end():] for o in options if (m := re.match(r"\s*\(?([A-Z])[.):]", o))}
-    match = re.fullmatch(r"\(?([A-Za-z])(\)?[.:]?)(?:\s+(.*))?", text.strip(), re.DOTALL)
-    if not match or (letters and match[1].upper() not in letters):
+    texts = {m[1]: _said(_bare(o[m.end():])) for o in options if (m := OPTION.match(o))}
+    text = _bare(text)
+    named = LETTER.match(text, LEAD.match(text).end())
+    if not named or (texts and named[1].upper() not in texts):
         return None
-    letter, mark, rest = match[1].upper(), match[2], match[3] or ""
-    bare = lambda s: re.sub(r"[\W_]+", " ", s).strip().casefold()
-    if not rest or (letter in letters and bare(rest) == bare(letters[letter])):
+    letter, rest = named[1].upper(), text[named.end():]
+    said, own = _said(rest), texts.get(letter)
+    if said in ("", own):
         return letter
-    marked = re.findall(r"\b([A-Z])\b|\b([a-z])[).:]|(?:\bor\b|\band\b|[,/&])\s*\(?([a-z])\b", rest)
-    another = any("".join(found).upper() in letters for found in marked) or bare(rest) in map(bare, letters.values())
-    return letter if mark and letters and not another else None
+    if own is None or not named["mark"]:
+        return None
+    others = {t for other, t in texts.items() if other != letter and t != own}
+    if len(said) > 1 and f"{own} ".startswith(f"{said} "):
+        return None if said in others else letter
+    another = (_letters(rest) & set(texts)) - {letter} or others & _found(texts.values(), said)
+    return None if another else letter
+
+
+def _visible(text, form="NFKC"):
+    """The text in a Unicode normal form (in NFKC full-width letters and digits are ASCII), without
+    characters that are not seen: zero-width ones, controls, variation selectors."""
+    return "".join(c for c in unicodedata.normalize(form, text) if c.isspace() or not (
+        unicodedata.category(c) in ("Cc", "Cf") or "\ufe00" <= c <= "\ufe0f"))
+
+
+def _bare(text):
+    """The visible text with spaces for markup, and around characters of scripts without spaces."""
+    text = MARKUP.sub(" ", LATEX.sub("", _visible(text)))
+    return re.sub(f"[{SPACELESS}]", r" \g<0> ", text)
+
+
+def _said(text):
+    """The words of a text with one space between them; a minus sign and % are words: an option may
+    be -5 where another is 5."""
+    text = re.sub(r"(?<!\w)-(?=\d)", " minus ", text.translate(DASHES)).replace("%", " percent ")
+    return " ".join(_words(text))
+
+
+def _letters(text):
+    """The letters that stand alone in a text, as capitals. Those of "a.m.", "I'm", "°C" and "T-shirt"
+    do not, nor does "a" or "I" before a word that it can go with: in "A man", not in "A or"."""
+    tokens = re.findall(r"\w(?:\.\w)+|°?\w+(?:['’-]\w+)*|[^\w\s]", text)
+    alone = [(t, after) for t, after in zip(tokens, [*tokens[1:], ""]) if len(t) == 1]
+    return {t.upper() for t, after in alone if t not in "aAI" or not _may_follow(after)}
+
+
+def _may_follow(token):
+    """Can "a" or "I" go with this next word, or is it the end, a sign, a letter or an "or"?"""
+    return (len(token) > 1 or token.isdigit()) and token.lower() not in NO_NOUN
+
+
+def _found(texts, said):
+    """The set of those texts that stand in what is said, the longest first: "red and blue" holds no
+    "red". All as of _said. A text of one letter is not looked for: alone it is an option's letter."""
+    texts = sorted((t for t in texts if not re.fullmatch("[a-z]?", t)), key=len, reverse=True)
+    return set(re.findall(rf"(?<!\S)(?:{'|'.join(map(re.escape, texts))})(?!\S)", said)) if texts else set()
+
+
+def _decimal(text):
+    """The number that a text is, with the decimals that it is written with; None if it is none."""
+    found = NUMBER.fullmatch(LATEX.sub("", _visible(text)).translate(DASHES))
+    if not found or any(unicodedata.category(c) == "No" for c in text):  # 10² is not 102
+        return None
+    before, after = ("".join(found[side].translate(CLOSING).split()) for side in ("before", "after"))
+    return Decimal(re.sub("[, ]", "", found["number"])) if before[::-1] == after else None
 
 
 def parse_number(text):
-    """A number, or None. Thousands commas and a closing full stop are read; units and words are not: "3.5 m" is no number."""
-    text = text.strip().replace("\u2212", "-").removesuffix(".")
-    if not re.fullmatch(r"[+-]?(?=\.?\d)(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][+-]?\d{1,3})?", text):
-        return None
-    value = float(text.replace(",", ""))
+    """A number, or None. Read past: brackets, quotes and markup on both sides, commas or spaces
+    between thousands, a full stop. Units and words are not.
+
+        5   5.0   5.   5。   (5)   $5$   **5**   \\boxed{5}   1,000   1 000   –3   1e3   ５   numbers
+        5 m   50%   $5   five   4 or 5   1,00   10²   3-5   inf                            None
+    """
+    number = _decimal(text)
+    value = math.inf if number is None else float(number)
     return value if math.isfinite(value) else None
 
 
 def normalize_answer(text, sample):
-    """What an answer says, in a form that compares with ==: a letter, a number, or text; None if it says nothing valid."""
+    """What an answer says, in a form that compares with ==: a letter, a number, or text; None if it says nothing valid.
+
+    A numerical answer is rounded to as many decimals as the sample's own has, at least 2: 0.0034 is
+    right for 0.003, 0 is not.
+    """
     if text is None:
         return None
     if sample.problem_type == "multiple choice":
@@ -62,9 +164,10 @@ def normalize_answer(text, sample):
     if sample.problem_type == "regression":
         return parse_number(text)
     if sample.problem_type == "numerical":
-        number = parse_number(text)
-        return None if number is None else round(number, 2)
-    return " ".join(text.split()) or None
+        number, gold = parse_number(text), _decimal(sample.answer)
+        decimals = 2 if gold is None else max(2, -gold.as_tuple().exponent)
+        return None if number is None else round(number, decimals)
+    return " ".join(_visible(text, "NFC").split()) or None
 
 
 def accuracy_reward(response, sample):
@@ -73,23 +176,28 @@ def accuracy_reward(response, sample):
 
 
 def grade(answer, sample):
-    """How right a normalised answer is, in [0, 1]; 0 for None, which is no answer.
+    """How right a normalised answer is, in [0, 1]; 1 if it equals the sample's; 0 for None, which is no answer.
 
-        multiple choice, numerical   1 or 0
-        regression                   1 - relative error
-        OCR                          1 - word error rate
-        free-form                    mean F1 of ROUGE-1, -2 and -L (at most 2/3 for one word: ROUGE-2 compares pairs)
+        multiple choice  1 or 0, by the letter
+        numerical        1 or 0, after rounding to the decimals of the sample's answer, at least 2
+        regression       1 - relative error
+        OCR              1 - word error rate
+        free-form        mean F1 of ROUGE-1, -2 and -L (one word, if not exactly right: at most 2/3, ROUGE-2 compares pairs)
+    Numbers have no unit and no %. Texts are compared by words, by characters in scripts without spaces; a text of symbols
+    only ("+") is right or wrong.
     """
     target = normalize_answer(sample.answer, sample)
     if answer is None or target is None:
         return 0.0
+    if answer == target:
+        return 1.0
     if sample.problem_type == "regression":
         return max(0.0, 1.0 - abs(answer - target) / (abs(target) + 1e-9))
     if sample.problem_type == "OCR":
         return max(0.0, 1.0 - word_error_rate(answer, target))
     if sample.problem_type == "free-form":
         return rouge(answer, target)
-    return float(answer == target)
+    return 0.0
 
 
 def format_reward(response):
@@ -107,18 +215,28 @@ def length_reward(num_tokens, accuracy, *, lo=320, hi=512, bonus=0.2):
 def mean_relative_accuracy(pred, target, *, inclusive=False):
     """MRA of VSI-Bench (arXiv 2412.14171): the mean over thresholds 0.50, 0.55, ..., 0.95 of [relative error < 1 - threshold].
 
-    inclusive: <=, as VSI-Bench's own script has it where its paper, and Video-R1, have <.
+    inclusive: <=, as VSI-Bench's own script has it where its paper, and Video-R1, have <. pred, target: any int or float,
+    compared as the decimals that they print as, so that no rounding decides: the error of 1.15 against 1 is 0.15. Of a
+    target of 0 only 0 is right; an infinite or undefined number is not.
     """
-    error = abs(pred - target) / abs(target) if target else float(pred != target)
-    bounds = [1 - (50 + 5 * i) / 100 for i in range(10)]
-    return sum(error < b or (inclusive and error == b) for b in bounds) / 10
+    if pred == target:
+        return 1.0
+    if not target or any(isinstance(x, float) and not math.isfinite(x) for x in (pred, target)):
+        return 0.0
+    pred, target = (Fraction(str(x)) if isinstance(x, float) else Fraction(x) for x in (pred, target))
+    error = abs(pred - target) / abs(target)
+    bounds = [Fraction(k, 20) for k in range(1, 11)]
+    return sum(error < bound or (inclusive and error == bound) for bound in bounds) / 10
 
 
 # ---- texts
 
 def word_error_rate(text, reference):
-    """Fewest words to insert, delete or replace to turn the text into the reference, over the reference's words. Can exceed 1."""
-    a, b = text.split(), reference.split()
+    """Fewest words to insert, delete or replace to turn the text into the reference, over the reference's words. Can exceed 1.
+
+    A word is what stands between spaces; in scripts without spaces (SPACELESS) it is a character.
+    """
+    a, b = TOKEN.findall(text), TOKEN.findall(reference)
     row = list(range(len(b) + 1))  # row[j]: distance of the words of a read so far to b[:j]
     for i, word in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -129,7 +247,7 @@ def word_error_rate(text, reference):
 
 def rouge(text, reference):
     """The mean F1 of ROUGE-1, -2 and -L (Lin 2004) over stemmed words: shared words, word pairs, longest common subsequence."""
-    a, b = _words(text), _words(reference)
+    a, b = _stems(text), _stems(reference)
     pairs = lambda x: list(zip(x, x[1:]))
     shared = lambda x, y: sum((Counter(x) & Counter(y)).values())
     f1 = lambda hits, total: 2 * hits / total if hits else 0.0
@@ -147,5 +265,12 @@ def _lcs(a, b):
 
 
 def _words(text):
-    """Lower case, letters and digits only, longer words stemmed: as the rouge-score package does."""
-    return [stem(word) if len(word) > 3 else word for word in re.sub(r"[^a-z0-9]+", " ", text.lower()).split()]
+    """Lower case, letters and digits only: "It's 5 m" is it, s, 5, m. A character is a word in scripts without spaces."""
+    kept = (c if unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text.lower())
+    return TOKEN.findall("".join(kept))
+
+
+def _stems(text):
+    """The words of a text, longer ones stemmed: in ASCII as the rouge-score package does. Letters beyond ASCII, which that
+    package takes for spaces, are letters here: "café" is one word, and not "caf"."""
+    return [stem(word) if len(word) > 3 else word for word in _words(text)]

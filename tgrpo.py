@@ -33,11 +33,12 @@ import torch
 def temporal_test(ordered_acc, shuffled_acc, *, mu=1.0, correct=0.5):
     """Is the ordered group right at least mu times as often? ordered_acc (B, G), shuffled_acc (B, G') accuracies in [0, 1].
 
-    A response is right if its accuracy exceeds `correct`. Returns (passed, vacuous), (B,) bool each; vacuous: passed because
-    neither group had a right response, so that the test says nothing (and there is nothing to give a bonus to).
+    A response is right if its accuracy exceeds `correct`. A tie passes, whatever rounding makes of it: 8/12 is 0.8 * 5/6.
+    Returns (passed, vacuous), (B,) bool each; vacuous: passed because neither group had a right response, so that the test
+    says nothing (and there is nothing to give a bonus to).
     """
     p, p_shuffled = ((acc > correct).double().mean(dim=1) for acc in (ordered_acc, shuffled_acc))
-    return p >= mu * p_shuffled, (p == 0) & (p_shuffled == 0)
+    return p >= mu * p_shuffled - 1e-9, (p == 0) & (p_shuffled == 0)
 
 
 def temporal_bonus(ordered_acc, shuffled_acc, *, alpha=0.3, mu=1.0, correct=0.5):

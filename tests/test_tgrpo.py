@@ -26,6 +26,18 @@ def test_mu_alpha_and_correct():
     assert tgrpo.temporal_bonus(ORDERED.float(), SHUFFLED.float()).dtype == torch.float32
 
 
+def test_a_tie_passes_whatever_rounding_makes_of_it():
+    """8/12 of the ordered and 5/6 of the shuffled at mu 0.8, and all other counts of G = 12 and G' = 6, in integers."""
+    def right(n, of):
+        return (torch.arange(of) < n).double()[None]
+
+    for tenths in range(1, 21):
+        for n in range(1, 13):
+            for m in range(1, 7):
+                passed, _ = tgrpo.temporal_test(right(n, 12), right(m, 6), mu=tenths / 10)
+                assert passed.item() == (10 * 6 * n >= tenths * 12 * m), (n, m, tenths)
+
+
 @pytest.mark.parametrize("alpha", [0.3, 10.0])
 def test_the_published_bonus_cancels_for_binary_accuracy_and_constant_format(alpha):
     """(R - mean) / std of R = accuracy + format + bonus is that of R without the bonus (up to the 1e-4 beside the std)."""
