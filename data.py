@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -148,6 +149,8 @@ def _sample(r, number, where, root, stem):
         raise DataError(f"{where}: a {type(r).__name__}, expected an object with {FIELDS}")
     _, name = _first(r, "problem_id", "qid", "question_id", "id")
     where = where if name is None else f"{where} (id {shown(name)})"
+    if isinstance(name, bool | list | dict):
+        raise DataError(f"{where}: expected text or a number as its id")
     question = _text_of(r, where, "problem", "question")
     key, _ = _first(r, "path", "video", "videos", "image")
     medium = _text_of(r, where, "path", "video", "videos", "image")
@@ -165,6 +168,8 @@ def _sample(r, number, where, root, stem):
     if options in (None, "", []):
         question, options = _split_options(question) if kind == "multiple choice" else (question, [])
     options = _lettered(options, where)
+    if not question:
+        raise DataError(f"{where}: no question beside the options in 'problem'")
     answer = _answer(r, where)
     if kind == "multiple choice":
         if not options:
@@ -289,7 +294,8 @@ def _lettered(options, where):
     if len(options) > 26 or not all(o.strip() for o in options):
         raise DataError(f"{where}: {len(options)} options, expected at most 26, none of them empty")
     options, letters = [o.lstrip() for o in options], [chr(65 + i) for i in range(len(options))]
-    begins = [re.match(r"[(\[]?([A-Za-z])[.):\]](?!\w\.)", o) for o in options]  # "A.M." is no letter with its text
+    plain = [unicodedata.normalize("NFKC", o) for o in options]  # full-width forms
+    begins = [re.match(r"\W*([A-Za-z])[.):\]、](?!\w\.)", o) for o in plain]  # "A.M." is no letter with its text
     found = [m[1].upper() if m else None for m in begins]
     if found != letters and not set(found).isdisjoint(letters):
         raise DataError(f"{where}: the options {', '.join(map(shown, options))}, expected the letters A, B, C ... in order "
@@ -300,10 +306,13 @@ def _lettered(options, where):
 
 
 def _split_options(question):
-    """Video-RTS and LongVideo-Reason end the question with its options, A, B, C ..., one a line -> (question, options)."""
+    """Video-RTS and LongVideo-Reason end the question with its options, A, B, C ..., one a line -> (question, options); no
+    options where a line before them begins with one of their letters too."""
     lines = [line.strip() for line in question.splitlines() if line.strip()]
-    for i in range(len(lines)):
-        if all(re.match(rf"\(?{chr(65 + k)}[.):]", line) for k, line in enumerate(lines[i:])) and len(lines) - i <= 26:
+    found = [m[1] if (m := re.match(r"\(?([A-Z])[.):]", line)) else None for line in lines]
+    for i in range(max(0, len(lines) - 26), len(lines) - 1):
+        letters = [chr(65 + k) for k in range(len(lines) - i)]
+        if found[i:] == letters and set(found[:i]).isdisjoint(letters):
             return "\n".join(lines[:i]), lines[i:]
     return question, []
 

@@ -329,8 +329,9 @@ def look_for_media(samples, data, media_root):
 
 def evaluate(args, device):
     """Answers all records by every method of the flags, and prints the table -> summary."""
-    folder, bad = local_folder(args.model), {}
+    bad = {}
     found = load_samples(args.data, media_root=args.media_root, skipped=bad)
+    folder = local_folder(args.model)
     samples = dict(zip((i for i in range(len(found) + len(bad)) if i not in bad), found))
     for i, (_, read_record) in enumerate(read_records(args.data)):
         if i in bad:

@@ -175,10 +175,16 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"options": ["x", "(b) y"]}, "expected the letters"),
         ({"options": ["B. x", "C. y"]}, "expected the letters"),
         ({"options": ["A. x", "B. y", "D. z"]}, "expected the letters"),
+        ({"options": ["**B.** x", "**A.** y"]}, "expected the letters"),
+        ({"options": ["Ｂ．x", "Ａ．y"]}, "expected the letters"),
+        ({"options": None, "problem": "A. x\nB. y"}, "no question beside the options"),
+        ({"options": None, "problem": "Why?\nA. x\nA. y\nB. z"}, "without options"),
+        ({"options": None, "problem": "Why?\nB. y"}, "without options"),
+        ({"problem_id": [3]}, "expected text or a number as its id"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, change, message):
-    with pytest.raises(DataError, match=f"r.json, record 1 .id '?3.*{message}"):
+    with pytest.raises(DataError, match=rf"r.json, record 1 .id \W*3.*{message}"):
         load(tmp_path, RECORD, RECORD | change)
     skipped = {}
     assert len(load(tmp_path, RECORD, RECORD | change, skipped=skipped)) == 1 and len(skipped) == 1
@@ -211,6 +217,7 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         ({"options": ["A. ", "B. "]}, "options", ["A. ", "B. "]),  # letters that the frames show, as in VideoMMMU
         ({"options": ["a. x", "b. y"]}, "options", ["A. a. x", "B. b. y"]),
         ({"options": ["A", "B"]}, "options", ["A. A", "B. B"]),
+        ({"options": ["A、左", "B、右"]}, "options", ["A. A、左", "B. B、右"]),
         ({"options": [str(i) for i in range(26)]}, "options", [f"{chr(65 + i)}. {i}" for i in range(26)]),
         ({"category": "\ud800", "domain": 3, "duration": "short"}, "about", {"data_source": "set", "duration": "short"}),
     ],
