@@ -154,9 +154,9 @@ def _sample(r, number, where, root, stem):
     question = _text_of(r, where, "problem", "question")
     key, _ = _first(r, "path", "video", "videos", "image")
     medium = _text_of(r, where, "path", "video", "videos", "image")
-    for field_, value in (("question ('problem')", question), ("medium ('path', 'video', 'videos' or 'image')", medium)):
+    for what, value in (("question ('problem')", question), ("medium ('path', 'video', 'videos' or 'image')", medium)):
         if not value:
-            raise DataError(f"{where}: no {field_}; it has {', '.join(map(shown, r)) or 'no fields'}; expected {FORM}")
+            raise DataError(f"{where}: no {what}; it has {', '.join(map(shown, r)) or 'no fields'}; expected {FORM}")
     data_type = _text_of(r, where, "data_type") or ("image" if key == "image" else "video")
     if data_type not in ("video", "image", "frame"):
         raise DataError(f"{where}: data type {shown(data_type)}, expected video, image or frame")
@@ -277,10 +277,10 @@ def problem_type(record):
     """The one of rewards.PROBLEM_TYPES that a record names, multiple choice where it names none; None for anything else."""
     if not isinstance(record, dict):
         return None
-    kind = record.get("problem_type")
-    kind = "multiple choice" if kind is None or kind == "" else kind
-    same = lambda name: isinstance(kind, str) and name.lower().replace("-", " ") == kind.lower().strip().replace("-", " ")
-    return next(filter(same, PROBLEM_TYPES), None)
+    key, kind = _first(record, "problem_type")
+    kind = "multiple choice" if key is None else kind
+    spelled = {name.lower().replace("-", " "): name for name in PROBLEM_TYPES}
+    return spelled.get(kind.strip().lower().replace("-", " ")) if isinstance(kind, str) else None
 
 
 def _lettered(options, where):
