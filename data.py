@@ -103,17 +103,21 @@ def load_samples(path, *, media_root=None, skipped=None):
 def read_records(path):
     """The records of a file as they are -> [(where, a function that gives the record), ...]; `where` names file and record.
 
-    A file that begins with "[" is a JSON list, any other one JSON lines, whatever it is called. Raises DataError.
+    By content, whatever the file is called: a JSON list, or else JSON lines. Raises DataError for any other file.
     """
     path = Path(path)
     text = _text(path)
-    if text.lstrip().startswith("["):
-        try:
-            return [(f"{path}, record {i}", lambda r=r: r) for i, r in enumerate(_json(text, path))]
-        except DataError:
-            if path.suffix != ".jsonl":  # there it is one line that is no record
-                raise
+    try:
+        whole = _json(text, path)
+    except DataError:
+        if text.lstrip().startswith("[") and path.suffix != ".jsonl":  # there it is a line that is no record
+            raise
+        whole = None
+    if isinstance(whole, list):
+        return [(f"{path}, record {i}", lambda r=r: r) for i, r in enumerate(whole)]
     lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if whole and len(lines) > 1:
+        raise DataError(f"{path}: holds one JSON {type(whole).__name__}, expected {FORM}")
     return [(where, partial(_json, line, where)) for where, line in lines]
 
 
