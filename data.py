@@ -252,7 +252,7 @@ def _reasoning(r, sample, where):
     process = _text_of(r, where, "process", "reasoning")
     if process.endswith("</answer>"):
         given = extract_answer(process)
-        if normalize_answer(given, sample) != normalize_answer(sample.answer, sample):
+        if given is None or normalize_answer(given, sample) != normalize_answer(sample.answer, sample):
             raise DataError(f"{where}: the reasoning answers {shown(given)}, the solution is {shown(sample.answer)}")
         process = process[: process.rindex("<answer>")]
     reasoning = re.sub(r"</?think>", "", process).strip()

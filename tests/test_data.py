@@ -164,6 +164,7 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"process": 5}, "'process' is 5"),
         ({"process": "<think>left</think><answer>A</answer>"}, "the reasoning answers 'A', the solution is 'B'"),
         ({"process": "<answer>B</answer> as it turns"}, "a tag within the reasoning"),
+        ({"process": "it turns</answer>"}, "the reasoning answers None"),
         ({"solution": "<answer>so", "problem_type": "OCR"}, "a tag within"),
         ({"options": {}}, "'options' is {}, expected a list"),
         ({"options": ["A. x", ""]}, "none of them empty"),
