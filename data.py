@@ -10,18 +10,23 @@ Nothing is replaced and nothing is truncated: what cannot be used raises DataErr
 """
 
 import json
+import math
+import os
 import random
 import re
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from reprlib import repr as shown  # of whatever a record holds: short, on one line, and printable
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from rewards import PROBLEM_TYPES, choice_letter, extract_answer, parse_number
+from rewards import PROBLEM_TYPES, choice_letter, extract_answer, format_reward, normalize_answer, parse_number
 from video import (
     MERGE,
     PATCH,
@@ -35,10 +40,15 @@ from video import (
     smart_resize,
 )
 
-__all__ = ["DataError", "Sample", "load_samples", "Media", "load_media", "Prompt", "PromptBuilder", "Loader", "patchify",
-           "normalize", "frame_indices", "read_video", "smart_resize"]
+__all__ = ["DataError", "Sample", "load_samples", "missing_media", "Media", "load_media", "Prompt", "PromptBuilder", "Loader",
+           "patchify", "normalize", "frame_indices", "read_video", "smart_resize"]
 
 ABOUT = ("data_source", "original_question_type", "task_type", "category", "duration", "domain", "sub_category")
+FIELDS = "problem, options, problem_type, data_type, solution, path"
+FORM = f"a list of objects with {FIELDS}"
+BINARY = {b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip", b"PK\3\4": "a zip archive",
+          b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd",
+          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # the first bytes of files that are not records
 FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
 
 
@@ -49,9 +59,9 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Sample:
     """One question about one medium. `answer` is the text inside <answer>; `reasoning` that inside <think>, "" if none."""
-    id: str
+    id: str  # the record's number in its file, from 0, where it has none
     question: str
-    options: list[str]  # with their letters, "A. text" or "A) text"; [] for other problem types
+    options: list[str]  # with their letters in order, "A. text", "A) text", "(A) text" or "A: text"; [] if there are none
     problem_type: str  # one of rewards.PROBLEM_TYPES
     data_type: str  # "video", "image" or "frame", a folder of frames
     path: str
@@ -66,7 +76,7 @@ class Sample:
 # ---- records
 
 def load_samples(path, *, media_root=None, skipped=None):
-    """Reads a .json (a list of objects) or .jsonl file -> list[Sample], in the file's order.
+    """Reads a .json or .jsonl file -> list[Sample], in the file's order.
 
     media_root: what the records' relative paths start from; the folder of the file unless told.
     skipped: a dict that receives {number of the record: message} for every bad one, which is then left out; without it the
@@ -78,118 +88,255 @@ def load_samples(path, *, media_root=None, skipped=None):
     samples = []
     for i, (where, read) in enumerate(read_records(path)):
         try:
-            samples.append(_sample(read(), where, root, path.stem))
+            samples.append(_sample(read(), i, where, root, path.stem))
         except DataError as e:
             if skipped is None:
                 raise
             skipped[i] = str(e)
     if not samples:
-        first = f", first problem: {next(iter(skipped.values()))}" if skipped else ""
+        first = f", first problem: {next(iter(skipped.values()))}" if skipped else f", expected {FORM}"
         raise DataError(f"{path}: holds no usable record{first}")
     return samples
 
 
 def read_records(path):
-    """The records of a file as they are -> [(where, a function that gives the record), ...]; `where` names file and record."""
+    """The records of a file as they are -> [(where, a function that gives the record), ...]; `where` names file and record.
+
+    By content, whatever the file is called: a JSON list, or else JSON lines. Raises DataError for any other file.
+    """
     path = Path(path)
+    text = _text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        whole = _json(text, path)
+    except DataError:
+        if text.lstrip().startswith("[") and path.suffix != ".jsonl":  # there it is a line that is no record
+            raise
+        whole = None
+    if isinstance(whole, list):
+        return [(f"{path}, record {i}", lambda r=r: r) for i, r in enumerate(whole)]
+    lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if whole and len(lines) > 1:
+        raise DataError(f"{path}: holds one JSON {type(whole).__name__}, expected {FORM}")
+    return [(where, partial(_json, line, where)) for where, line in lines]
+
+
+def _text(path):
+    try:
+        content = path.read_bytes()
+    except OSError as e:
         raise DataError(f"{path}: cannot be read: {e}") from e
+    kind = next((kind for magic, kind in BINARY.items() if content.startswith(magic)), None)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        kind = kind or "not UTF-8 text"
+    if kind is None and "\0" in text[:100]:
+        kind = "binary, or UTF-16 text"
+    if kind:
+        raise DataError(f"{path}: is {kind}, expected JSON in UTF-8: {FORM}")
     if not text.strip():
-        raise DataError(f"{path}: is empty")
-    if path.suffix == ".jsonl":
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(where, partial(_json, line, where)) for where, line in lines]
-    records = _json(text, path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: holds a JSON {type(records).__name__}, expected a list of records")
-    return [(f"{path}, record {i}", lambda r=r: r) for i, r in enumerate(records)]
+        raise DataError(f"{path}: is empty, expected {FORM}")
+    return text
 
 
 def _json(text, where):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: not JSON, or cut off: {e}") from e
+        raise DataError(f"{where}: not JSON, or cut off: {e}; expected {FORM}") from e
 
 
-def _sample(r, where, root, stem):
+def _sample(r, number, where, root, stem):
+    """A record -> Sample. number: of the record in its file, from 0. Raises DataError."""
     if not isinstance(r, dict):
-        raise DataError(f"{where}: a {type(r).__name__}, expected an object")
-    first = lambda *keys: next((r[k] for k in keys if r.get(k) not in (None, "")), None)
-    name = first("problem_id", "qid", "question_id", "id")
-    where = f"{where} (id {name})"
+        raise DataError(f"{where}: a {type(r).__name__}, expected an object with {FIELDS}")
+    _, name = _first(r, "problem_id", "qid", "question_id", "id")
+    where = where if name is None else f"{where} (id {shown(name)})"
+    if isinstance(name, bool | list | dict):
+        raise DataError(f"{where}: expected text or a number as its id")
+    question = _text_of(r, where, "problem", "question")
+    key, _ = _first(r, "path", "video", "videos", "image")
+    medium = _text_of(r, where, "path", "video", "videos", "image")
+    for what, value in (("question ('problem')", question), ("medium ('path', 'video', 'videos' or 'image')", medium)):
+        if not value:
+            raise DataError(f"{where}: no {what}; it has {', '.join(map(shown, r)) or 'no fields'}; expected {FORM}")
+    data_type = _text_of(r, where, "data_type") or ("image" if key == "image" else "video")
+    if data_type not in ("video", "image", "frame"):
+        raise DataError(f"{where}: data type {shown(data_type)}, expected video, image or frame")
 
-    question, medium = first("problem", "question"), first("path", "video", "videos", "image")
-    if not isinstance(question, str):
-        raise DataError(f"{where}: no question ('problem')")
-    if not isinstance(medium, str):
-        raise DataError(f"{where}: no medium ('path', 'video' or 'videos')")
-    solution = first("solution", "answer")  # `solution` first: some evaluation files hold the option's text in `answer`
-    if solution is None:
-        raise DataError(f"{where}: no 'solution'")
-    answer = extract_answer(str(solution))
-    answer = str(solution).strip() if answer is None else answer
-    if not answer:
-        raise DataError(f"{where}: an empty solution {solution!r}")
-
-    options = first("options") or []
-    if not (isinstance(options, list) and all(isinstance(o, str) for o in options)):
-        raise DataError(f"{where}: 'options' is {options!r}, expected a list of strings")
-    kind = str(first("problem_type") or "multiple choice").lower()
-    if kind not in PROBLEM_TYPES and kind.replace("-", " ") in PROBLEM_TYPES:
-        kind = kind.replace("-", " ")
-    kind = next((k for k in PROBLEM_TYPES if k.lower() == kind), kind)
-    if kind not in PROBLEM_TYPES:
-        raise DataError(f"{where}: unknown problem type {kind!r}, expected one of {', '.join(PROBLEM_TYPES)}")
+    kind = problem_type(r)
+    if kind is None:
+        raise DataError(f"{where}: unknown problem type {shown(r['problem_type'])}, expected one of {', '.join(PROBLEM_TYPES)}")
+    options = r.get("options")
+    if options in (None, "", []):
+        question, options = _split_options(question) if kind == "multiple choice" else (question, [])
+    options = _lettered(options, where)
+    if not question:
+        raise DataError(f"{where}: no question beside the options in 'problem'")
+    answer = _answer(r, where)
     if kind == "multiple choice":
-        if not options:
-            question, options = _split_options(question)
-        if not all(re.match(r"\s*\(?[A-Z][.):]", o) for o in options):
-            options = [f"{chr(65 + i)}. {o}" for i, o in enumerate(options)]
         if not options:
             raise DataError(f"{where}: multiple choice without options")
         if choice_letter(answer, options) is None:
-            raise DataError(f"{where}: the answer {answer!r} is not among the options {', '.join(o[:20] for o in options)}")
+            raise DataError(f"{where}: the answer {shown(answer)} is not among the options {', '.join(map(shown, options))}")
     elif kind in ("numerical", "regression") and parse_number(answer) is None:
-        raise DataError(f"{where}: the answer {answer!r} of a {kind} question is not a number")
+        raise DataError(f"{where}: the answer {shown(answer)} of a {kind} question is not a number")
 
-    data_type = first("data_type") or "video"
-    if data_type not in ("video", "image", "frame"):
-        raise DataError(f"{where}: data type {data_type!r}, expected video, image or frame")
-    reasoning = re.sub(r"</?think>", "", str(first("process", "reasoning") or "")).strip()
+    fps = _number(r, "fps", where, least=1e-6, most=1e6)
+    sample = Sample(id=str(number if name is None else name), question=question.strip(), options=options, problem_type=kind,
+                    data_type=data_type, path=str(root / medium), answer=answer,
+                    source=_text_of(r, where, "data_source") or stem, fps=FOLDER_FPS if fps is None else fps, about=about(r),
+                    segment=_segment(r, where))
+    sample = replace(sample, reasoning=_reasoning(r, sample, where))
+    for text in (sample.id, sample.question, sample.path, answer, sample.reasoning, sample.source, *options):
+        if not _is_unicode(text):
+            raise DataError(f"{where}: a text that is not valid Unicode: {shown(text)}")
+    return sample
+
+
+def _first(r, *keys):
+    """(key, value) of the first of these fields that a record has: null and "" are none. (None, None) without any."""
+    return next(((k, r[k]) for k in keys if r.get(k) is not None and r[k] != ""), (None, None))
+
+
+def _text_of(r, where, *keys):
+    """The first of these fields, which must be text, stripped; "" without any."""
+    key, value = _first(r, *keys)
+    if key and not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is {shown(value)}, expected text")
+    return (value or "").strip()
+
+
+def _number(r, key, where, *, least, most):
+    """A field's number, which may be written as text; None without one."""
+    _, value = _first(r, key)
+    if value is None:
+        return None
     try:
-        fps = float(first("fps") or FOLDER_FPS)
-    except (TypeError, ValueError):
-        fps = 0.0
-    if not 0 < fps < float("inf"):
-        raise DataError(f"{where}: 'fps' is {r['fps']!r}, expected a number of frames per second")
-    segment = None
-    if isinstance(r.get("start"), (int, float)) and isinstance(r.get("end"), (int, float)):  # MVBench
-        segment = float(r["start"]), float(r["end"])
-        if not 0 <= segment[0] < segment[1]:
-            raise DataError(f"{where}: a segment from {r['start']} to {r['end']} seconds")
-    for text in (question, answer, reasoning, medium, *options):
-        if re.search("[\ud800-\udfff]", text):
-            raise DataError(f"{where}: a text that is not valid Unicode: {text[:60]!r}")
-    return Sample(id=str(name), question=question.strip(), options=options, problem_type=kind, data_type=data_type,
-                  path=str(root / medium), answer=answer, reasoning=reasoning, source=str(first("data_source") or stem),
-                  fps=fps, about=about(r), segment=segment)
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not least <= number <= most:
+        raise DataError(f"{where}: {key!r} is {shown(value)}, expected a number from {least:g} to {most:g}")
+    return number
+
+
+def _segment(r, where):
+    """(start, end) in seconds, as in MVBench; None for a record of the whole video."""
+    start, end = (_number(r, key, where, least=0, most=1e9) for key in ("start", "end"))
+    if (start is None) != (end is None):
+        raise DataError(f"{where}: only one of 'start' ({start}) and 'end' ({end}), expected both, in seconds, or none")
+    if start is not None and start >= end:
+        raise DataError(f"{where}: a segment from {start:g} to {end:g} seconds")
+    return None if start is None else (start, end)
+
+
+def _answer(r, where):
+    """The text of the answer, from `solution` first: some evaluation files hold the option's text in `answer`."""
+    key, solution = _first(r, "solution", "answer")
+    if key is None:
+        raise DataError(f"{where}: no 'solution'")
+    if isinstance(solution, bool) or not isinstance(solution, (str, int, float)):
+        raise DataError(f"{where}: {key!r} is {shown(solution)}, expected text or a number")
+    answer = extract_answer(str(solution))
+    answer = str(solution).strip() if answer is None else answer
+    if not answer:
+        raise DataError(f"{where}: an empty solution {shown(solution)}")
+    return answer
+
+
+def _reasoning(r, sample, where):
+    """The reasoning that leads to the answer; "" without any. `process` is that text, with <think> </think> or without, or a
+    whole response, whose answer must be the record's."""
+    process = _text_of(r, where, "process", "reasoning")
+    if process.endswith("</answer>"):
+        given = extract_answer(process)
+        if given is None or normalize_answer(given, sample) != normalize_answer(sample.answer, sample):
+            raise DataError(f"{where}: the reasoning answers {shown(given)}, the solution is {shown(sample.answer)}")
+        process = process[: process.rindex("<answer>")]
+    reasoning = re.sub(r"</?think>", "", process).strip()
+    if not format_reward(supervised_response(reasoning, sample.answer)):
+        raise DataError(f"{where}: a tag within the reasoning or the solution {shown(sample.answer)}, expected the response to "
+                        "learn from to be <think>...</think> <answer>...</answer>")
+    return reasoning
+
+
+def supervised_response(reasoning, answer):
+    """The response that a record teaches."""
+    return f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
+
+
+def _is_unicode(text):
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def about(record):
-    """Those of the fields ABOUT that a record has; {} for what is no record."""
-    return {key: record[key] for key in ABOUT if isinstance(record, dict) and isinstance(record.get(key), str) and record[key]}
+    """Those of the fields ABOUT that a record has as text that can be printed; {} for what is no record."""
+    texts = {key: record.get(key) for key in ABOUT} if isinstance(record, dict) else {}
+    return {key: text for key, text in texts.items() if isinstance(text, str) and text and _is_unicode(text)}
+
+
+def problem_type(record):
+    """The one of rewards.PROBLEM_TYPES that a record names, multiple choice where it names none; None for anything else."""
+    if not isinstance(record, dict):
+        return None
+    key, kind = _first(record, "problem_type")
+    kind = "multiple choice" if key is None else kind
+    spelled = {name.lower().replace("-", " "): name for name in PROBLEM_TYPES}
+    return spelled.get(kind.strip().lower().replace("-", " ")) if isinstance(kind, str) else None
+
+
+def _lettered(options, where):
+    """The options with their letters A, B, C ... in order, which they have or get.
+
+    Where some begin with a letter of these, but not all with their own, it could be meant either way ("A. left", "right"), so
+    the record is refused. "J. Smith", "K. Brown" and "A.M.", "P.M." are text, which gets letters.
+    """
+    if not (isinstance(options, list) and all(isinstance(o, str) for o in options)):
+        raise DataError(f"{where}: 'options' is {shown(options)}, expected a list of strings")
+    if len(options) > 26 or not all(o.strip() for o in options):
+        raise DataError(f"{where}: {len(options)} options, expected at most 26, none of them empty")
+    options, letters = [o.lstrip() for o in options], [chr(65 + i) for i in range(len(options))]
+    plain = [unicodedata.normalize("NFKC", o) for o in options]  # full-width forms
+    begins = [re.match(r"\W*([A-Za-z])[.):\]、](?!\w\.)", o) for o in plain]  # "A.M." is no letter with its text
+    found = [m[1].upper() if m else None for m in begins]
+    if found != letters and not set(found).isdisjoint(letters):
+        raise DataError(f"{where}: the options {', '.join(map(shown, options))}, expected the letters A, B, C ... in order "
+                        "before all of them, or before none")
+    if all(re.match(rf"\(?{letter}[.):]", o) for letter, o in zip(letters, options)):
+        return options
+    return [f"{letter}. {o}" for letter, o in zip(letters, options)]
 
 
 def _split_options(question):
-    """Video-RTS and LongVideo-Reason end the question with its options, A, B, C ..., one a line -> (question, options)."""
+    """Video-RTS and LongVideo-Reason end the question with its options, A, B, C ..., one a line -> (question, options); no
+    options where a line before them begins with one of their letters too."""
     lines = [line.strip() for line in question.splitlines() if line.strip()]
-    for i in range(len(lines)):
-        if all(re.match(rf"\(?{chr(65 + k)}[.):]", line) for k, line in enumerate(lines[i:])) and len(lines) - i <= 26:
+    found = [m[1] if (m := re.match(r"\(?([A-Z])[.):]", line)) else None for line in lines]
+    for i in range(max(0, len(lines) - 26), len(lines) - 1):
+        letters = [chr(65 + k) for k in range(len(lines) - i)]
+        if found[i:] == letters and set(found[:i]).isdisjoint(letters):
             return "\n".join(lines[:i]), lines[i:]
     return question, []
+
+
+def missing_media(samples, data, media_root):
+    """Looks for the file or folder of every sample -> (a line that counts by folder those that are not there, "" if all are;
+    whether they are more than half).
+
+    data, media_root: as given to load_samples, for the line.
+    """
+    there = {path: os.path.exists(path) for path in dict.fromkeys(s.path for s in samples)}
+    missing = [s for s in samples if not there[s.path]]
+    if not missing:
+        return "", False
+    folders = Counter(str(Path(s.path).parent) for s in missing).most_common()
+    counts = ", ".join(f"{n} in {folder}" for folder, n in folders[:3])
+    others = f", the others in {len(folders) - 3} more folders" if len(folders) > 3 else ""
+    start = Path(data).absolute().parent
+    root = f"--media_root was {media_root}" if media_root else f"--media_root was not set, so paths start from {start}"
+    return (f"{data}: the media of {len(missing)} of {len(samples)} records are missing: {counts}{others}; the first: "
+            f"record {missing[0].id}, {missing[0].path}; {root}"), 2 * len(missing) > len(samples)
 
 
 # ---- media
@@ -341,13 +488,15 @@ class PromptBuilder:
         return self.build(sample, [load_media(sample, **{**self.media, **media})])
 
     def build(self, sample, media):
+        """The prompt of media that are loaded. Raises DataError: too long, or a text that spells out a special token."""
+        self._refuse_special(sample, "question, options or solution", f"{self.text(sample)}\n{sample.answer}")
         content = [{"type": m.kind} for m in media] + [{"type": "text", "text": self.text(sample)}]
         turn = {"role": "user", "content": content}
         chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
         counts = {self.pad[kind]: [m.tokens for m in media if m.kind == kind] for kind in self.pad}
         for token, wanted in counts.items():
-            if ids.count(token) != len(wanted):  # a question that spells out a vision token, or a template for text only
+            if ids.count(token) != len(wanted):  # a template for text only
                 raise DataError(f"record {sample.id}: {ids.count(token)} places for media in the prompt, expected {len(wanted)}")
         counts = {token: iter(wanted) for token, wanted in counts.items()}
         ids = [x for i in ids for x in ([i] * next(counts[i]) if i in counts else [i])]
@@ -365,12 +514,17 @@ class PromptBuilder:
         """Token ids (R,) of a supervised response: reasoning, answer, end of turn. Raises DataError without reasoning."""
         if not sample.reasoning:
             raise DataError(f"record {sample.id}: no reasoning ('process') to learn from")
-        text = f"<think>{sample.reasoning}</think>\n<answer>{sample.answer}</answer>"
+        text = supervised_response(sample.reasoning, sample.answer)
+        ids = self._refuse_special(sample, "reasoning or solution", text)
+        return torch.tensor([*ids, self.tokenizer.eos_token_id])
+
+    def _refuse_special(self, sample, what, text):
+        """The text's token ids. Raises DataError if it spells out a special token, such as <|im_end|>, which ends a turn."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if special := set(ids) & set(self.tokenizer.all_special_ids):
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
-            raise DataError(f"record {sample.id}: the reasoning spells out {names}")
-        return torch.tensor([*ids, self.tokenizer.eos_token_id])
+            raise DataError(f"record {sample.id}: its {what} spells out {names}, expected text without special tokens")
+        return ids
 
     def decode(self, ids):
         """Token ids -> the response's text, without special tokens."""

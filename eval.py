@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 import rewards
 import toy
 import tts
-from data import DataError, Prompt, PromptBuilder, Sample, about, load_samples, read_records
+from data import DataError, Prompt, PromptBuilder, Sample, about, load_samples, missing_media, problem_type, read_records
 from model import ModelError, Policy, fingerprint, local_folder
 from rollout import generate
 from run import (
@@ -308,7 +308,7 @@ def open_answers(args, folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"error: other processes are writing to {out}: wait for them, or end them") from None
-        if (out / "config.txt").exists():
+        if (out / "config.txt").exists() and any(f.stat().st_size for f in out.glob("*.rank*.jsonl")):
             refuse_changes(out / "config.txt", lines, SAME)
         write_whole(out / "config.txt", "\n".join(lines) + "\n")
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -317,10 +317,21 @@ def open_answers(args, folder):
     return out, lock
 
 
+def look_for_media(samples, data, media_root):
+    """Prints how many media are missing, if any are. Raises DataError, on all ranks, if most are: rank 0 looks for them."""
+    found = missing_media(samples, data, media_root) if RANK == 0 else None
+    message, most = gather(found)[0]
+    if most:
+        raise DataError(message)
+    if message:
+        say(message)
+
+
 def evaluate(args, device):
     """Answers all records by every method of the flags, and prints the table -> summary."""
-    folder, bad = local_folder(args.model), {}
+    bad = {}
     found = load_samples(args.data, media_root=args.media_root, skipped=bad)
+    folder = local_folder(args.model)
     samples = dict(zip((i for i in range(len(found) + len(bad)) if i not in bad), found))
     for i, (_, read_record) in enumerate(read_records(args.data)):
         if i in bad:
@@ -328,7 +339,7 @@ def evaluate(args, device):
             bad[i] = dict(failure=bad[i])
             with suppress(DataError):  # it is not JSON
                 raw = read_record()
-                bad[i] |= dict(about=about(raw), problem_type=raw.get("problem_type") if isinstance(raw, dict) else None)
+                bad[i] |= dict(about=about(raw), problem_type=problem_type(raw))
     out, lock = open_answers(args, folder)
     asked, records, policy = methods(args), sorted({*samples, *bad}), None
     pool = ThreadPoolExecutor(args.workers)
@@ -336,6 +347,7 @@ def evaluate(args, device):
         for method in asked:
             left = unanswered(out, method, records)
             if left and policy is None:
+                look_for_media(found, args.data, args.media_root)
                 policy = Policy.load(folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
                 policy.cuda_graph = args.cuda_graph and device.type == "cuda"
                 builder = PromptBuilder(folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in MEDIA})
@@ -356,6 +368,9 @@ def evaluate(args, device):
                "methods": [summarize([*lines[method].values()], method.name) for method in asked]}
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     say(table(summary))
+    if not any(r["rounds"] for answered in lines.values() for r in answered.values()):
+        first = next(iter(lines[asked[0]].values()))["failure"]
+        raise DataError(f"{args.data}: none of the {len(records)} questions could be asked; the first: {first}")
     if args.filter:
         say(write_filtered([*lines[asked[0]].values()], samples, args.data, args.filter))
     return summary

@@ -22,6 +22,7 @@ What a run leaves behind: run.py.
 import json
 import math
 import sys
+from collections import deque
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ import grpo
 import mrsp
 import toy
 from data import DataError, Loader, PromptBuilder, load_samples
-from eval import Method, Question, answer
+from eval import Method, Question, answer, look_for_media
 from model import ModelError, Policy
 from run import (
     MEDIA,
@@ -59,7 +60,7 @@ from run import (
 from step import grpo_step, pack, sft_step
 from video import close_workers
 
-EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
+EMPTY_STEPS = 10  # a run ends if most samples of so many steps in a row, or of all its steps if fewer, cannot be loaded
 
 
 def parse_args(argv=None):
@@ -161,15 +162,14 @@ def parse_args(argv=None):
 
 
 def evaluate(policy, samples, loader, args):
-    """Greedy accuracy on held-out samples, over all ranks -> log entry. A sample that cannot be loaded is a wrong answer.
-
-    For sft also the validation loss, on the samples that hold reasoning.
+    """Greedy accuracy on held-out samples, over all ranks -> log entry. A sample that cannot be loaded is a wrong answer; if
+    none can be, DataError. For sft also the validation loss, on the samples that hold reasoning.
     """
     method, builder = Method("greedy", args.max_frames, args.max_frames, 1, 0.0), loader.builder
     questions = (Question(i, samples[i], method) for i in range(RANK, len(samples), WORLD))
     results, nll, tokens, items = [], 0.0, 0, []
     for q in answer(policy, builder, questions, method, pool=loader.pool, max_new=args.max_new):
-        results.append((q.sample.source, q.score, q.prompt is None))
+        results.append((q.sample.source, q.score, None if q.prompt else q.failure))
         if args.algo == "sft" and q.prompt and q.sample.reasoning:
             items.append((q.prompt, builder.target(q.sample)))
     for row in pack(items, [len(p.ids) + len(target) for p, target in items], args.row_tokens):
@@ -177,13 +177,16 @@ def evaluate(policy, samples, loader, args):
             nll -= float(policy([p for p, _ in row], [[target] for _, target in row])[0].sum())
         tokens += sum(len(target) for _, target in row)
     results, nll, tokens = sum(gather(results), []), sum(gather(nll)), sum(gather(tokens))
+    failures = [failure for _, _, failure in results if failure]
+    if len(failures) == len(results):
+        raise DataError(f"{args.eval_data}: none of the {len(results)} held-out media could be loaded; the first: {failures[0]}")
     by_source = {}
     for source, score, _ in results:
         by_source.setdefault(source, []).append(score)
     mean = lambda scores: sum(scores) / len(scores)
     entry = {"eval_loss": nll / tokens} if tokens else {}
     return entry | {"eval_accuracy": mean([score for _, score, _ in results]), "eval_questions": len(results),
-                    "eval_failures": sum(failed for _, _, failed in results),
+                    "eval_failures": len(failures),
                     "eval_by_source": {source: round(mean(scores), 4) for source, scores in sorted(by_source.items())}}
 
 
@@ -215,6 +218,15 @@ def usable(loaded, errors):
     return [(i, p) for i, p in loaded if not isinstance(p, DataError)]
 
 
+def refuse_failing(failed, args):
+    """Raises DataError if most samples of the last steps could not be loaded. failed: the messages of each of them, up to
+    EMPTY_STEPS; of fewer steps, only a whole run is judged."""
+    messages, drawn = sum(failed, []), len(failed) * args.prompts
+    if len(failed) == min(EMPTY_STEPS, args.steps) and 2 * len(messages) > drawn:
+        raise DataError(f"{len(messages)} of the {drawn} samples of {len(failed)} steps in a row could not be loaded; the last: "
+                        f"{messages[-1]}")
+
+
 def patience(args):
     """How long ranks wait for each other: half an hour, and the time that one of them may need to load its prompts."""
     return timedelta(minutes=30, seconds=args.decode_timeout * math.ceil(args.prompts / WORLD / args.workers))
@@ -240,8 +252,28 @@ def update(optimizer, trained, step, args):
     return {"grad_norm": norm, "skipped_update": not math.isfinite(norm)}
 
 
-def load(args, checkpoint, device):
-    """What a run works with -> (policy, reference or None, Loader, held-out samples). Bad records are said and left out."""
+def read_data(args):
+    """The records of a run -> (samples, held-out samples); bad records are printed and left out, missing media are counted.
+    Raises DataError: nothing is left, a bad held-out record, or most media are missing."""
+    bad = {}
+    samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
+    bad = list(bad.values())
+    if args.algo == "sft":
+        bad += [f"{args.data}: record {s.id}: no reasoning ('process') to learn from" for s in samples if not s.reasoning]
+        samples = [s for s in samples if s.reasoning]
+    if not samples:
+        raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
+    for message in bad[:5]:
+        say(f"skipped: {message}")
+    held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
+    say(f"{args.data}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped")
+    look_for_media(samples, args.data, args.media_root)
+    look_for_media(held_out, args.eval_data, args.media_root)
+    return samples, held_out
+
+
+def load(args, checkpoint, device, samples):
+    """What a run works with -> (policy, reference or None, Loader)."""
     policy = Policy.load(checkpoint or args.model, device=device, checkpointing=args.checkpointing)
     policy.cuda_graph = args.cuda_graph and device.type == "cuda"
     if not args.train_vision:
@@ -257,25 +289,13 @@ def load(args, checkpoint, device):
             fsdp.shard(reference)
     media = {name: getattr(args, name) for name in (*MEDIA, "max_frames")}
     builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
-    bad = {}
-    samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
-    bad = list(bad.values())
-    if args.algo == "sft":
-        bad += [f"{args.data}: record {s.id}: no reasoning ('process') to learn from" for s in samples if not s.reasoning]
-        samples = [s for s in samples if s.reasoning]
-    if not samples:
-        raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
-    held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
     if args.embedding_cache:
         tower = [str(policy.net.model.visual.dtype), device.type, mrsp.digest(*policy.net.model.visual.parameters())]
         policy.embedding_cache = mrsp.EmbeddingCache(args.embedding_cache, args.cache_gb, tower)
-    for message in bad[:5]:
-        say(f"skipped: {message}")
-    say(f"{args.algo}: {args.out}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped, "
-        f"{sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}")
+    say(f"{args.algo}: {args.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}")
     loader = Loader(samples, builder, prompts=args.prompts, seed=args.seed, workers=args.workers, target=args.algo == "sft",
                     rank=mrsp.turn(RANK, WORLD, args.sp), world=WORLD)
-    return policy, reference, loader, held_out
+    return policy, reference, loader
 
 
 def report(out, bar, step, entry, args):
@@ -295,10 +315,11 @@ def report(out, bar, step, entry, args):
 
 def train(args, device):
     """Runs args.steps steps of args.algo; see the module's first lines for what a step does."""
+    samples, held_out = read_data(args)  # before a folder is opened or a model loaded: a wrong path costs nothing
     out, checkpoint = open_run(args)
-    policy, reference, loader, held_out = load(args, checkpoint, device)
+    policy, reference, loader = load(args, checkpoint, device, samples)
     optimizer, trained = make_optimizer(policy, args)
-    start = empty_steps = 0
+    start, failed = 0, deque(maxlen=EMPTY_STEPS)  # samples that could not be loaded, of the last steps
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
@@ -324,6 +345,8 @@ def train(args, device):
             errors = []
             with timed("data"):
                 prompts = usable(loader.load(step), errors)
+                failed.append(errors[:])
+                refuse_failing(failed, args)
                 lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
                 size, estimate = mrsp.smallest_group(policy, reference, lengths, limit, args, WORLD)
                 group = policy.group = mrsp.group_of(size, patience(args))
@@ -335,7 +358,6 @@ def train(args, device):
                 prompts = share(group, prompts)
             entry, some, tokens = {"skipped_update": True}, [], 0
             if len(errors) < args.prompts:
-                empty_steps = 0
                 policy.train()
                 optimize = partial(update, optimizer, trained, step, args)
                 with autocast:
@@ -345,8 +367,6 @@ def train(args, device):
                         more = lambda k: share(group, usable(loader.refill(step, k), errors))
                         entry, some, tokens = grpo_step(wrapped, reference, prompts, more, loader.builder, step, optimize, args)
                 policy.eval()
-            elif (empty_steps := empty_steps + 1) == EMPTY_STEPS:
-                raise DataError(f"none of the samples of {EMPTY_STEPS} steps in a row could be loaded; the last: {errors[-1]}")
         entry |= {"lr": learning_rate(step, args), "sp": group.size, "skipped_samples": len(errors),
                   "tokens_per_second": tokens / seconds["step"]}
         if held_out and (done % args.eval_every == 0 or done == args.steps):

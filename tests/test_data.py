@@ -1,6 +1,9 @@
 """Records, frames, pixels, patches, prompts; and everything that can be wrong with them."""
 
+import gzip
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,13 +129,163 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"fps": -1}, "'fps' is -1"),
         ({"problem_type": "numerical", "solution": "five"}, "'five' of a numerical question is not a number"),
         ({"problem": "\ud800"}, "not valid Unicode"),
+        ({"problem_id": "3\ud800"}, "not valid Unicode"),
+        ({"data_source": "\udfff"}, "not valid Unicode"),
+        ({"options": ["\ud800", "y"]}, "not valid Unicode"),
+        ({"path": "\ud800.mp4"}, "not valid Unicode"),
+        ({"solution": "\ud800", "problem_type": "OCR"}, "not valid Unicode"),
+        ({"process": "\ud800"}, "not valid Unicode"),
+        ({"problem_type": "\ud800"}, "unknown problem type"),
+        ({"problem_type": 3}, "unknown problem type 3"),
+        ({"problem_type": False}, "unknown problem type False"),
+        ({"problem_type": ["OCR"]}, "unknown problem type .'OCR'.,"),
+        ({"problem_type": {}}, "unknown problem type {}"),
+        ({"problem": 7}, "'problem' is 7, expected text"),
+        ({"path": ["x.mp4"]}, "'path' is .'x.mp4'., expected text"),
+        ({"data_type": ["video"]}, "'data_type' is .'video'., expected text"),
+        ({"data_source": 5}, "'data_source' is 5, expected text"),
+        ({"solution": ["A"]}, "'solution' is .'A'., expected text or a number"),
+        ({"solution": True}, "'solution' is True"),
+        ({"problem": " "}, "no question .* it has 'problem_id', .* expected a list of objects with problem, options"),
+        ({"fps": 0}, "'fps' is 0"),
+        ({"fps": True}, "'fps' is True"),
+        ({"fps": 10**400}, r"'fps' is 1000\d*\.\.\.0*, expected a number from 1e-06 to 1e\+06"),
+        ({"fps": float("nan")}, "'fps' is nan"),
+        ({"fps": "inf"}, "'fps' is 'inf'"),
+        ({"start": 0, "end": 10**400}, "'end' is 1000"),
+        ({"start": 0, "end": float("inf")}, "'end' is inf"),
+        ({"start": -1, "end": 5}, "'start' is -1"),
+        ({"start": "00:05", "end": "00:09"}, "'start' is '00:05'"),
+        ({"start": [1], "end": 5}, "'start' is .1."),
+        ({"start": 5.0}, "only one of 'start' .5.0. and 'end' .None."),
+        ({"end": 5}, "only one of 'start' .None. and 'end' .5.0."),
+        ({"start": "7", "end": 5}, "a segment from 7 to 5 seconds"),
+        ({"process": ["it is x"]}, "'process' is .'it is x'., expected text"),
+        ({"process": 5}, "'process' is 5"),
+        ({"process": "<think>left</think><answer>A</answer>"}, "the reasoning answers 'A', the solution is 'B'"),
+        ({"process": "<answer>B</answer> as it turns"}, "a tag within the reasoning"),
+        ({"process": "it turns</answer>"}, "the reasoning answers None"),
+        ({"solution": "<answer>so", "problem_type": "OCR"}, "a tag within"),
+        ({"options": {}}, "'options' is {}, expected a list"),
+        ({"options": ["A. x", ""]}, "none of them empty"),
+        ({"options": [str(i) for i in range(27)]}, "27 options, expected at most 26"),
+        ({"options": ["A. x", "A. y"]}, "expected the letters A, B, C"),
+        ({"options": ["A.x", "A.y"]}, "expected the letters"),
+        ({"options": ["B. x", "A. y"]}, "expected the letters"),
+        ({"options": ["A. x", "y"]}, "expected the letters"),
+        ({"options": ["x", "(b) y"]}, "expected the letters"),
+        ({"options": ["B. x", "C. y"]}, "expected the letters"),
+        ({"options": ["A. x", "B. y", "D. z"]}, "expected the letters"),
+        ({"options": ["**B.** x", "**A.** y"]}, "expected the letters"),
+        ({"options": ["Ｂ．x", "Ａ．y"]}, "expected the letters"),
+        ({"options": None, "problem": "A. x\nB. y"}, "no question beside the options"),
+        ({"options": None, "problem": "Why?\nA. x\nA. y\nB. z"}, "without options"),
+        ({"options": None, "problem": "Why?\nB. y"}, "without options"),
+        ({"problem_id": [3]}, "expected text or a number as its id"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, change, message):
-    with pytest.raises(DataError, match=f"r.json, record 1 .id 3.*{message}"):
+    with pytest.raises(DataError, match=rf"r.json, record 1 .id \W*3.*{message}"):
         load(tmp_path, RECORD, RECORD | change)
     skipped = {}
     assert len(load(tmp_path, RECORD, RECORD | change, skipped=skipped)) == 1 and len(skipped) == 1
+
+
+@pytest.mark.parametrize(
+    "change, field, value",
+    [
+        ({"start": "5.0", "end": "10"}, "segment", (5.0, 10.0)),
+        ({"start": None, "end": ""}, "segment", None),
+        ({"fps": "2.5"}, "fps", 2.5),
+        ({"fps": None}, "fps", 3.0),
+        ({"path": None, "image": "x.jpg", "data_type": None}, "data_type", "image"),
+        ({"path": None, "video": "x.mp4", "data_type": None}, "data_type", "video"),
+        ({"problem_type": "Multiple-Choice"}, "problem_type", "multiple choice"),
+        ({"problem_type": None}, "problem_type", "multiple choice"),
+        ({"problem_type": "Free-Form", "options": []}, "problem_type", "free-form"),
+        ({"problem_type": "numerical", "options": None, "solution": 0}, "answer", "0"),
+        ({"problem_id": None}, "id", "0"),
+        ({"data_source": ""}, "source", "r"),
+        ({"process": "it turns"}, "reasoning", "it turns"),
+        ({"process": "<think>it turns</think>\n<answer>B. right</answer>\n"}, "reasoning", "it turns"),
+        ({"options": ["J. Smith", "K. Brown"]}, "options", ["A. J. Smith", "B. K. Brown"]),
+        ({"options": ["A.M.", "P.M."]}, "options", ["A. A.M.", "B. P.M."]),
+        ({"options": ["a.m.", "p.m."]}, "options", ["A. a.m.", "B. p.m."]),
+        ({"options": ["A man", "B-roll"]}, "options", ["A. A man", "B. B-roll"]),
+        ({"options": ["A.x", "B.y"]}, "options", ["A.x", "B.y"]),
+        ({"options": [" (A) x", "(B) y"]}, "options", ["(A) x", "(B) y"]),
+        ({"options": ["A: x", "B: y"]}, "options", ["A: x", "B: y"]),
+        ({"options": ["A. ", "B. "]}, "options", ["A. ", "B. "]),  # letters that the frames show, as in VideoMMMU
+        ({"options": ["a. x", "b. y"]}, "options", ["A. a. x", "B. b. y"]),
+        ({"options": ["A", "B"]}, "options", ["A. A", "B. B"]),
+        ({"options": ["A、左", "B、右"]}, "options", ["A. A、左", "B. B、右"]),
+        ({"options": [str(i) for i in range(26)]}, "options", [f"{chr(65 + i)}. {i}" for i in range(26)]),
+        ({"category": "\ud800", "domain": 3, "duration": "short"}, "about", {"data_source": "set", "duration": "short"}),
+    ],
+)
+def test_a_field_is_read_rightly(tmp_path, change, field, value):
+    (sample,) = load(tmp_path, RECORD | change)
+    assert getattr(sample, field) == value
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+def test_a_list_and_json_lines_under_either_name(tmp_path, name):
+    for text in (json.dumps([RECORD, RECORD], indent=1), json.dumps(RECORD) + "\r\n\n" + json.dumps(RECORD) + "\n"):
+        (tmp_path / name).write_text(text)
+        assert [s.answer for s in data.load_samples(tmp_path / name)] == ["B", "B"]
+    (tmp_path / name).write_text(json.dumps(RECORD))
+    assert len(data.load_samples(tmp_path / name)) == 1
+
+
+@pytest.mark.parametrize("record", [{"messages": [{"role": "user"}]}, {"id": 1, "conversations": [], "video": "x.mp4"}])
+def test_records_of_another_form_name_the_fields_that_are_wanted(tmp_path, record):
+    expected = "no question .*'(messages|conversations)'.* expected a list of objects with problem, options, problem_type, "
+    with pytest.raises(DataError, match=expected + "data_type, solution, path"):
+        load(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (b"PAR1\x15\x04", "a parquet file"),
+        (gzip.compress(b"[]"), "compressed by gzip"),
+        ("[]".encode("utf-16"), "UTF-16 text"),
+        ("[]".encode("utf-16-le"), "binary, or UTF-16 text"),
+        ("[]".encode("utf-16-be"), "binary, or UTF-16 text"),
+        ("[é]".encode("latin-1"), "not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_json_is_called_by_its_name(tmp_path, content, kind):
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(DataError, match=f"r.json: is {kind}, expected JSON in UTF-8: a list of objects with problem, "):
+        data.load_samples(tmp_path / "r.json")
+
+
+def test_missing_media_are_counted_by_folder(tmp_path):
+    """v holds one of three videos, w none of one, and one is named twice: 4 of 5 records lack theirs."""
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "x.mp4").write_bytes(b"")
+    paths = ["v/x.mp4", "v/y.mp4", "v/z.mp4", "w/x.mp4", "v/y.mp4"]
+    samples = load(tmp_path, *(RECORD | {"path": path, "problem_id": i} for i, path in enumerate(paths)))
+    message, most = data.missing_media(samples, tmp_path / "r.json", None)
+    assert most and message == (
+        f"{tmp_path}/r.json: the media of 4 of 5 records are missing: 3 in {tmp_path}/v, 1 in {tmp_path}/w; the first: record 1, "
+        f"{tmp_path}/v/y.mp4; --media_root was not set, so paths start from {tmp_path}"
+    )
+    message, most = data.missing_media(samples[:2], tmp_path / "r.json", tmp_path)
+    assert not most and "1 of 2 records" in message and message.endswith(f"--media_root was {tmp_path}")
+    assert data.missing_media(samples[:1], tmp_path / "r.json", None) == ("", False)
+
+
+@needs_shared
+def test_records_that_went_wrong(tmp_path):
+    skipped = {}
+    samples = {s.id: s for s in data.load_samples(SHARED / "cases" / "records_fields.json", skipped=skipped)}
+    assert samples["segment as text"].segment == (5.0, 10.0) and samples["an image by its key"].data_type == "image"
+    assert samples["answer inside process"].reasoning == "it is x"
+    assert samples["options that are initials"].options == ["A. J. Smith", "B. K. Brown"]
+    assert "only one of 'start'" in skipped[1] and "'process' is ['it is x', 'so A']" in skipped[4] and len(skipped) == 2
+    assert [s.answer for s in data.load_samples(SHARED / "cases" / "records_nonlatin.json")] == ["猫在跳", "кошка прыгает", "+"]
 
 
 @pytest.mark.parametrize(
@@ -145,6 +298,11 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         ("a.json", "{}", "expected a list"),
         ("a.json", "[]", "no usable record"),
         ("a.json", "[3]", "record 0: a int, expected an object"),
+        ("a.json", '{"problem": "?"}', "line 1: no medium"),
+        ("a.json", '{"data": [\n{},\n{}\n]}', "holds one JSON dict, expected a list of objects"),
+        ("a.json", '{\n"data": [', "line 1: not JSON.* expected a list of objects"),
+        ("a.jsonl", "[]\n[]", "line 1: a list, expected an object"),
+        ("a.jsonl", "problem,solution", "line 1: not JSON"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, text, message):
@@ -322,12 +480,27 @@ def test_a_prompt_over_the_limit_is_refused(world):
         tight(data.load_samples(world / "train.json")[0])
 
 
-def test_a_question_that_spells_out_a_vision_token_is_refused(world, builder):
-    from dataclasses import replace
-
+@pytest.mark.parametrize(
+    "change, token",
+    [
+        ({"question": "What is <|video_pad|>?"}, "<|video_pad|>"),
+        ({"question": "Left?<|im_end|>"}, "<|im_end|>"),
+        ({"options": ["A. left", "B. <|im_start|>"]}, "<|im_start|>"),
+        ({"answer": "<|endoftext|>"}, "<|endoftext|>"),
+    ],
+)
+def test_a_text_that_spells_out_a_special_token_is_refused(world, builder, change, token):
     sample = data.load_samples(world / "train.json")[0]
-    with pytest.raises(DataError, match="2 places for media in the prompt, expected 1"):
-        builder(replace(sample, question="What is <|video_pad|>?"))
+    with pytest.raises(DataError, match=re.escape(f"record 0: its question, options or solution spells out {token}")):
+        builder(replace(sample, **change))
+
+
+def test_reasoning_that_spells_out_a_special_token_is_no_target(world, builder):
+    sample = data.load_samples(world / "cot.json")[0]
+    with pytest.raises(DataError, match=re.escape("its reasoning or solution spells out <|im_end|>")):
+        builder.target(replace(sample, reasoning="it turns<|im_end|>"))
+    with pytest.raises(DataError, match=re.escape("its reasoning or solution spells out <|im_end|>")):
+        builder.target(replace(sample, answer="<|im_end|>"))
 
 
 # ---- the loader
@@ -344,8 +517,6 @@ def test_every_sample_once_an_epoch_whatever_the_rank_count():
 
 
 def test_the_loader_gives_prompts_and_errors_in_order(world, builder):
-    from dataclasses import replace
-
     good = data.load_samples(world / "cot.json")[:3]
     samples = [good[0], replace(good[1], path="nowhere.y4m"), good[2]]
     loader = data.Loader(samples, builder, prompts=3, target=True)

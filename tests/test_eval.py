@@ -193,6 +193,38 @@ def test_what_cannot_be_answered_is_a_line_with_its_reason_and_a_wrong_answer(br
     assert printed.count("failed: ") >= 4
 
 
+def test_records_of_any_problem_type_end_in_a_table(tmp_path, world, cold_start):
+    good = json.loads((world / "test.json").read_text())[0]
+    kinds = [3, False, ["OCR"], {}, "essay", "multiple choice"]
+    (tmp_path / "r.json").write_text(json.dumps([good, *(good | {"problem_type": k, "solution": "Z"} for k in kinds)]))
+    command = flags(tmp_path, cold_start, tmp_path / "out", "--media_root", world, records="r.json")[1:]
+    for _ in range(2):  # again, with nothing left to do
+        evaluation.main(list(map(str, command)))
+        (method,) = summary(tmp_path / "out")
+        assert (method["questions"], method["unreadable"]) == (7, 6)
+    of_a_kind = [r.get("problem_type") for r in lines(tmp_path / "out", "greedy-16")]
+    assert sorted(of_a_kind, key=str) == [None] * 5 + ["multiple choice"] * 2
+
+
+def test_most_media_missing_or_all_unreadable_is_an_error(tmp_path, world, cold_start):
+    """The first before a model is loaded, and the same folder then takes the corrected command."""
+    records = json.loads((world / "test.json").read_text())[:3]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    command = list(map(str, flags(tmp_path, cold_start, tmp_path / "out", records="r.json")[1:]))
+    with pytest.raises(SystemExit, match=f"error: .*r.json: the media of 3 of 3 records are missing: 3 in {tmp_path}/media; "):
+        evaluation.main(command)
+    evaluation.main([*command, "--media_root", str(world)])
+    assert summary(tmp_path / "out")[0]["unreadable"] == 0
+    (tmp_path / "media").mkdir()
+    for r in records:
+        (tmp_path / r["path"]).write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
+    command[command.index("--out") + 1] = str(tmp_path / "broken")
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="error: .*r.json: none of the 3 questions could be asked; the first: record "):
+            evaluation.main(command)
+    assert summary(tmp_path / "broken")[0]["unreadable"] == 3
+
+
 def test_frames_of_an_earlier_round_are_not_decoded_again(world, builder):
     sample = next(s for s in data.load_samples(world / "train.json") if s.source == "flash")
     seen = {}

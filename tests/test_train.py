@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -216,17 +217,84 @@ def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
     assert first["eval_failures"] == 2 and first["eval_questions"] == 4  # a failure is a wrong answer, and is counted
 
 
-def test_steps_without_any_sample_are_skipped_and_ten_in_a_row_are_an_error(tmp_path, world):
+def test_steps_without_any_sample_are_skipped(tmp_path, world):
     records = json.loads((world / "train.json").read_text())[:2]
     (tmp_path / "half.json").write_text(json.dumps([records[0], records[1] | {"path": "./nowhere.y4m"}]))
     run(*flags(world, tmp_path / "half", steps=4, prompts=1, data=tmp_path / "half.json", media_root=world))
     entries = log(tmp_path / "half")
     assert sorted(e["skipped_samples"] for e in entries) == [0, 0, 1, 1]
     assert all(e["skipped_update"] and "reward" not in e for e in entries if e["skipped_samples"])
-    (tmp_path / "bad.json").write_text(json.dumps([r | {"path": "./nowhere.y4m"} for r in records]))
-    out = run(*flags(world, tmp_path / "bad", steps=50, data=tmp_path / "bad.json"), expect=1)
-    assert "none of the samples of 10 steps in a row could be loaded; the last: record" in out
-    assert "nowhere.y4m: no such file" in out
+
+
+@pytest.mark.parametrize("steps, judged", [(3, 3), (50, 10)])
+def test_a_run_ends_when_most_samples_cannot_be_loaded(tmp_path, world, steps, judged):
+    """One of four records is good, and all their files are there: 3 of the 4 samples of every step fail."""
+    records = json.loads((world / "train.json").read_text())[:4]
+    (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
+    records[1:] = [r | {"path": str(tmp_path / "broken.y4m")} for r in records[1:]]
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    command = flags(world, tmp_path / "bad", "grpo", steps=steps, data=tmp_path / "bad.json", media_root=world)
+    message = f"error: {3 * judged} of the {4 * judged} samples of {judged} steps in a row could not be loaded; the last: record "
+    with pytest.raises(SystemExit, match=message + "[123]: .*broken.y4m: "):
+        train.main([str(x) for x in command[1:]])
+    assert [e["skipped_samples"] for e in log(tmp_path / "bad")] == [3] * (judged - 1)
+    assert not list((tmp_path / "bad").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    "failures, ends",
+    [
+        ([2, 2, 2], False),  # half of the samples of a run of 3 steps
+        ([0, 4, 3], True),  # 7 of 12
+        ([4, 4], False),  # a resumed run: its first steps are not known
+        ([4] * 9, False),
+        ([0] * 5 + [4] * 10, True),
+        ([4, 4, 4, 4, 4, 4, 4, 4, 4, 3], True),  # one good sample in forty
+    ],
+)
+def test_most_samples_of_ten_steps_or_of_a_whole_run(failures, ends):
+    args = train.parse_args(["--model", "m", "--data", "d", "--prompts", "4", "--steps", "3" if len(failures) < 4 else "50"])
+    last = deque([["x.mp4: no such file"] * n for n in failures], maxlen=train.EMPTY_STEPS)
+    if ends:
+        with pytest.raises(data.DataError, match="could not be loaded; the last: x.mp4: no such file"):
+            train.refuse_failing(last, args)
+    else:
+        train.refuse_failing(last, args)
+
+
+@pytest.mark.parametrize("flag", ["data", "eval_data"])
+def test_missing_media_end_a_run_before_its_model_is_loaded(tmp_path, world, flag):
+    """A model that is not there would be an error of its own. No run folder is left, so the corrected command starts."""
+    records = json.loads((world / "train.json").read_text())[:4]
+    there = [r | {"path": str(world / r["path"])} for r in records]
+    (tmp_path / "there.json").write_text(json.dumps(there))
+    (tmp_path / "most.json").write_text(json.dumps([there[0], *records[1:]]))
+    files = {"data": tmp_path / "there.json", "eval_data": tmp_path / "there.json"} | {flag: tmp_path / "most.json"}
+    command = [str(x) for x in flags(world, tmp_path / "a", steps=1, **files, model="./nowhere")[1:]]
+    message = f"error: .*most.json: the media of 3 of 4 records are missing: 3 in {tmp_path}/media; the first: record 1, "
+    root = f"{tmp_path}/media/train_0000.*; --media_root was not set, so paths start from {tmp_path}$"
+    with pytest.raises(SystemExit, match=message + root):
+        train.main(command)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(SystemExit, match="no such model folder"):
+        train.main([*command, "--media_root", str(world)])
+
+
+def test_a_few_missing_media_are_counted_before_the_run(tmp_path, world, capsys):
+    records = json.loads((world / "train.json").read_text())[:4]
+    (tmp_path / "few.json").write_text(json.dumps([*records[:2], *(r | {"path": "nowhere.y4m"} for r in records[2:])]))
+    args = train.parse_args(["--model", "m", "--data", str(tmp_path / "few.json"), "--media_root", str(world)])
+    assert len(train.read_data(args)[0]) == 4
+    assert f"the media of 2 of 4 records are missing: 2 in {world}; the first: record 2" in capsys.readouterr().out
+
+
+def test_held_out_media_that_cannot_be_read_are_an_error(tmp_path, world):
+    (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
+    record = json.loads((world / "train.json").read_text())[0] | {"path": str(tmp_path / "broken.y4m")}
+    (tmp_path / "held.json").write_text(json.dumps([record, record]))
+    command = flags(world, tmp_path / "a", steps=1, eval_data=tmp_path / "held.json")
+    with pytest.raises(SystemExit, match="held.json: none of the 2 held-out media could be loaded; the first: .*broken.y4m: "):
+        train.main([str(x) for x in command[1:]])
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
