@@ -141,7 +141,7 @@ def training(run, flags, frames, notes):
     log, curves = read_lines(run / "log.jsonl", ["step"], notes), {}
     for entry in log:
         parts = {f"{key}.{name}": x for key, value in entry.items() if isinstance(value, dict) for name, x in value.items()}
-        without = GRADIENT if entry.get("skipped_update") and not entry.get("grad_norm") else ()
+        without = GRADIENT if entry.get("skipped_update") and entry.get("grad_norm") == 0 else ()
         for key, x in (entry | parts).items():
             if isinstance(x, (int, float)) and key != "step" and (x or key not in without):
                 curve = curves.setdefault(key, ([], []))  # steps, values
@@ -165,12 +165,13 @@ def training(run, flags, frames, notes):
 def group_card(group):
     """The lines of samples.jsonl of one prompt, one a response -> what its card shows: the prompt once, all responses, and the
     numbers of each."""
-    first, right = group[0], sum((s.get("accuracy") or 0) > 0.5 for s in group)
+    first = group[0]
+    numbers = [{key: s[key] for key in PARTS if isinstance(s.get(key), (int, float))} for s in group]
+    right = sum(n.get("accuracy", 0) > 0.5 for n in numbers)
     more = {key: first[key] for key in ("step", "position", "orders", "shares_lost", "shuffled_accuracies") if key in first}
     return {**more, **texts(first, "id", "question", "answer"), "options": first.get("options") or [], "gold": gold(first),
             "kind": "wrong" if right == 0 else "right" if right == len(group) else "mixed",
-            "responses": [s["response"] for s in group],
-            "numbers": [{key: s[key] for key in PARTS if isinstance(s.get(key), (int, float))} for s in group]}
+            "responses": [s["response"] for s in group], "numbers": numbers}
 
 
 def texts(line, *keys):
@@ -179,8 +180,10 @@ def texts(line, *keys):
 
 
 def gold(line):
-    """The right answer of a line in the form of `given`. Lines that have no "gold" give it by their options, or None."""
-    return line["gold"] if "gold" in line else choice_letter(line.get("answer") or "", line.get("options") or [])
+    """The right answer of a line in the form of `given`. A line without "gold" has it as a letter of its options, or not (None)."""
+    if "gold" in line or not line.get("options"):
+        return line.get("gold")
+    return choice_letter(line["answer"], line["options"])
 
 
 def figures(curves, log, flags):
@@ -197,15 +200,15 @@ def figures(curves, log, flags):
         counts = [f"{values[key][-1]:.0f} {what}" for key, what in (("eval_questions", "questions"), ("eval_failures", "failed"))
                   if key in values]
         out.append(("held-out accuracy", f"{held_out[0]:.3f} → {held_out[-1]:.3f}",
-                    ", ".join([f"steps {steps[0]} and {steps[-1]}", *counts])))
+                    f"steps {steps[0]} and {steps[-1]}{'; ' if counts else ''}{', '.join(counts)}"))
     if "skipped_samples" in values:
         out.append(("skipped samples", f"{sum(values['skipped_samples']):.0f}", "could not be loaded"))
     if "skipped_update" in values:
         idle = values["skipped_update"]
         out.append(("steps without an update", f"{sum(map(bool, idle))}", f"of {len(idle)}"))
     if "seconds.step" in values:
-        evaluated = f", and {clock(sum(values['seconds.evaluate']))} of evaluations" if "seconds.evaluate" in values else ""
-        out.append(("time", clock(sum(values["seconds.step"])), f"of steps{evaluated}"))
+        evaluated = f"and {clock(sum(values['seconds.evaluate']))} of evaluations" if "seconds.evaluate" in values else ""
+        out.append(("time", clock(sum(values["seconds.step"])), evaluated))
     return out
 
 
