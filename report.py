@@ -180,7 +180,7 @@ def texts(line, *keys):
 
 
 def gold(line):
-    """The right answer of a line in the form of `given`. A line without "gold" has it as a letter of its options, or not (None)."""
+    """The right answer of a line in the form of `given`; of one that has no "gold" the letter of its option, None without any."""
     if "gold" in line or not line.get("options"):
         return line.get("gold")
     return choice_letter(line["answer"], line["options"])
