@@ -183,7 +183,7 @@ def gold(line):
     """The right answer of a line in the form of `given`; of one that has no "gold" the letter of its option, None without any."""
     if "gold" in line or not line.get("options"):
         return line.get("gold")
-    return choice_letter(line["answer"], line["options"])
+    return choice_letter(line.get("answer") or "", line["options"])
 
 
 def figures(curves, log, flags):
