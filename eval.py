@@ -263,6 +263,19 @@ def unanswered(out, method, records):
     return gather([i for i in records if i not in answered])[0]
 
 
+def earlier_methods(out, asked, records):
+    """The summaries of the methods that earlier commands answered in this folder. A method that lacks answers is named and
+    left out."""
+    found, names = [], {file.name.split(".rank")[0] for file in out.glob("*.rank*.jsonl")}
+    for name in sorted(names - {method.name for method in asked}, key=natural):
+        lines = read(out, name)
+        if lines.keys() == set(records):
+            found.append(summarize([*lines.values()], name))
+        else:
+            say(f"{name}: has answers to {len(lines)} of {len(records)} questions, so it is not in summary.json")
+    return found
+
+
 # ---- the command
 
 def main(argv=None):
@@ -320,21 +333,8 @@ def open_answers(args, folder):
     return out, lock
 
 
-def earlier_methods(out, asked, records):
-    """The summaries of the methods that earlier commands answered in this folder. A method that lacks answers is named and
-    left out."""
-    found, names = [], {file.name.split(".rank")[0] for file in out.glob("*.rank*.jsonl")}
-    for name in sorted(names - {method.name for method in asked}, key=natural):
-        lines = read(out, name)
-        if lines.keys() == set(records):
-            found.append(summarize([*lines.values()], name))
-        else:
-            say(f"{name}: has answers to {len(lines)} of {len(records)} questions, so it is not in summary.json")
-    return found
-
-
 def evaluate(args, device):
-    """Answers all records by every method of the flags, and prints the table -> summary, of all methods in the folder."""
+    """Answers all records by every method of the flags, and prints the table -> summary."""
     folder, bad = local_folder(args.model), {}
     found = load_samples(args.data, media_root=args.media_root, skipped=bad)
     samples = dict(zip((i for i in range(len(found) + len(bad)) if i not in bad), found))
