@@ -18,8 +18,8 @@ def score(answer, sample):
 
 
 def constant_answer(samples):
-    """The accuracy of the best constant answer of each problem type, chosen with the gold answers known: what a policy that
-    looks at nothing could reach at most, if it knew how often each answer is right."""
+    """The accuracy of the best constant answer of each problem type, chosen among the most frequent gold answers with all of
+    them known: what a policy that looks at nothing could reach if it knew how often each answer is right."""
     right = 0.0
     for kind in {s.problem_type for s in samples}:
         group = [s for s in samples if s.problem_type == kind]
