@@ -8,8 +8,9 @@
     torchrun --nproc_per_node 8 -- eval.py ...      the same on 8 processes (without --, torchrun takes --start for its own)
 
 What it leaves in --out: METHOD.rankN.jsonl, one line per question with everything (rounds, votes, responses, frames, tokens,
-seconds, or the reason of a failure), appended as soon as it is answered; summary.json; config.txt. The same command again goes
-on where a killed one stopped, on any number of processes, and prints the table at once when nothing is left to do.
+seconds, or the reason of a failure), appended as soon as it is answered; summary.json, of every method answered in the folder;
+config.txt. The same command again resumes where a killed one stopped, on any number of processes, and prints the table at once
+when nothing is left to do.
 """
 
 import fcntl
@@ -51,7 +52,7 @@ from run import (
     stop_ranks,
     write_whole,
 )
-from scores import constant_answer, mean, score, summarize, table
+from scores import constant_answer, mean, natural, score, summarize, table
 from video import close_workers
 
 # what all the answers of a folder have in common, besides the model's weights and the records ("#")
@@ -204,11 +205,12 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
 
 
 def line(q):
-    """A question as its line of the log."""
+    """A question as its line of the log. answer: the record's; gold and given: that and the model's answer, normalised alike."""
     s, shown = q.sample, q.rounds[-1] if q.rounds else {}
     return dict(record=q.index, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, segment=s.segment, about=s.about,
-                problem_type=s.problem_type, question=s.question, options=s.options, answer=s.answer, given=q.search.answer,
-                score=q.score, failure=q.failure, frames=shown.get("frames", 0), pixels=shown.get("pixels", 0),
+                problem_type=s.problem_type, question=s.question, options=s.options, answer=s.answer,
+                gold=rewards.normalize_answer(s.answer, s), given=q.search.answer, score=q.score, failure=q.failure,
+                frames=shown.get("frames", 0), pixels=shown.get("pixels", 0),
                 visual_tokens=sum(r["visual_tokens"] for r in q.rounds), seconds=sum(r["seconds"] for r in q.rounds),
                 rounds=q.rounds)
 
@@ -235,17 +237,18 @@ def run_method(policy, builder, left, samples, bad, method, out, pool, args):
     bar.close()
 
 
-def read(out, method):
-    """{record: line} of a method, of all ranks. Raises DataError for a line that is not JSON, unless it is a file's last."""
+def read(out, name):
+    """{record: line} of a method, of all ranks. Raises DataError for a line that cannot be read, unless it is a file's last."""
     lines = {}
-    for file in sorted(out.glob(f"{method.name}.rank*.jsonl")):
+    for file in sorted(out.glob(f"{name}.rank*.jsonl")):
         *whole, _ = file.read_text(encoding="utf-8").split("\n")
         for i, text in enumerate(whole, 1):
             try:
                 r = json.loads(text)
-            except ValueError as e:
-                raise DataError(f"{file}, line {i}: not JSON; delete the line, and its question is asked again ({e})") from e
-            lines[r["record"]] = r
+                lines[r["record"]] = r
+            except (ValueError, TypeError, KeyError) as e:
+                raise DataError(f"{file}, line {i}: not JSON with the number of a 'record'; delete the line, and its question is "
+                                f"asked again ({e})") from e
     return dict(sorted(lines.items()))
 
 
@@ -256,8 +259,21 @@ def unanswered(out, method, records):
             text = path.read_bytes()
             with open(path, "r+b") as f:
                 f.truncate(text.rfind(b"\n") + 1)
-    answered = read(out, method) if RANK == 0 else {}
+    answered = read(out, method.name) if RANK == 0 else {}
     return gather([i for i in records if i not in answered])[0]
+
+
+def earlier_methods(out, asked, records):
+    """The summaries of the methods that earlier commands answered in this folder. A method that lacks answers is named and
+    left out."""
+    found, names = [], {file.name.split(".rank")[0] for file in out.glob("*.rank*.jsonl")}
+    for name in sorted(names - {method.name for method in asked}, key=natural):
+        lines = read(out, name)
+        if lines.keys() == set(records):
+            found.append(summarize([*lines.values()], name))
+        else:
+            say(f"{name}: has answers to {len(lines)} of {len(records)} questions, so it is not in summary.json")
+    return found
 
 
 # ---- the command
@@ -360,12 +376,13 @@ def evaluate(args, device):
         lock.close()
     if RANK:
         return None
-    lines = {method: read(out, method) for method in asked}
+    lines = {method: read(out, method.name) for method in asked}
     for method in asked:
         if lost := set(records) ^ set(lines[method]):
             raise DataError(f"{out}: {method.name} has no line, or one too many, for the records {sorted(lost)[:10]}")
     summary = {"model": str(folder), "data": args.data, "constant_answer": constant_answer(found) * len(found) / len(records),
-               "methods": [summarize([*lines[method].values()], method.name) for method in asked]}
+               "methods": [*(summarize([*lines[method].values()], method.name) for method in asked),
+                           *earlier_methods(out, asked, records)]}
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     say(table(summary))
     if not any(r["rounds"] for answered in lines.values() for r in answered.values()):

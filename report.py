@@ -1,8 +1,8 @@
 """One self-contained HTML page of a run: no server, no network; to open, to keep, to send.
 
-    python report.py out/toy/grpo            a training run: its figures, curves, and sampled responses with their rewards
+    python report.py out/toy/grpo            a training run: its figures, curves, and sampled groups with their rewards
     python report.py out/toy/eval --open     an evaluation: its methods, and every question: frames, votes, responses
-The page is RUN/report.html; a run that is still going on has one too. What it shows stands in its address, so a view can be kept
+The page is RUN/report.html; an unfinished run has one too. What it shows stands in its address, so a view can be kept
 as a link: report.html#method=s2d-4-16&show=wrong. The frames are those that were shown, read again from the videos; they and the
 responses are cut down to a budget of bytes, and the page says where.
 """
@@ -13,13 +13,14 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import time
 import webbrowser
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +28,28 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import DataError, Sample, load_media
-from scores import summarize
+from rewards import choice_letter
+from scores import natural, summarize
 from video import close_workers
 
 IMAGES, TEXT = 6_500_000, 1_500_000  # bytes of all frames and of all responses of a page
 QUESTIONS = 500  # whose frames are shown, at most: failed, wrong and escalated ones first
-SAMPLES = 100  # of a training run, right ones and wrong ones each: the newest
+GROUPS = 100  # of a training run of each kind (all right, all wrong, mixed): the newest
+SAME = ("step", "position", "id", "path", "question")  # of the responses to one prompt
+PARTS = ("reward", "accuracy", "format", "length_bonus", "temporal_bonus", "advantage")  # of a response
+GRADIENT = ("loss", "kl", "entropy", "clipped", "ratio", "mismatch", "grad_norm")  # computed with the gradient, if there is one
 SHEETS = ((16, 112, 85), (16, 84, 70), (12, 64, 50), (12, 48, 40), (8, 48, 35), (4, 40, 30))  # frames, height, JPEG quality
 
 
-def read_lines(path, notes):
+def read_lines(path, keys, notes):
     """The objects of a .jsonl file, NaN as None; [] without the file. A last line without its end is one that is being written
-    and is left out; any other that cannot be read is too, and counted in `notes`."""
+    and is left out; any other that cannot be read, or lacks one of the keys, is too, and counted in `notes`."""
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
     objects = []
     for line in lines:
         with suppress(ValueError, TypeError):
-            objects.append(dict(json.loads(line, parse_constant=lambda _: None)))
+            found = dict(json.loads(line, parse_constant=lambda _: None))
+            objects += [found] if found.keys() >= set(keys) else []
     if len(objects) < len(lines):
         notes.append(f"{path.name}: {len(lines) - len(objects)} lines that cannot be read are left out")
     return objects
@@ -131,45 +137,86 @@ def _sheets(item):
 # ---- a training run
 
 def training(run, flags, frames, notes):
-    """log.jsonl and samples.jsonl -> what the page shows of them. `frames` is asked for those of the samples."""
-    log, curves = [entry for entry in read_lines(run / "log.jsonl", notes) if "step" in entry], {}
+    """log.jsonl and samples.jsonl -> what the page shows of them. `frames` is asked for those of the groups."""
+    log, curves = read_lines(run / "log.jsonl", ["step"], notes), {}
     for entry in log:
         parts = {f"{key}.{name}": x for key, value in entry.items() if isinstance(value, dict) for name, x in value.items()}
+        without = GRADIENT if entry.get("skipped_update") and entry.get("grad_norm") == 0 else ()
         for key, x in (entry | parts).items():
-            if isinstance(x, (int, float)) and key != "step":
+            if isinstance(x, (int, float)) and key != "step" and (x or key not in without):
                 curve = curves.setdefault(key, ([], []))  # steps, values
                 curve[0].append(entry["step"])
                 curve[1].append(float(f"{x:.6g}"))
-    samples = read_lines(run / "samples.jsonl", notes)[::-1]
-    right = [(s.get("accuracy") or 0) > 0.5 for s in samples]
-    newest = [i for kind in (True, False) for i in [i for i, x in enumerate(right) if x == kind][:SAMPLES]]
-    shown = [samples[i] for i in sorted(newest)]
-    for s in shown:
-        s["responses"] = [s.pop("response", "")]
-        if "fps" in flags and "data_type" in s:
-            counts = float(flags["fps"]), int(flags["min_frames"]), int(flags["max_frames"])
-            s["sheet"] = frames.want(s, counts)
+    lines = read_lines(run / "samples.jsonl", ["step", "response"], notes)
+    lines.sort(key=lambda s: -s["step"])  # the newest first; within a step as they were written
+    groups = [list(group) for _, group in groupby(lines, key=lambda s: [s.get(key) for key in SAME])]
+    kinds, shown = Counter(), []
+    for group in groups:
+        card = group_card(group)
+        kinds[card["kind"]] += 1
+        if kinds[card["kind"]] <= GROUPS:
+            shown.append(card)
+            if "fps" in flags and "data_type" in group[0]:
+                card["sheet"] = frames.want(group[0], (float(flags["fps"]), int(flags["min_frames"]), int(flags["max_frames"])))
     shorten(shown, notes)
-    return {"figures": figures(curves, log, flags), "curves": curves, "samples": shown, "left_out": len(samples) - len(shown)}
+    return {"figures": figures(curves, log, flags), "curves": curves, "groups": shown, "left_out": len(groups) - len(shown)}
+
+
+def group_card(group):
+    """The lines of samples.jsonl of one prompt, one a response -> what its card shows: the prompt once, all responses, and the
+    numbers of each."""
+    first = group[0]
+    numbers = [{key: s[key] for key in PARTS if isinstance(s.get(key), (int, float))} for s in group]
+    right = sum(n.get("accuracy", 0) > 0.5 for n in numbers)
+    more = {key: first[key] for key in ("step", "position", "orders", "shares_lost", "shuffled_accuracies") if key in first}
+    return {**more, **texts(first, "id", "question", "answer"), "options": first.get("options") or [], "gold": gold(first),
+            "kind": "wrong" if right == 0 else "right" if right == len(group) else "mixed",
+            "responses": [s["response"] for s in group], "numbers": numbers}
+
+
+def texts(line, *keys):
+    """Those of a line's values that are text: what a bad record holds in their place is not for the page."""
+    return {key: line[key] for key in keys if isinstance(line.get(key), str)}
+
+
+def gold(line):
+    """The right answer of a line in the form of `given`; of one that has no "gold" the letter of its option, None without any."""
+    if "gold" in line or not line.get("options"):
+        return line.get("gold")
+    return choice_letter(line.get("answer") or "", line["options"])
 
 
 def figures(curves, log, flags):
-    """The headline of a training run -> [(name, value, what it is)], of what the log holds."""
-    column = lambda key: curves.get(key, ([], []))[1]
-    clock = lambda s: f"{s:.1f} s" if s < 60 else f"{s / 60:.1f} min" if s < 3600 else f"{s / 3600:.1f} h"
-    name = "accuracy" if "accuracy" in curves else "loss"
-    steps, held_out = curves.get("eval_accuracy", ([], []))
-    n, out = min(10, len(column(name))), [("steps", str(log[-1]["step"]) if log else "0", f"of {flags.get('steps', '?')}")]
-    if n:
-        first, last = sum(column(name)[:n]) / n, sum(column(name)[-n:]) / n
+    """The headline of a training run -> [(name, value, what it is)], of what the log holds and of nothing else."""
+    values = {key: column for key, (_, column) in curves.items()}
+    name = "accuracy" if "accuracy" in values else "loss"
+    out = [("steps", str(log[-1]["step"]) if log else "0", f"of {flags.get('steps', '?')}")]
+    if name in values:
+        n = min(10, len(values[name]))
+        first, last = sum(values[name][:n]) / n, sum(values[name][-n:]) / n
         out.append((f"training {name}", f"{first:.3f} → {last:.3f}", f"means of the first and last {n} steps"))
-    if held_out:
-        questions, failures = (f"{sum(column(key)[-1:]):.0f}" for key in ("eval_questions", "eval_failures"))
+    if "eval_accuracy" in values:
+        steps, held_out = curves["eval_accuracy"]
+        counts = [f"{values[key][-1]:.0f} {what}" for key, what in (("eval_questions", "questions"), ("eval_failures", "failed"))
+                  if key in values]
         out.append(("held-out accuracy", f"{held_out[0]:.3f} → {held_out[-1]:.3f}",
-                    f"steps {steps[0]} and {steps[-1]}; {questions} questions, {failures} failed"))
-    skipped, without = (f"{sum(column(key)):.0f}" for key in ("skipped_samples", "skipped_update"))
-    return [*out, ("skipped samples", skipped, f"could not be loaded; {without} steps without an update"),
-            ("time", clock(sum(column("seconds.step"))), f"and {clock(sum(column('seconds.evaluate')))} of evaluations")]
+                    f"steps {steps[0]} and {steps[-1]}{'; ' if counts else ''}{', '.join(counts)}"))
+    if "skipped_samples" in values:
+        out.append(("skipped samples", f"{sum(values['skipped_samples']):.0f}", "could not be loaded"))
+    if "skipped_update" in values:
+        idle = values["skipped_update"]
+        out.append(("steps without an update", f"{sum(map(bool, idle))}", f"of {len(idle)}"))
+    if "seconds.step" in values:
+        evaluated = f"and {clock(sum(values['seconds.evaluate']))} of evaluations" if "seconds.evaluate" in values else ""
+        out.append(("time", clock(sum(values["seconds.step"])), evaluated))
+    return out
+
+
+def clock(seconds):
+    """A duration as text, in the unit that suits it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 # ---- an evaluation
@@ -177,19 +224,21 @@ def figures(curves, log, flags):
 def evaluation(run, frames, notes):
     """METHOD.rankN.jsonl and summary.json -> what the page shows of them. `frames` is asked for those of the questions."""
     summary, lines, questions, interesting = {}, {}, {}, set()
-    with suppress(OSError, ValueError):
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError):
+        summary = dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     if not summary:
         notes.append("No summary.json yet: these are the questions answered so far")
     for file in sorted(run.glob("*.rank*.jsonl")):
-        lines.setdefault(file.name.split(".rank")[0], {}).update((r["record"], r) for r in read_lines(file, notes))
+        read = read_lines(file, ("record", "score", "failure", "rounds"), notes)
+        lines.setdefault(file.name.split(".rank")[0], {}).update((r["record"], r) for r in read)
     order = [m.get("method") for m in summary.get("methods", [])]
-    natural = lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
     names = sorted(filter(lines.get, lines), key=lambda x: (order.index(x) if x in order else len(order), natural(x)))
     everything = [r for name in names for r in lines[name].values()]
     for r in everything:
-        about = ("id", "path", "problem_type", "data_type", "question", "options", "about", "answer")
-        questions.setdefault(r["record"], {}).update((key, r[key]) for key in about if key in r)
+        question, about = questions.setdefault(r["record"], {}), r.get("about") or {}
+        question |= texts(r, "id", "path", "problem_type", "data_type", "question", "answer")
+        question |= {"options": r.get("options") or [], "about": texts(about, *about)}
+        question["gold"] = gold(r) if question.get("gold") is None else question["gold"]
         if r["failure"] is not None or r["score"] <= 0.5 or len(r["rounds"]) > 1:
             interesting.add(r["record"])
     with_frames = set(sorted(questions, key=lambda record: (record not in interesting, record))[:QUESTIONS])

@@ -4,6 +4,7 @@ An answer scores as it is rewarded in training (rewards.py), but for numbers to 
 relative accuracy (arXiv 2412.14171). A line is what eval.py writes of a question; failures are lines too, and score 0.
 """
 
+import re
 from collections import Counter
 
 import rewards
@@ -17,7 +18,8 @@ def score(answer, sample):
 
 
 def constant_answer(samples):
-    """The accuracy of always giving one answer, the best of the most frequent ones of each problem type."""
+    """The accuracy of the best constant answer of each problem type, chosen among the most frequent gold answers with all of
+    them known: what a policy that looks at nothing could reach if it knew how often each answer is right."""
     right = 0.0
     for kind in {s.problem_type for s in samples}:
         group = [s for s in samples if s.problem_type == kind]
@@ -31,7 +33,7 @@ def interval(accuracy, n):
     """The 95 % interval of a mean of n scores in [0, 1] (Wilson's, for scores of 0 or 1; scores between spread less)."""
     z = 1.96
     middle, half = accuracy + z * z / (2 * n), z * (accuracy * (1 - accuracy) / n + z * z / (4 * n * n)) ** 0.5
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    return [max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))]
 
 
 def mean(xs):
@@ -40,15 +42,22 @@ def mean(xs):
     return sum(xs) / len(xs) if xs else 0.0
 
 
+def natural(name):
+    """The key that sorts names as a reader counts: greedy-8 before greedy-16."""
+    return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)]
+
+
 def by_group(lines):
-    """{field: {value: [accuracy, questions]}} of every field of the records that splits them into 2 to 30 groups."""
+    """{field: {value: [accuracy, questions]}} of every field of the records that is a category: it has 2 to 30 values, fewer
+    than there are questions. A value that is missing or is no text counts as "none"."""
     out, splits = {}, []
     for name in dict.fromkeys(k for r in lines for k in (*r.get("about", {}), "problem_type", "data_type")):
-        values = [r.get("about", {}).get(name) or r.get(name) for r in lines]
+        found = [r.get("about", {}).get(name) or r.get(name) for r in lines]
+        values = [v if isinstance(v, str) and v else "none" for v in found]
         groups = {}
         for value, r in zip(values, lines):
-            groups.setdefault(value or "none", []).append(r["score"])
-        if not 2 <= len(groups) <= 30:
+            groups.setdefault(value, []).append(r["score"])
+        if not 2 <= len(groups) <= min(30, len(lines) - 1):
             continue
         same = [values.index(v) for v in values]  # the split itself, whatever its groups are called
         if same not in splits:
@@ -74,7 +83,7 @@ def vsi_bench(lines):
         task = next((t for t in VSI if kind.startswith(t)), None)
         if task is None:
             return {}
-        kinds.setdefault(r["problem_type"], []).append(r["score"])
+        kinds.setdefault(r["problem_type"] == "regression", []).append(r["score"])
         if r["problem_type"] == "regression" and r.get("given") is not None:
             exact = rewards.mean_relative_accuracy(r["given"], rewards.parse_number(r["answer"]), inclusive=True)
         else:
@@ -86,30 +95,33 @@ def vsi_bench(lines):
 
 
 def summarize(lines, method):
-    """What the lines of a method (its name) come to; every line counts, failures as 0."""
+    """What the lines of a method (its name) come to; every line counts, failures as 0. The means over what was shown are None
+    if no question's medium could be read."""
     n, shown = len(lines), [r for r in lines if r["rounds"]]
     accuracy = mean(r["score"] for r in lines)
+    means = {"mean_frames": mean(r["frames"] for r in shown), "pixels": mean(r["pixels"] for r in shown),
+             "mean_visual_tokens": mean(r["visual_tokens"] for r in shown), "mean_rounds": mean(len(r["rounds"]) for r in shown)}
     return {"method": method, "questions": n, "accuracy": accuracy, "interval": interval(accuracy, n),
             "failures": sum(r["failure"] is not None for r in lines), "unreadable": n - len(shown),
-            "mean_frames": mean(r["frames"] for r in shown), "pixels": mean(r["pixels"] for r in shown),
-            "mean_visual_tokens": mean(r["visual_tokens"] for r in shown), "mean_rounds": mean(len(r["rounds"]) for r in shown),
+            **(means if shown else dict.fromkeys(means)),
             "seconds": sum(r.get("seconds", 0.0) for r in lines), "by": by_group(lines), **vsi_bench(lines)}
 
 
 def table(summary):
-    """The summary as text."""
+    """The summary as text; "-" for what was not computed."""
     rows = summary["methods"]
-    out = [f"{summary['model']} on {summary['data']}: {rows[0]['questions']} questions. Always the same answer: "
-           f"{summary['constant_answer']:.3f}.", "",
+    out = [f"{summary['model']} on {summary['data']}: {rows[0]['questions']} questions. The best constant answer of each "
+           f"problem type, chosen with the gold answers known: {summary['constant_answer']:.3f}.", "",
            "method        accuracy  95 % interval   frames x pixels  visual tokens  rounds  failures  seconds"]
     for r in rows:
         low, high = r["interval"]
-        shown = f"{r['mean_frames']:6.1f} x {r['pixels']:<6.0f}"
-        out.append(f"{r['method']:13} {r['accuracy']:8.3f}  {low:.3f} - {high:.3f}   {shown}"
-                   f" {r['mean_visual_tokens']:14.1f}  {r['mean_rounds']:6.2f}  {r['failures']:8}  {r['seconds']:7.1f}")
+        frames, pixels, tokens, rounds = ("-" if r[name] is None else f"{r[name]:.{digits}f}" for name, digits in
+                                          (("mean_frames", 1), ("pixels", 0), ("mean_visual_tokens", 1), ("mean_rounds", 2)))
+        out.append(f"{r['method']:13} {r['accuracy']:8.3f}  {low:.3f} - {high:.3f}   {frames:>6} x {pixels:6}"
+                   f" {tokens:>14}  {rounds:>6}  {r['failures']:8}  {r['seconds']:7.1f}")
         out += [f"{'':13} {name} {r[name]:.3f}" for name in r if name.startswith("vsi_bench")]
     for name in rows[0]["by"]:
         out += ["", f"by {name} (questions)"]
         for r in rows:
-            out.append(f"{r['method']:13} " + "  ".join(f"{v} {a:.3f} ({n})" for v, (a, n) in r["by"][name].items()))
+            out.append(f"{r['method']:13} " + "  ".join(f"{v} {a:.3f} ({n})" for v, (a, n) in r["by"].get(name, {}).items()))
     return "\n".join(out)

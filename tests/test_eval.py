@@ -64,6 +64,7 @@ def test_every_method_answers_every_question_once_and_writes_everything(whole, w
             sample = samples[r["record"]]
             assert (r["id"], r["question"], r["answer"], r["pixels"]) == (sample.id, sample.question, sample.answer, 784)
             assert r["score"] == rewards.grade(r["given"], sample) and r["seconds"] > 0
+            assert r["gold"] == rewards.normalize_answer(sample.answer, sample) is not None
             assert (r["failure"] is None) == (r["given"] is not None)
             assert r["visual_tokens"] == sum(x["visual_tokens"] for x in r["rounds"])
             for shown in r["rounds"]:
@@ -304,12 +305,49 @@ def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
         dict(score=s, about={"duration": d, "copy": d * 2, "url": str(i)})
         for i, (s, d) in enumerate(((1, "a"), (0, "a"), (1, "b")))
     ]
-    assert scores.by_group(rows)["duration"] == {"a": [0.5, 2], "b": [1.0, 1]}
-    assert "copy" not in scores.by_group(rows)
+    assert scores.by_group(rows) == {"duration": {"a": [0.5, 2], "b": [1.0, 1]}}  # not its copy, nor a url for each question
     assert rewards.mean_relative_accuracy(1.5, 1.0) == 0.0 and rewards.mean_relative_accuracy(1.5, 1.0, inclusive=True) == 0.1
     sample = Sample("0", "?", [], "regression", "video", "x", "2")
     assert scores.score(2.5, sample) == 0.5  # evaluation and reward differ here
     assert rewards.grade(2.5, sample) == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 4000])
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_an_interval_stays_within_0_and_1(accuracy, n):
+    low, high = scores.interval(accuracy, n)
+    assert 0 <= low < high <= 1 and (low == 0 if accuracy == 0 else high == pytest.approx(1))
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (["a", "a", "b"], {"a": [1, 2], "b": [1, 1]}),
+        (["a", "b", "c"], None),  # as many as questions: a name, no category
+        (["a", "a", "a"], None),
+        ([*map(str, range(30))] * 2, {str(i): [1, 2] for i in range(30)}),
+        ([*map(str, range(31))] * 2, None),
+        (["a", "a", None, 7, True, ["a"], {"a": 1}], {"a": [1, 2], "none": [1, 5]}),
+    ],
+)
+def test_a_category_has_2_to_30_values_and_fewer_than_questions(values, expected):
+    rows = [dict(score=1.0, failure=None, rounds=[], problem_type=v) for v in values]
+    assert scores.by_group(rows) == ({"problem_type": expected} if expected else {})
+
+
+def test_a_method_that_has_shown_nothing_has_no_means():
+    rows = [dict(score=0.0, failure="x.mp4: no such file", rounds=[], frames=0, pixels=0, visual_tokens=0, seconds=0.0)] * 2
+    nothing = scores.summarize(rows, "greedy-4")
+    names = ("mean_frames", "pixels", "mean_visual_tokens", "mean_rounds")
+    assert all(nothing[name] is None for name in names) and nothing["accuracy"] == 0 and nothing["unreadable"] == 2
+    text = scores.table({"model": "m", "data": "d", "constant_answer": 0.25, "methods": [nothing]})
+    assert "greedy-4         0.000  0.000 - 0.658        - x -                   -       -         2      0.0" in text
+    assert "The best constant answer of each problem type, chosen with the gold answers known: 0.250." in text
+
+
+def test_methods_sort_as_a_reader_counts():
+    names = ["vote-16", "greedy-16", "s2d-4-16", "greedy-8", "²", "7"]
+    assert sorted(names, key=scores.natural) == ["7", "greedy-8", "greedy-16", "s2d-4-16", "vote-16", "²"]
 
 
 # ---- the command
@@ -318,7 +356,11 @@ def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
 def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(tmp_path, world, cold_start, whole):
     out = tmp_path / "out"
     run(*flags(world, cold_start, out, "--frames", 4))
-    assert "greedy-8" in run(*flags(world, cold_start, out, "--frames", 8, "--workers", 1))  # another method, the same answers
+    with open(out / "vote-4.rank0.jsonl", "w") as f:
+        f.write('{"record": 0}\n')
+    printed = run(*flags(world, cold_start, out, "--frames", 8, "--workers", 1))  # another method, the same answers
+    assert [m["method"] for m in summary(out)] == ["greedy-8", "greedy-4"] and "greedy-4 " in printed
+    assert "vote-4: has answers to 1 of 39 questions, so it is not in summary.json" in printed
     assert "--max_pixels 5000" in run(*flags(world, cold_start, out, "--frames", 4, "--max_pixels", 5000), expect=1)
     command = [x if x != cold_start else world / "model" for x in flags(world, cold_start, out, "--frames", 4)]
     assert "# weights" in run(*command, expect=1)
@@ -342,6 +384,13 @@ def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(tmp_path
     file.write_text(first[:30] + "\n" + "".join(rest))
     printed = run(*command, expect=1)
     assert "greedy-4.rank0.jsonl, line 1: not JSON" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("text", ['{"record": 3, "id"', "null", "[]", "{}", '{"record": [1]}', "7"])
+def test_a_line_that_is_no_answer_is_named(tmp_path, text):
+    (tmp_path / "greedy-4.rank0.jsonl").write_text('{"record": 0}\n' + text + "\n")
+    with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: not JSON with the number of a 'record'"):
+        evaluation.read(tmp_path, "greedy-4")
 
 
 def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):

@@ -17,6 +17,7 @@ from PIL import Image
 
 import data
 import report
+import rewards
 import toy
 
 HOSTILE = """</script><img src=x onerror="document.title='owned'"> & <b>'bold'</b> <!-- \u2028 \ud800"""
@@ -60,6 +61,7 @@ def line(record, sample, given, *rounds, failure=None, **more):
         "options": sample.options,
         "about": sample.about,
         "answer": sample.answer,
+        "gold": rewards.normalize_answer(sample.answer, sample),
         "given": given,
         "score": float(given == sample.answer),
         "failure": failure,
@@ -221,6 +223,15 @@ def test_real_videos(tmp_path):
 # ---- a training run
 
 
+def group(step, sample, accuracies, **more):
+    """The lines of samples.jsonl of one prompt; advantages are the accuracies less 0.25."""
+    about = {key: getattr(sample, key) for key in ("id", "path", "data_type", "fps", "segment", "question", "answer")}
+    parts = [
+        dict(reward=1 + a, accuracy=a, format=1.0, length_bonus=0.0, temporal_bonus=0.3, advantage=a - 0.25) for a in accuracies
+    ]
+    return [dict(step=step, **about, response=f"{step}.{k} {HOSTILE}", **p) | more for k, p in enumerate(parts)]
+
+
 @pytest.fixture(scope="module")
 def training(tmp_path_factory, world, samples):
     """A run of 30 steps: evaluated at 0 and 30, step 7 without a sample that loads, a half-written last line."""
@@ -239,22 +250,11 @@ def training(tmp_path_factory, world, samples):
     write_lines(out / "log.jsonl", log, end='{"step": 31, "rew')
     sampled = []
     for i in range(1, 31):
-        for accuracy in (1.0, 1.0, 1.0, 1.0, 0.0):
-            s = samples[i % len(samples)]
-            sampled.append(
-                dict(
-                    step=i,
-                    id=s.id,
-                    path=s.path,
-                    data_type=s.data_type,
-                    fps=s.fps,
-                    question=s.question,
-                    answer=s.answer,
-                    response=f"{i} {HOSTILE}",
-                )
-            )
-            sampled[-1] |= dict(reward=1 + accuracy, accuracy=accuracy, format=1.0, length_bonus=0.0, temporal_bonus=0.3)
-    sampled[-1] |= dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0])
+        for position in (0, 3):
+            about = dict(position=position, options=samples[i % len(samples)].options)
+            accuracies = (1.0, 1.0, 1.0, 1.0) if position == 0 else (0.0, 1.0, 0.0, 0.0) if i % 10 else (0.0, 0.0, 0.0, 0.0)
+            more = dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0]) if i == 30 and position == 0 else {}
+            sampled += group(i, samples[i % len(samples)], accuracies, **about, **more)
     write_lines(out / "samples.jsonl", sampled)
     (out / "config.txt").write_text("--algo tgrpo\n--steps 40\n--fps 2.0\n--min_frames 4\n--max_frames 8\n--train_vision\n")
     return out
@@ -273,24 +273,68 @@ def test_a_training_runs_figures_curves_and_samples(training_page, samples):
     first, last = (sum(x for x in range(1, 12) if x != 7) / 300, sum(range(21, 31)) / 300)
     assert figures["training accuracy"] == (f"{first:.3f} → {last:.3f}", "means of the first and last 10 steps")
     assert figures["held-out accuracy"] == ("0.200 → 0.900", "steps 0 and 30; 50 questions, 1 failed")
-    assert figures["skipped samples"] == ("4", "could not be loaded; 1 steps without an update")
+    assert figures["skipped samples"] == ("4", "could not be loaded")
+    assert figures["steps without an update"] == ("1", "of 30")
     assert figures["time"] == ("58.1 s", "and 2.0 s of evaluations")
     curves = page["training"]["curves"]
     assert curves["eval_by_source.flash"] == [[0, 30], [0.1, 0.85]] and curves["kl"][1] == [0.0] * 29
     assert 3 not in curves["loss"][0] and 7 not in curves["accuracy"][0] and 31 not in curves["reward"][0]
-    shown = page["training"]["samples"]
-    assert [s["accuracy"] for s in shown].count(1.0) == report.SAMPLES and [s["accuracy"] for s in shown].count(0.0) == 30
-    assert page["training"]["left_out"] == 150 - 130
-    assert [s["step"] for s in shown] == sorted((s["step"] for s in shown), reverse=True) and shown[0]["step"] == 30
-    assert shown[0]["responses"] == ["30 " + HOSTILE.replace("\ud800", "?")]
-    assert page["sheets"][shown[0]["sheet"]]["of"] == 8 and page["algo"] == "tgrpo"
+    assert page["algo"] == "tgrpo"
+
+
+def test_a_group_is_one_card_with_all_its_responses(training_page, samples):
+    page = blob(training_page.read_text())
+    shown, sample = page["training"]["groups"], samples[30 % len(samples)]
+    assert [(g["step"], g["position"], g["kind"]) for g in shown[:3]] == [(30, 0, "right"), (30, 3, "wrong"), (29, 0, "right")]
+    assert len(shown) == 60 and [g["kind"] for g in shown].count("mixed") == 27 and page["training"]["left_out"] == 0
+    assert shown[0]["responses"] == [f"30.{k} " + HOSTILE.replace("\ud800", "?") for k in range(4)]
+    assert (shown[0]["id"], shown[0]["options"], shown[0]["gold"]) == (sample.id, sample.options, sample.answer)
+    names = "reward", "accuracy", "format", "length_bonus", "temporal_bonus", "advantage"
+    assert shown[0]["numbers"] == [dict(zip(names, (2.0, 1.0, 1.0, 0.0, 0.3, 0.75)))] * 4
+    assert page["sheets"][shown[0]["sheet"]]["of"] == 8
+    assert shown[0]["shuffled_accuracies"] == [0.0, 1.0] and "orders" not in shown[1]
+
+
+def test_the_newest_groups_of_each_kind_are_shown(tmp_path, monkeypatch, samples):
+    monkeypatch.setattr(report, "GROUPS", 2)
+    (tmp_path / "log.jsonl").write_text("")
+    mixed, right = (0.0, 1.0), (1.0, 1.0)
+    kinds = [mixed, right, right, right, mixed]
+    write_lines(tmp_path / "samples.jsonl", [x for i, a in enumerate(kinds) for x in group(i, samples[0], a, position=0)])
+    training = blob(report.page(tmp_path))["training"]
+    assert [g["step"] for g in training["groups"]] == [4, 3, 2, 0] and training["left_out"] == 1
+
+
+def test_samples_of_the_older_form(tmp_path, samples):
+    """No position, no options, no advantage; two responses to each of two prompts a step."""
+    (tmp_path / "log.jsonl").write_text("")
+    lines = [x for i in (1, 2) for s in samples[:2] for x in group(i, s, (1.0, 0.0))]
+    write_lines(tmp_path / "samples.jsonl", [{k: v for k, v in x.items() if k != "advantage"} for x in lines])
+    found = blob(report.page(tmp_path))["training"]["groups"]
+    assert [(g["step"], g["id"], len(g["responses"])) for g in found] == [(i, s.id, 2) for i in (2, 1) for s in samples[:2]]
+    assert found[0]["options"] == [] and found[0]["gold"] is None and "advantage" not in found[0]["numbers"][0]
+
+
+def test_what_was_not_computed_is_no_0(tmp_path):
+    """Step 2 had no gradient, so its loss is none; step 3 had one that was not finite. Nothing counts skipped samples."""
+    idle = dict(step=2, skipped_update=True, grad_norm=0.0, loss=0.0, kl=0.0, entropy=0.07, reward=0.0)
+    taught, broken = idle | dict(step=1, skipped_update=False, grad_norm=1.0), idle | dict(step=3, grad_norm=None, loss=0.25)
+    write_lines(tmp_path / "log.jsonl", [taught, idle, broken])
+    training = blob(report.page(tmp_path))["training"]
+    assert training["figures"][1:] == [
+        ["training loss", "0.125 → 0.125", "means of the first and last 2 steps"],
+        ["steps without an update", "2", "of 3"],
+    ]
+    steps = {key: steps for key, (steps, _) in training["curves"].items()}
+    assert (steps["grad_norm"], steps["loss"], steps["kl"]) == ([1], [1, 3], [1, 3])
+    assert steps["entropy"] == steps["reward"] == steps["skipped_update"] == [1, 2, 3]
 
 
 def test_a_supervised_run_and_one_that_has_just_begun(tmp_path):
     write_lines(tmp_path / "log.jsonl", [dict(step=i, loss=2.0 / i, seconds={"step": 1.0}) for i in (1, 2)])
     page = blob(report.page(tmp_path))
     assert page["training"]["figures"][1] == ["training loss", "1.500 → 1.500", "means of the first and last 2 steps"]
-    assert page["training"]["samples"] == [] and page["sheets"] == []
+    assert page["training"]["groups"] == [] and page["sheets"] == []
     (tmp_path / "log.jsonl").write_text("")
     assert blob(report.page(tmp_path))["training"]["figures"][0] == ["steps", "0", "of ?"]
 
@@ -384,6 +428,58 @@ def test_an_evaluation_in_the_browser(browse, answers_page, samples):
     assert "! no valid answer" in failed[0][1]
 
 
+GOLDS = [  # options, the record's answer, its gold ("old": a line without one), given, score, marked right, marked wrong
+    (["A. left", "B. right"], "B.", "B", "B", 1.0, "B. right", None),
+    (["A. left", "B. right"], "(B)", "B", "A", 0.0, "B. right", "A. left"),
+    (["A. left", "B. right"], "B. right", "B", None, 0.0, "B. right", None),
+    (["A) left", "(B) right"], "b", "B", "B", 1.0, "(B) right", None),
+    (["A. left", "B. right"], "B.", "old", "B", 1.0, "B. right", None),
+    (["A. left", "B. right"], "(B)", "old", "A", 0.0, "B. right", "A. left"),
+    ([], "3.0 ", 3.0, 3.0, 1.0, "3 × 1 ✓", None),
+    ([], "1,000", 1000.0, 999.0, 0.0, None, None),
+    ([], "5", "old", 5.0, 1.0, "5 × 1 ✓", None),
+    ([], "a red car", "a red car", "a red van", 0.6, "a red van × 1 ✓", None),
+    ([], "A Red Car", "A Red Car", "a red car", 0.3, None, None),
+]
+
+
+@needs_chromium
+def test_right_is_what_scores_and_equals_the_normalised_gold(browse, tmp_path):
+    rows = []
+    for i, (options, answer, gold, given, score, *_) in enumerate(GOLDS):
+        sample = data.Sample(str(i), "?", options, "free-form", "video", "/x.mp4", answer)
+        failure = "no valid answer" if given is None else None
+        rows.append(line(i, sample, given, draw(4, given), failure=failure, score=score, gold=gold))
+        if gold == "old":
+            del rows[-1]["gold"]
+    write_lines(tmp_path / "greedy-4.rank0.jsonl", rows)
+    text = browse(report.page(tmp_path))
+    found = re.findall(r"<article.*?</article>", text, re.DOTALL)
+    marked = [{kind: re.findall(rf'<li class="{kind}">(.*?) ?<small>', card) for kind in ("right", "wrong")} for card in found]
+    chips = [re.findall(r'<span class="chip right"[^>]*><b>(.*?)</b>(.*?)</span>', card) for card in found]
+    for (options, answer, gold, given, _, right, wrong), mark, chip in zip(GOLDS, marked, chips):
+        assert mark["wrong"] == [wrong] * bool(wrong), (answer, given)
+        if options:
+            assert mark["right"] == [right] and bool(chip) == (given == "B"), (answer, given)
+        else:
+            assert ["".join(x) for x in chip] == [right] * bool(right), (answer, gold, given)
+
+
+@needs_chromium
+def test_what_a_bad_record_holds_becomes_no_attribute(browse, tmp_path, samples):
+    """An object where text is expected, in every field and key of the page."""
+    hostile = {"ONCLICK": "1", "style": "2", "title": "3", "constructor": "4", "__proto__": {"title": "5"}}
+    bad = dict(record=0, score=0.0, failure="bad", rounds=[], problem_type=hostile, about={"category": hostile}, id=hostile)
+    fields = dict(question=hostile, answer=hostile, given=None, path="/x.mp4", data_type="video", fps=1.0)
+    write_lines(tmp_path / "greedy-4.rank0.jsonl", [bad, bad | dict(record=1, problem_type=["x"], **fields)])
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss=hostile, title=3.0)) + "\n")
+    write_lines(tmp_path / "samples.jsonl", [dict(step=1, response="x", id=hostile, question=hostile, accuracy=hostile)])
+    dom = browse(report.page(tmp_path), "show=constructor")
+    assert [kind for kind, _ in articles(dom)] == ["wrong", "failed", "failed"]
+    written = dom.split("<main>")[1]
+    assert not re.search(r'onclick=|constructor=|__proto__=|(style|title)="[235]"', written) and "[object" not in written
+
+
 @needs_chromium
 def test_the_address_chooses_what_is_shown(browse, answers_page, samples):
     dom = browse(answers_page, "method=greedy-4")
@@ -430,11 +526,15 @@ def test_a_training_run_in_the_browser(browse, training_page):
     assert {"grad_norm", "skipped_samples", "seconds of a step, by phase"} <= set(charts) and "shuffled" not in " ".join(charts)
     assert "The same at every step: kl 0." in dom and dom.count("<circle") == 2 + 2 * 2 and "0.200 → 0.900" in dom
     assert "NaN" not in dom and "Infinity" not in dom and "undefined" not in dom
-    assert len(articles(dom)) == 20 and "20 older ones are left out" in dom
+    assert len(articles(dom)) == 20 and "left out" not in dom
     kind, text = articles(dom)[0]
-    assert kind == "wrong" and "step 30" in text and "temporal_bonus 0.3" in text and "30 " + HOSTILE[:20] in text
-    assert "in the order 2 1 4 3: accuracies 0 1" in text and "8 of 8 frames" in text
-    assert {kind for kind, _ in articles(browse(training_page, "show=right"))} == {"right"}
+    assert kind == "right" and "step 30" in text and "prompt 1" in text and "4 of 4 responses right" in text
+    assert text.count("advantage +0.75") == text.count("temporal_bonus 0.3") == 4 and text.count("8 of 8 frames") == 1
+    assert all(f"30.{k} {HOSTILE[:20]}" in text for k in range(4)) and text.count("✓ right answer") == 1
+    assert "in the order 2 1 4 3: accuracies 0 1" in text
+    mixed = articles(browse(training_page, "show=mixed"))
+    assert {kind for kind, _ in mixed} == {"mixed"} and "1 of 4 responses right" in mixed[0][1]
+    assert mixed[0][1].count("advantage -0.25") == 3 and mixed[0][1].count("advantage +0.75") == 1
 
 
 @needs_chromium
@@ -444,6 +544,64 @@ def test_pointing_at_a_curve_reads_all_curves_at_that_step(browse, training_page
     dom = browse(training_page, script=svg + move)
     legend = lambda chart: re.search(rf'data-chart="{chart}".*?class="legend">(.*?)</div>', dom, re.DOTALL)[1]
     assert "<b>0.5</b>" in legend("accuracy") and "<b>1.5</b>" in legend("reward") and ", step 15<" in dom
+
+
+@needs_chromium
+def test_charts_are_read_by_keyboard(browse, training_page):
+    keys = ["Home", "ArrowRight", "ArrowRight", "PageUp", "ArrowLeft", "x"]  # steps 0, 1, 2, 13 (7 has none), 12
+    press = "".join(f"v.dispatchEvent(new KeyboardEvent('keydown', {{ key: '{key}' }}));" for key in keys)
+    dom = browse(training_page, script=f"const v = document.querySelector('[data-chart=accuracy] > svg'); v.focus(); {press}")
+    svg = re.search(r'data-chart="accuracy".*?(<svg[^>]*role="slider"[^>]*>)', dom, re.DOTALL)[1]
+    assert 'tabindex="0"' in svg and 'aria-valuenow="12"' in svg and 'aria-valuemin="0"' in svg and 'aria-valuemax="30"' in svg
+    assert 'aria-valuetext="step 12: accuracy 0.4, eval_accuracy 0.2"' in svg
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    "values, ticks",
+    [
+        ([0, 0, 0], ["0", "0.5", "1"]),
+        ([0.3, 0.3, 0.3], ["0", "0.2", "0.4", "0.6"]),
+        ([-2, -2, -2], ["-4", "-3", "-2", "-1", "0"]),
+    ],
+)
+def test_a_constant_curve_is_drawn_on_an_axis_with_0(browse, tmp_path, values, ticks):
+    write_lines(tmp_path / "log.jsonl", [dict(step=10 * i, eval_accuracy=v) for i, v in enumerate(values)])
+    labels = re.findall(r'<text[^>]*text-anchor="end"[^>]*>(.*?)</text>', browse(report.page(tmp_path)))
+    assert labels == ticks
+
+
+@needs_chromium
+def test_no_curve_hides_another_and_tables_and_fields_have_names(browse, tmp_path, answers_page):
+    log = [dict(step=i, temporal_passed=i % 2, temporal_vacuous=i % 2) for i in range(9)]
+    write_lines(tmp_path / "log.jsonl", log)
+    passed, vacuous = re.findall(r'<path fill="none"[^>]*stroke-width="1.6"[^>]*>', browse(report.page(tmp_path)))
+    assert 'stroke-dasharray="none"' in passed and 'stroke-dasharray="6 4"' in vacuous
+    dom = browse(answers_page)
+    heads = re.findall(r"<th[ >].*?</th>", dom)
+    assert heads and all(re.match(r'<th scope="(col|row)">.', head) and "><" not in head.split("<a")[0] for head in heads)
+    assert dom.count('scope="row"') == dom.count("<tr>") - dom.count("<table>")  # every row but the first has a head
+    assert all("aria-label=" in tag for tag in re.findall(r"<(?:select|input)[^>]*>", dom))
+
+
+def luminance(colour):
+    """Relative luminance of "#rrggbb" or "#rgb", as WCAG defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * x for x in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_every_colour_has_a_contrast_of_4_5_to_the_page_and_to_the_cards(mode):
+    roots = re.findall(r":root \{(.*?)\}", (report.Path(report.__file__).parent / "report.html").read_text(), re.DOTALL)
+    colours = dict(re.findall(r"--(\w+): (#\w+)", roots[mode]))
+    grounds = [luminance(colours.pop(name)) for name in ("paper", "card")]
+    assert colours.pop("line") and {f"c{i}" for i in range(8)} < set(colours)
+    for name, colour in colours.items():
+        for ground in grounds:
+            dark, light = sorted((luminance(colour), ground))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, name
 
 
 @needs_chromium
