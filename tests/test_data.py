@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import toy
+import video
 from data import DataError, Sample
 
 RECORD = dict(
@@ -358,7 +359,7 @@ def test_patches_of_an_image_equal_transformers_processor():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (150, 211, 3), dtype=np.uint8))
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 100 * 28 * 28})(image, return_tensors="pt")
-    frames = torch.from_numpy(data.resize(image, 56 * 56, 100 * 28 * 28).copy()).permute(2, 0, 1)[None]
+    frames = torch.from_numpy(video.resize(image, 56 * 56, 100 * 28 * 28).copy()).permute(2, 0, 1)[None]
     patches, grid = data.patchify(data.normalize(frames))
     assert [list(grid)] == theirs["image_grid_thw"].tolist()
     torch.testing.assert_close(patches, theirs["pixel_values"], atol=1e-5, rtol=0)
