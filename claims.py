@@ -493,7 +493,8 @@ def study(name, seeds, root, results, pool, **size):
 
 def main(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     p.add_argument("claim", nargs="?", choices=CLAIMS, help="its name; without one, they are listed")
     p.add_argument("--seeds", type=int, default=5, help="worlds and weights: 2 to 10 (default: 5)")
     p.add_argument("--jobs", type=int, default=2, help="processes of one thread, side by side (default: 2)")

@@ -48,6 +48,7 @@ from run import (
     gather,
     media_flags,
     open_run,
+    ordered,
     peek,
     save,
     say,
@@ -73,19 +74,20 @@ def parse_args(argv=None):
     add(g, "eval_data", None, "held-out records, answered greedily every --eval_every steps")
     add(g, "media_root", None, "what relative paths in the records start from; the records' own folder unless told")
     add(g, "out", None, "run folder (default: out/toy or out/run)")
-    add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates")
+    add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates", "at least 1")
     add(g, "seed", 0, "of the order of the data and of the sampling")
     flag(g, "resume", "go on from the newest checkpoint in --out")
     g = media_flags(p, add, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
-    add(g, "max_frames", 16, "at most this many frames")
+    add(g, "max_frames", 16, "at most this many frames", "at least 2")
     g = p.add_argument_group("step")
-    add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)")
-    add(g, "group", 8, "G, responses to a prompt, at least 2")
-    add(g, "max_new", 768, "tokens of a response, at most")
-    add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained")
-    add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased")
-    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the prompts")
-    add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)")
+    add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
+    add(g, "group", 8, "G, responses to a prompt, at least 2", "at least 2")
+    add(g, "max_new", 768, "tokens of a response, at most", "at least 1")
+    add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained", "above 0, at most 100")
+    add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased", "above 0, at most 1")
+    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the prompts", "at least 1")
+    add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)",
+        "at least 1")
     flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
     add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
@@ -99,9 +101,9 @@ def parse_args(argv=None):
         choices=("reward", "advantage", "contrast"))
     add(g, "alpha", 0.3, "the bonus of a right response whose group passed the test; contrast: that has lost it all")
     add(g, "mu", 1.0, "passed: right at least mu times as often in order as shuffled")
-    add(g, "correct", 0.5, "a response is right above this accuracy")
+    add(g, "correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
     add(g, "shuffle", "frame", "what is shuffled: frames, or 2-frame grids (no second encoding)", choices=("frame", "grid"))
-    add(g, "shuffles", 1, "orders drawn for each video; they share its G/2 shuffled responses")
+    add(g, "shuffles", 1, "orders drawn for each video; they share its G/2 shuffled responses", "at least 1")
     g = p.add_argument_group("loss")
     add(g, "norm", "std", "advantages are divided by the group's std, by nothing, or by the batch's std", choices=grpo.NORMS)
     add(g, "average", "sequence", "token losses are averaged per response, over all, or by a constant", choices=grpo.AVERAGES)
@@ -109,7 +111,7 @@ def parse_args(argv=None):
     add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
     add(g, "variant", "grpo", "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
         choices=grpo.VARIANTS)
-    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low (none in cispo)")
+    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low (none in cispo)", "at least 0, at most 1")
     add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
     add(g, "dual_clip", 0.0, "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off")
     flag(g, "drop_zero_std", "leave groups with equal rewards out of the batch (and of its averages)")
@@ -119,43 +121,38 @@ def parse_args(argv=None):
     add(g, "lr", 1e-6, "peak learning rate")
     add(g, "schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
     add(g, "warmup", 0, "steps of linear warm-up")
-    add(g, "beta2", 0.999, "AdamW's memory of squared gradients (beta1 is 0.9)")
+    add(g, "beta2", 0.999, "AdamW's memory of squared gradients (beta1 is 0.9)", "at least 0, below 1")
     add(g, "weight_decay", 0.01, "of matrices")
-    add(g, "clip_grad", 1.0, "largest gradient norm")
+    add(g, "clip_grad", 1.0, "largest gradient norm", "above 0")
     flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
     add(g, "checkpointing", 1, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
     flag(g, "fsdp", "shard weights, gradients and moments over all ranks (fsdp.py); a single rank has nothing to shard")
     g = p.add_argument_group("long videos (mrsp.py)")
     add(g, "sp", "1", "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length")
     add(g, "embedding_cache", None, "folder for the embeddings of a frozen vision tower, shared by runs")
-    add(g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first")
+    add(g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first", "above 0")
     g = p.add_argument_group("logs and checkpoints")
-    add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)")
-    add(g, "eval_every", 100, "steps between evaluations on --eval_data, also done before the first and after the last")
-    add(g, "save_every", 100, "steps between checkpoints; one is always written at the end")
-    add(g, "keep", 2, "newest checkpoints to keep")
+    add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)", "at least 1")
+    add(g, "eval_every", 100, "steps between evaluations on --eval_data, also done before the first and after the last",
+        "at least 1")
+    add(g, "save_every", 100, "steps between checkpoints; one is always written at the end", "at least 1")
+    add(g, "keep", 2, "newest checkpoints to keep", "at least 1")
     args = p.parse_args(argv)
     if args.model and not args.data:
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
         p.error("--data needs --model, what to train")
-    ones = ("prompts", "max_new", "updates", "eval_every", "save_every", "log_every", "keep", "workers", "shuffles")
-    at_least = dict.fromkeys(ones, 1) | dict(group=2, checkpointing=0, min_frames=2, max_frames=args.min_frames,
-                                             max_pixels=args.min_pixels, image_max_pixels=args.min_pixels)
-    for name, least in at_least.items():
-        if getattr(args, name) < least:
-            p.error(f"--{name} {getattr(args, name)}: expected at least {least}")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1:
-        p.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected above 0, and above 0 up to 1")
-    if args.updates > args.prompts or (args.refill and not args.drop_zero_std):
-        p.error("--updates: expected at most --prompts; --refill: expected --drop_zero_std beside it")
+    ordered(p, args, ("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("min_pixels", "image_max_pixels"),
+            ("len_lo", "len_hi"), ("updates", "prompts"))
+    if args.refill and not args.drop_zero_std:
+        p.error(f"--refill {args.refill}: expected --drop_zero_std beside it")
     if args.dual_clip and (args.dual_clip <= 1 or args.variant == "cispo"):
         p.error(f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, which does not clip below")
-    if args.sp != "auto" and (not args.sp.isdigit() or int(args.sp) < 1 or WORLD % int(args.sp)):
+    if args.sp != "auto" and (not args.sp.isdecimal() or int(args.sp) < 1 or WORLD % int(args.sp)):
         p.error(f"--sp {args.sp}: expected auto or a divisor of the {WORLD} ranks")
     if args.embedding_cache and args.train_vision:
         p.error("--embedding_cache: expected a frozen vision tower; with --train_vision its embeddings change with every step")
-    if args.algo == "tgrpo" and args.group // 2 % max(args.shuffles, 1):
+    if args.algo == "tgrpo" and args.group // 2 % args.shuffles:
         p.error(f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses")
     return args
 
