@@ -24,6 +24,7 @@ of G (P + R), and bytes read in decoding, the weights and one copy of the prompt
 
 import json
 import platform
+import shlex
 import statistics
 import tempfile
 import time
@@ -53,6 +54,8 @@ STEPS = (  # of the table: the name, the way, and the phases that it changes
     ("+ encode once", "ours", ["encode"]), ("+ shared prefill", "ours", ["prefill"]), ("+ shared decode", "ours", ["decode"]),
     ("+ packed rows", "ours", ["reference", "train"]), ("+ CUDA graph", "graph", ["decode"]),
     ("+ embedding cache", "cache", ["encode"]), ("+ {} ranks a row", "ranks", ["prefill", "decode", "reference", "train"]))
+SHARES = {"train_utilisation": ("trains", "matrix rate measured (recomputation not counted)"),
+          "decode_floor_share": ("decodes", "copy rate measured")}  # what a share is of
 PHASES = ("video", "encode", "prefill", "decode", "reference", "train", "optimizer")
 
 
@@ -242,12 +245,20 @@ def measure(policy, frames, args, matrix, copy, dtype, folder, everybody, tower)
             now = now | {p: median[way][p] for p in changed}
             rows.append(dict(name=name.format(WORLD), **now))
     P, model = len(prompt.ids), cost(policy, len(prompt.ids), args.group, args.new, dtype)
-    share = lambda i, rate, phase: model["ours"][i] / rate / median["ours"][phase]
+    shares = {"train_utilisation": model["ours"][0] / matrix / median["ours"]["train"],
+              "decode_floor_share": model["ours"][1] / copy / median["ours"]["decode"]}
     faster = {p: median["plain"][p] / median["ours"][p] for p in ("training pass", "rollout", "train", "decode")}
     return dict(frames=frames, prompt_tokens=P, rows=rows, memory=memory, faster=faster,
                 difference=max(float((log_probs["plain"] - x).abs().max()) for x in log_probs.values()),
                 expected={"train": model["plain"][0] / model["ours"][0], "decode": model["plain"][1] / model["ours"][1]},
-                train_utilisation=share(0, matrix, "train"), decode_floor_share=share(1, copy, "decode"))
+                **refuse(shares))
+
+
+def refuse(shares):
+    """Shares of a rate, by name, with None for those that cannot be: above 1, or not above 0 -> them and, under "refused", what
+    was measured. The machine was busy, with its rates or with the phase, so the figure says nothing."""
+    possible = {name: x if 0 < x <= 1 else None for name, x in shares.items()}
+    return possible | {"refused": {name: x for name, x in shares.items() if possible[name] is None}}
 
 
 def table(figures, args):
@@ -263,9 +274,11 @@ def table(figures, args):
     model = {p: f"{times[p]} ({what}: {f['expected'][p]:.1f}x)" for p, what in (("train", "operations"), ("decode", "bytes"))}
     out.append(f"with the encoding that each does: {times['training pass']}, {times['rollout']}; without: {model['train']}, "
                f"{model['decode']}; log-probs differ by {f['difference']:.1e} at most")
-    out.append(f"ours trains at {f['train_utilisation']:.0%} of the matrix rate measured (recomputation not counted) and "
-               f"decodes at {f['decode_floor_share']:.0%} of the copy rate measured"
-               + "".join(f"; {name} {x:.1f} GB" for name, x in f["memory"].items() if x))
+    said = [f"{verb} at {f[name]:.0%} of the {rate}" for name, (verb, rate) in SHARES.items() if f[name] is not None]
+    out.append("; ".join([*([f"ours {' and '.join(said)}"] if said else []),
+                          *(f"{name} {x:.1f} GB" for name, x in f["memory"].items() if x)]))
+    out += [f"{name} refused: {x:.0%} of the {SHARES[name][1]}, expected above 0 and at most 100 %: the machine was busy, "
+            "so run again" for name, x in f["refused"].items()]
     return "\n".join(out)
 
 
@@ -300,6 +313,8 @@ def main(argv=None):
     close_workers()
     if args.json and RANK == 0:
         Path(args.json).write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
+    say(f"\n{args.json} holds these figures; `cat {shlex.quote(args.json)}` shows them" if args.json else
+        "\nThese figures are on the console only; --json FILE writes them to a file")
     stop_ranks()
 
 

@@ -15,6 +15,7 @@ on where a killed one stopped, on any number of processes, and prints the table 
 import fcntl
 import hashlib
 import json
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -357,6 +358,7 @@ def evaluate(args, device):
     say(table(summary))
     if args.filter:
         say(write_filtered([*lines[asked[0]].values()], samples, args.data, args.filter))
+    say(f"{out} holds the answers and summary.json; `python report.py {shlex.quote(str(out))} --open` shows them")
     return summary
 
 

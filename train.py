@@ -21,6 +21,7 @@ What a run leaves behind: run.py.
 
 import json
 import math
+import shlex
 import sys
 from datetime import timedelta
 from functools import partial
@@ -61,6 +62,7 @@ from step import grpo_step, pack, sft_step
 from video import close_workers
 
 EMPTY_STEPS = 10  # so many steps in a row without a sample that loads end the run: a wrong --media_root, most likely
+IDLE_STEPS = 10  # after so many steps in a row that taught nothing, a line says what may help
 
 
 def parse_args(argv=None):
@@ -114,7 +116,7 @@ def parse_args(argv=None):
     add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low (none in cispo)", "at least 0, at most 1")
     add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
     add(g, "dual_clip", 0.0, "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off")
-    flag(g, "drop_zero_std", "leave groups with equal rewards out of the batch (and of its averages)")
+    flag(g, "drop_zero_std", "leave groups without an advantage out of the batch (and of its averages)")
     add(g, "refill", 0, "with --drop_zero_std: draw --prompts more, up to so many times, until --prompts groups are left")
     flag(g, "mask_truncated", "leave truncated responses out of the loss")
     g = p.add_argument_group("optimizer")
@@ -275,14 +277,29 @@ def load(args, checkpoint, device):
     return policy, reference, loader, held_out
 
 
-def report(out, bar, step, entry, args):
-    """Writes a step's log entry; shows its figures on the bar and, every args.log_every steps, on a line."""
+def advice(entry, args):
+    """One line on why steps like that of this log entry teach nothing, and what may help."""
+    if not math.isfinite(entry["grad_norm"]):
+        return "the gradient is not finite: lower --lr, or check the weights it started from"
+    if entry["truncated"] > 0.5:
+        return f"{entry['truncated']:.0%} of the responses are cut off at --max_new {args.max_new}: raise it"
+    if entry["format"] == 0:
+        return "no response has the format <think> </think><answer> </answer>: begin with a cold start (--algo sft)"
+    return ("all responses to a question get the same reward: choose questions that are neither too easy nor too hard "
+            "(eval.py --filter), or raise --group")
+
+
+def report(out, bar, step, entry, args, skipped=0):
+    """Writes a step's log entry; shows its figures on the bar and, every args.log_every steps, on a line, with the updates that
+    were skipped since the run began or was resumed."""
     if torch.cuda.is_available():
         entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
     figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
     bar.set_postfix(figures)
     if step and step % args.log_every == 0:
+        figures |= {k: f"{entry[k]:.3f}" for k in ("zero_std_groups", "truncated") if k in entry}
+        figures["skipped_updates"] = f"{skipped}"
         phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
         say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
     if "eval_accuracy" in entry:
@@ -295,13 +312,13 @@ def train(args, device):
     out, checkpoint = open_run(args)
     policy, reference, loader, held_out = load(args, checkpoint, device)
     optimizer, trained = make_optimizer(policy, args)
-    start = empty_steps = 0
+    start = empty_steps = idle_steps = skipped = 0
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
     wrapped = policy
     if WORLD > 1 and not args.fsdp:
-        wrapped = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
 
@@ -327,10 +344,10 @@ def train(args, device):
                 if reference:
                     reference.group = group
                 if WORLD > 1 and lengths and size != said:
-                    say(f"sequence parallelism: {estimate}")
+                    say(f"memory: {estimate}" if args.sp == "1" else f"sequence parallelism: {size} ranks a row; {estimate}")
                     said = size
                 prompts = share(group, prompts)
-            entry, some, tokens = {"skipped_update": True}, [], 0
+            entry, some, tokens = {"updates": 0, "skipped_updates": 1, "skipped_update": True}, [], 0
             if len(errors) < args.prompts:
                 empty_steps = 0
                 policy.train()
@@ -349,13 +366,19 @@ def train(args, device):
         if held_out and (done % args.eval_every == 0 or done == args.steps):
             entry |= held_out_accuracy()
         bar.update()
-        report(out, bar, done, entry, args)
+        skipped += entry["skipped_updates"]
+        report(out, bar, done, entry, args, skipped)
+        if "grad_norm" in entry:  # some sample was loaded
+            idle_steps = idle_steps + 1 if entry["skipped_update"] or entry.get("zero_std_groups") == 1 else 0
+            if idle_steps == IDLE_STEPS:
+                say(f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}")
         append(out / "samples.jsonl", some)
         if done % args.save_every == 0 or done == args.steps:
             save(policy, optimizer, done, args)
     bar.close()
     loader.pool.shutdown(cancel_futures=True)
     close_workers()
+    say(f"{out} holds the checkpoints, the log and samples; `python report.py {shlex.quote(str(out))} --open` shows them")
 
 
 def toy_runs(args, argv):
