@@ -255,8 +255,9 @@ def test_steps_without_any_sample_are_skipped_and_ten_in_a_row_are_an_error(tmp_
 
 def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
     out = run(*flags(world, tmp_path / "a", "sft", steps=3), "--lr", "1e30")
-    assert "norm is nan, so this update is skipped" in out
+    assert "norm is nan, so this update is skipped" in out and "  skipped_updates 2  " in out
     assert [e["skipped_update"] for e in log(tmp_path / "a")] == [False, True, True]
+    assert [(e["updates"], e["skipped_updates"]) for e in log(tmp_path / "a")] == [(1, 0), (0, 1), (0, 1)]
     assert all(torch.isfinite(x).all() for x in weights(tmp_path / "a", 3).values())
 
 
@@ -483,6 +484,30 @@ def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(tmp_path
     assert (entry["trained_groups"], entry["refills"], entry["skipped_update"]) == (0, 3, True)
     start = load_file(world / "model" / "model.safetensors")
     assert all(torch.equal(x, start[name]) for name, x in weights(tmp_path / "b", 1).items())  # no gradient, no step
+
+
+def test_a_run_that_teaches_nothing_says_so_once_and_counts_its_updates(tmp_path, world):
+    command = flags(world, tmp_path / "a", steps=21, prompts=1, log_every=7)
+    out = run(*command, "--max_new", 2, "--group", 2)
+    assert out.count("taught nothing") == 1
+    assert "step 10: the last 10 steps taught nothing; 100% of the responses are cut off at --max_new 2: raise it" in out
+    assert "zero_std_groups 1.000  truncated 1.000  skipped_updates 14  " in out
+    entries = log(tmp_path / "a")
+    assert all((e["updates"], e["skipped_updates"], e["skipped_update"]) == (0, 1, True) for e in entries)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(grad_norm=math.nan), "not finite: lower --lr"),
+        (dict(truncated=0.6), "60% of the responses are cut off at --max_new 768"),
+        (dict(format=0.0), "no response has the format"),
+        (dict(), "the same reward"),
+    ],
+)
+def test_advice(change, words):
+    entry = dict(grad_norm=0.0, truncated=0.1, format=0.4, accuracy=0.0) | change
+    assert words in train.advice(entry, train.parse_args(["--model", "m", "--data", "d"]))
 
 
 def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
