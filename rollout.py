@@ -23,8 +23,8 @@ PREFILL_TOKENS = 16384  # of one packed row of prompts
 @dataclass(eq=False)
 class Group:
     """G responses to one prompt. responses: token ids (R_i,), the EOS included, no padding. logps: their log-probs (R_i,)
-    under the policy at the sampling temperature, without top-p. truncated: cut at max_new before an EOS. entropies: of the
-    distribution that each token was drawn from (R_i,), as logps."""
+    under the policy at the sampling temperature, without top-p. truncated: cut at max_new before an EOS. entropies: of
+    the policy's distribution at each token (R_i,), as logps."""
     prompt: Prompt
     responses: list[torch.Tensor] = field(default_factory=list)
     logps: list[torch.Tensor] = field(default_factory=list)

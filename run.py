@@ -2,7 +2,7 @@
 
     config.txt      the flags, as a flag file: `python train.py @RUN/config.txt --out NEW` is the same run again
     log.jsonl       one object a step; what a killed run wrote after its last checkpoint is dropped when it resumes
-    samples.jsonl   some responses with their rewards
+    samples.jsonl   all responses of two groups a step, with their rewards
     checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json beside
 """
 

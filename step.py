@@ -85,7 +85,7 @@ def sft_step(policy, prompts, optimize, args):
 
 
 def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
-    """One GRPO step: rollouts, rewards, advantages, and args.updates times a gradient and an update.
+    """One GRPO step: rollouts, rewards, advantages, and up to args.updates times a gradient and an update.
 
     prompts: as in sft_step.  more(k): the prompts of refill k (DAPO's dynamic sampling).  reference: frozen, when beta > 0.
     optimize: clips the gradient and steps the optimizer -> log entry. Returns (log entry, samples to log, response tokens).
