@@ -255,8 +255,8 @@ def measure(policy, frames, args, matrix, copy, dtype, folder, everybody, tower)
 
 
 def refuse(shares):
-    """Shares of a rate, by name, with None for those that cannot be: above 1, or not above 0 -> them and, under "refused", what
-    was measured. The machine was busy, with its rates or with the phase, so the figure says nothing."""
+    """{name: share of a rate} -> the same with None for a share that is above 1, or not above 0, and its value under "refused":
+    the machine was busy while the rate or the phase was measured."""
     possible = {name: x if 0 < x <= 1 else None for name, x in shares.items()}
     return possible | {"refused": {name: x for name, x in shares.items() if possible[name] is None}}
 
@@ -274,11 +274,10 @@ def table(figures, args):
     model = {p: f"{times[p]} ({what}: {f['expected'][p]:.1f}x)" for p, what in (("train", "operations"), ("decode", "bytes"))}
     out.append(f"with the encoding that each does: {times['training pass']}, {times['rollout']}; without: {model['train']}, "
                f"{model['decode']}; log-probs differ by {f['difference']:.1e} at most")
-    said = [f"{verb} at {f[name]:.0%} of the {rate}" for name, (verb, rate) in SHARES.items() if f[name] is not None]
-    out.append("; ".join([*([f"ours {' and '.join(said)}"] if said else []),
-                          *(f"{name} {x:.1f} GB" for name, x in f["memory"].items() if x)]))
-    out += [f"{name} refused: {x:.0%} of the {SHARES[name][1]}, expected above 0 and at most 100 %: the machine was busy, "
-            "so run again" for name, x in f["refused"].items()]
+    shares = [f"ours {verb} at {f[name]:.0%} of the {rate}" for name, (verb, rate) in SHARES.items() if f[name] is not None]
+    refused = [f"{name} refused: {x:.0%} of the {SHARES[name][1]}, expected above 0 and at most 100%: a busy machine, run again"
+               for name, x in f["refused"].items()]
+    out.append("; ".join([*shares, *refused, *(f"{name} {x:.1f} GB" for name, x in f["memory"].items() if x)]))
     return "\n".join(out)
 
 

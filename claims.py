@@ -502,6 +502,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not 2 <= args.seeds <= 10:
         p.error(f"--seeds {args.seeds}: expected 2 to 10")
+    if args.jobs < 1:
+        p.error(f"--jobs {args.jobs}: expected at least 1")
     if not args.claim:
         for name, claim in CLAIMS.items():
             print(f"{name:14} {claim.line} ({claim.paper}); about {claim.minutes} minutes")

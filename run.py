@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -63,6 +64,7 @@ def flag_parser(doc, **kw):
     """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 fromfile_prefix_chars="@", allow_abbrev=False, **kw)
+    p._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")  # -1e-3 is a value too, which argparse takes for a flag
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 
     def add(group, name, default, help, within="at least 0", **kw):

@@ -118,8 +118,8 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
     mean = lambda name: float(column(name).mean())
     entry = {**{name: mean(name) for name in PARTS}, **temporal, **trained_tokens(updates), **counted(updates),
              "entropy": float(column("entropy").sum() / column("lengths").sum()), "response_length": mean("lengths"),
-             "truncated": mean("truncated"), "zero_std_groups": 1 - len(taught) / len(everyone), "trained_groups": len(trained),
-             "refills": refills, "frames": frames, "pixels": pixels}
+             "truncated": mean("truncated"), "zero_std_groups": (len(everyone) - len(taught)) / len(everyone),
+             "trained_groups": len(trained), "refills": refills, "frames": frames, "pixels": pixels}
     logged = [line for s in everyone[:2] if s["position"] in mine for line in sample_lines(s, mine[s["position"]], step, args)]
     logged = sum(gather(logged, core(policy).group.size), [])
     return entry, sorted(logged, key=lambda line: line["position"]), int(column("lengths").sum())

@@ -87,7 +87,8 @@ def parse_args(argv=None):
     add(g, "max_new", 768, "tokens of a response, at most", "at least 1")
     add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained", "above 0, at most 100")
     add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased", "above 0, at most 1")
-    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient", "at least 1")
+    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient",
+        "at least 1")
     add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)",
         "at least 1")
     flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")

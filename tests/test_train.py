@@ -555,12 +555,12 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
     numbers = {k: v for k, v in defaults.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     assert len(numbers) >= 8
     for name, default in numbers.items():
-        values = ["nan", "inf", "-1", "-0.5", "many", "", *(["2.5"] if isinstance(default, int) else [])]
+        values = ["nan", "inf", "-1", "-0.5", "-1e-3", "-inf", "many", "", *(["2.5"] if isinstance(default, int) else [])]
         for value in values[:1] + values[2:] if default == math.inf else values:  # fps of eval.py: all frames
             with pytest.raises(SystemExit):
-                script.parse_args([*required, f"--{name}={value}"])
+                script.parse_args([*required, f"--{name}", value])
             error = capsys.readouterr().err.splitlines()[-1]
-            assert f"error: --{name} {value}" in error and ": expected " in error
+            assert re.search(rf"error: --{name} \S*: expected ", error)
 
 
 @pytest.mark.parametrize(
@@ -586,6 +586,7 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
     ],
 )
 def test_bounds_of_flags(flag, value, expected, capsys):
+    """The flag, the value and what is expected, on one line."""
     with pytest.raises(SystemExit):
         train.parse_args(["--model", "m", "--data", "d", f"--{flag}={value}"])
     assert capsys.readouterr().err.endswith(f"error: --{flag} {value}: expected {expected}\n")
