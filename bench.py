@@ -24,6 +24,7 @@ of G (P + R), and bytes read in decoding, the weights and one copy of the prompt
 
 import json
 import platform
+import shlex
 import statistics
 import tempfile
 import time
@@ -53,6 +54,8 @@ STEPS = (  # of the table: the name, the way, and the phases that it changes
     ("+ encode once", "ours", ["encode"]), ("+ shared prefill", "ours", ["prefill"]), ("+ shared decode", "ours", ["decode"]),
     ("+ packed rows", "ours", ["reference", "train"]), ("+ CUDA graph", "graph", ["decode"]),
     ("+ embedding cache", "cache", ["encode"]), ("+ {} ranks a row", "ranks", ["prefill", "decode", "reference", "train"]))
+SHARES = {"train_utilisation": ("trains", "matrix rate measured (recomputation not counted)"),
+          "decode_floor_share": ("decodes", "copy rate measured")}  # what a share is of
 PHASES = ("video", "encode", "prefill", "decode", "reference", "train", "optimizer")
 
 
@@ -61,14 +64,14 @@ def parse_args(argv=None):
     p, add, flag = flag_parser(__doc__)
     g = p.add_argument_group("what is measured")
     add(g, "model", "tiny", "tiny (17 M parameters), 3b or 7b (Qwen2.5-VL's shapes), with random weights; or a checkpoint")
-    g.add_argument("--frames", type=int, nargs="+", default=[16, 64, 128], help="of the video (default: 16 64 128)")
-    add(g, "height", 112, "pixels of a frame")
-    add(g, "width", 112, "pixels of a frame")
-    add(g, "text", 32, "tokens of the question")
-    add(g, "group", 8, "G")
-    add(g, "new", 32, "tokens of every response")
+    add(g, "frames", [16, 64, 128], "of the video, one or more numbers", "at least 2", nargs="+")
+    add(g, "height", 112, "pixels of a frame", "at least 28")
+    add(g, "width", 112, "pixels of a frame", "at least 28")
+    add(g, "text", 32, "tokens of the question", "at least 1")
+    add(g, "group", 8, "G", "at least 1")
+    add(g, "new", 32, "tokens of every response", "at least 2")
     add(g, "checkpointing", 0, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
-    add(g, "repeat", 3, "measurements of each phase, each way")
+    add(g, "repeat", 3, "measurements of each phase, each way", "at least 1")
     add(g, "json", None, "file for the figures")
     return p.parse_args(argv)
 
@@ -242,12 +245,20 @@ def measure(policy, frames, args, matrix, copy, dtype, folder, everybody, tower)
             now = now | {p: median[way][p] for p in changed}
             rows.append(dict(name=name.format(WORLD), **now))
     P, model = len(prompt.ids), cost(policy, len(prompt.ids), args.group, args.new, dtype)
-    share = lambda i, rate, phase: model["ours"][i] / rate / median["ours"][phase]
+    shares = {"train_utilisation": model["ours"][0] / matrix / median["ours"]["train"],
+              "decode_floor_share": model["ours"][1] / copy / median["ours"]["decode"]}
     faster = {p: median["plain"][p] / median["ours"][p] for p in ("training pass", "rollout", "train", "decode")}
     return dict(frames=frames, prompt_tokens=P, rows=rows, memory=memory, faster=faster,
                 difference=max(float((log_probs["plain"] - x).abs().max()) for x in log_probs.values()),
                 expected={"train": model["plain"][0] / model["ours"][0], "decode": model["plain"][1] / model["ours"][1]},
-                train_utilisation=share(0, matrix, "train"), decode_floor_share=share(1, copy, "decode"))
+                **refuse(shares))
+
+
+def refuse(shares):
+    """{name: share of a rate} -> the same with None for a share that is above 1, or not above 0, and its value under "refused":
+    the machine was busy while the rate or the phase was measured."""
+    possible = {name: x if 0 < x <= 1 else None for name, x in shares.items()}
+    return possible | {"refused": {name: x for name, x in shares.items() if possible[name] is None}}
 
 
 def table(figures, args):
@@ -263,9 +274,10 @@ def table(figures, args):
     model = {p: f"{times[p]} ({what}: {f['expected'][p]:.1f}x)" for p, what in (("train", "operations"), ("decode", "bytes"))}
     out.append(f"with the encoding that each does: {times['training pass']}, {times['rollout']}; without: {model['train']}, "
                f"{model['decode']}; log-probs differ by {f['difference']:.1e} at most")
-    out.append(f"ours trains at {f['train_utilisation']:.0%} of the matrix rate measured (recomputation not counted) and "
-               f"decodes at {f['decode_floor_share']:.0%} of the copy rate measured"
-               + "".join(f"; {name} {x:.1f} GB" for name, x in f["memory"].items() if x))
+    shares = [f"ours {verb} at {f[name]:.0%} of the {rate}" for name, (verb, rate) in SHARES.items() if f[name] is not None]
+    refused = [f"{name} refused: {x:.0%} of the {SHARES[name][1]}, expected above 0 and at most 100%: a busy machine, run again"
+               for name, x in f["refused"].items()]
+    out.append("; ".join([*shares, *refused, *(f"{name} {x:.1f} GB" for name, x in f["memory"].items() if x)]))
     return "\n".join(out)
 
 
@@ -300,6 +312,8 @@ def main(argv=None):
     close_workers()
     if args.json and RANK == 0:
         Path(args.json).write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
+    say(f"\n{args.json} holds these figures; `cat {shlex.quote(args.json)}` shows them" if args.json else
+        "\nThese figures are on the console only; --json FILE writes them to a file")
     stop_ranks()
 
 

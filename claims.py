@@ -493,7 +493,8 @@ def study(name, seeds, root, results, pool, **size):
 
 def main(argv=None):
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     p.add_argument("claim", nargs="?", choices=CLAIMS, help="its name; without one, they are listed")
     p.add_argument("--seeds", type=int, default=5, help="worlds and weights: 2 to 10 (default: 5)")
     p.add_argument("--jobs", type=int, default=2, help="processes of one thread, side by side (default: 2)")
@@ -501,6 +502,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not 2 <= args.seeds <= 10:
         p.error(f"--seeds {args.seeds}: expected 2 to 10")
+    if args.jobs < 1:
+        p.error(f"--jobs {args.jobs}: expected at least 1")
     if not args.claim:
         for name, claim in CLAIMS.items():
             print(f"{name:14} {claim.line} ({claim.paper}); about {claim.minutes} minutes")

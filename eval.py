@@ -16,6 +16,7 @@ when nothing is left to do.
 import fcntl
 import hashlib
 import json
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ from run import (
     flag_parser,
     gather,
     media_flags,
+    ordered,
     peek,
     refuse_changes,
     say,
@@ -78,44 +80,42 @@ def parse_args(argv=None):
     add(g, "out", None, "folder of the answers (default: out/toy/eval, or out/eval-MODEL-DATA)")
     add(g, "seed", 0, "of the sampling")
     g = media_flags(p, add, fps=float("inf"), max_pixels=256 * 28 * 28, max_prompt=65536)
-    add(g, "frames", 16, "without --tts: of every video, evenly spaced, if it has as many")
+    add(g, "frames", 16, "without --tts: of every video, evenly spaced, if it has as many", "at least 2")
     g = p.add_argument_group("responses")
-    add(g, "max_new", 1024, "tokens of a response, at most")
-    add(g, "batch", 32, "questions whose responses are drawn together; fewer need less memory")
+    add(g, "max_new", 1024, "tokens of a response, at most", "at least 1")
+    add(g, "batch", 32, "questions whose responses are drawn together; fewer need less memory", "at least 1")
     flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     flag(g, "tts", "sparse-to-dense: --m responses at --start frames; until they agree, twice the frames, up to --cap")
-    add(g, "start", 32, "frames of the first round")
-    add(g, "cap", 128, "frames of the last round")
-    add(g, "m", 5, "responses of a round")
-    add(g, "temperature", 1.0, "of the m responses; a single one is greedy")
+    add(g, "start", 32, "frames of the first round", "at least 2")
+    add(g, "cap", 128, "frames of the last round", "at least 2")
+    add(g, "m", 5, "responses of a round", "at least 1")
+    add(g, "temperature", 1.0, "of the m responses; a single one is greedy", "above 0, at most 100")
     flag(g, "compare", "with --tts: also a greedy answer, and a vote of --m, at every number of frames from --start to --cap")
     add(g, "filter", None, "write to this file the records that --m responses at --frames frames answer neither always right nor "
         "always wrong, with their pass_rate: what RL can learn from (LongVILA-R1: --m 10)")
     args = p.parse_args(argv)
     if bool(args.model) != bool(args.data):
         p.error("--model and --data: expected both, or neither for the toy")
-    least_of = dict(frames=2, start=2, cap=args.start, m=1, max_new=1, workers=1, batch=1, max_pixels=args.min_pixels)
-    for name, least in least_of.items():
-        if getattr(args, name) < least or (name in ("frames", "start", "cap") and getattr(args, name) % 2):
-            even = ", even" if name in ("frames", "start", "cap") else ""
-            p.error(f"--{name} {getattr(args, name)}: expected at least {least}{even}")
+    ordered(p, args, ("min_pixels", "max_pixels"), ("min_pixels", "image_max_pixels"))
+    for name, least in dict(frames=2, start=2, cap=args.start).items():
+        if getattr(args, name) < least or getattr(args, name) % 2:
+            p.error(f"--{name} {getattr(args, name)}: expected at least {least}, even")
     if args.filter and (args.tts or args.m < 2 or not Path(args.filter).absolute().parent.is_dir()):
         p.error(f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a folder that exists")
-    if args.temperature <= 0:
-        p.error(f"--temperature {args.temperature}: expected above 0")
     return args
 
 
 def methods(args):
     """The methods that the flags ask for."""
     greedy = lambda n: Method(f"greedy-{n}", n, n, 1, 0.0)
-    vote = lambda n: Method(f"vote-{n}", n, n, args.m, args.temperature)
+    temperature = args.temperature if args.m > 1 else 0.0
+    vote = lambda n: Method(f"vote-{n}", n, n, args.m, temperature)
     if not args.tts:
         return [vote(args.frames) if args.filter else greedy(args.frames)]
     frames = [args.start]
     while frames[-1] < args.cap:
         frames.append(min(2 * frames[-1], args.cap))
-    search = Method(f"s2d-{args.start}-{args.cap}", args.start, args.cap, args.m, args.temperature)
+    search = Method(f"s2d-{args.start}-{args.cap}", args.start, args.cap, args.m, temperature)
     return [*map(greedy, frames), *map(vote, frames), search] if args.compare else [search]
 
 
@@ -390,6 +390,7 @@ def evaluate(args, device):
         raise DataError(f"{args.data}: none of the {len(records)} questions could be asked; the first: {first}")
     if args.filter:
         say(write_filtered([*lines[asked[0]].values()], samples, args.data, args.filter))
+    say(f"{out} holds the answers and summary.json; `python report.py {shlex.quote(str(out))} --open` shows them")
     return summary
 
 

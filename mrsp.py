@@ -367,5 +367,5 @@ def smallest_group(policy, reference, lengths, limit, args, world):
         if sum(terms.values()) < 0.9 * limit:
             break
     listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)
-    return size, (f"{size} ranks a row of up to {row} tokens: an estimated {sum(terms.values()) / 1e9:.2f} GB "
-                  f"of {limit / 1e9:.1f} on each ({listed})")
+    return size, (f"a row of up to {row} tokens takes an estimated {sum(terms.values()) / 1e9:.2f} GB "
+                  f"of {limit / 1e9:.1f} on each rank ({listed})")

@@ -91,22 +91,22 @@ def generate_plainly(policy, prompts, G, *, max_new, temperature=1.0, top_p=1.0,
     for prompt, seed in zip(prompts, seeds):
         plain = Plain(policy, prompt, [torch.zeros(max_new, dtype=torch.long)] * G)
         uniform = torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        P, ids, medium, cache, tokens, logps = len(prompt.ids), plain.ids.expand(G, -1), plain.copies, None, [], []
+        P, ids, medium, cache, drawn = len(prompt.ids), plain.ids.expand(G, -1), plain.copies, None, []
         done, start = torch.zeros(G, dtype=torch.bool), 0
-        while len(tokens) < max_new and not done.all():
+        while len(drawn) < max_new and not done.all():
             where = plain.positions[..., start : start + ids.shape[1]]
             out = policy.net(ids, **medium, position_ids=where, past_key_values=cache, use_cache=True, logits_to_keep=1,
                              mm_token_type_ids=plain.kinds(ids))
             logits = out.logits[:, -1].float().index_fill(-1, policy.banned, -1e30)
-            token, logp = rollout.sample(logits, uniform[:, len(tokens)], temperature, top_p)
-            tokens.append(torch.where(done, -1, token))
-            logps.append(logp)
+            token, *figures = rollout.sample(logits, uniform[:, len(drawn)], temperature, top_p)
+            drawn.append((torch.where(done, -1, token), *figures))
             done = done | torch.isin(token, eos)
-            start, ids, medium, cache = P + len(tokens) - 1, token[:, None], {}, out.past_key_values
-        tokens, logps = torch.stack(tokens, 1), torch.stack(logps, 1)
+            start, ids, medium, cache = P + len(drawn) - 1, token[:, None], {}, out.past_key_values
+        tokens, logps, entropies = (torch.stack(column, 1) for column in zip(*drawn))
         lengths = (tokens >= 0).sum(1).tolist()
-        groups.append(rollout.Group(prompt, [t[:n] for t, n in zip(tokens, lengths)], [x[:n] for x, n in zip(logps, lengths)],
-                                    [int(t[n - 1]) not in policy.eos_ids for t, n in zip(tokens, lengths)]))
+        responses, logps, entropies = ([x[:n] for x, n in zip(rows, lengths)] for rows in (tokens, logps, entropies))
+        truncated = [int(response[-1]) not in policy.eos_ids for response in responses]
+        groups.append(rollout.Group(prompt, responses, logps, truncated, entropies))
     policy.train(training)
     return groups
 

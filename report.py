@@ -280,7 +280,8 @@ def page(run):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("run", help="folder of a training run or of an evaluation")
     parser.add_argument("--out", help="file of the page (default: RUN/report.html)")
     parser.add_argument("--open", action="store_true", help="open it in a browser")

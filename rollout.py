@@ -23,11 +23,13 @@ PREFILL_TOKENS = 16384  # of one packed row of prompts
 @dataclass(eq=False)
 class Group:
     """G responses to one prompt. responses: token ids (R_i,), the EOS included, no padding. logps: their log-probs (R_i,)
-    under the policy at the sampling temperature, without top-p. truncated: cut at max_new before an EOS."""
+    under the policy at the sampling temperature, without top-p. truncated: cut at max_new before an EOS. entropies: of
+    the policy's distribution at each token (R_i,), as logps."""
     prompt: Prompt
     responses: list[torch.Tensor] = field(default_factory=list)
     logps: list[torch.Tensor] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
+    entropies: list[torch.Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -54,18 +56,19 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
             decode(policy, of_part(prompts), of_part(features), of_part(seeds), G, max_new, temperature, top_p))
         for b, group in enumerate(of_part(groups)):
             for i in range(G):  # response i was decoded by rank i % size
-                response, logp = (x[b, i // len(dealt)] for x in dealt[i % len(dealt)])
+                response, logp, entropy = (x[b, i // len(dealt)] for x in dealt[i % len(dealt)])
                 n = int((response >= 0).sum())
                 group.responses.append(response[:n].clone())
                 group.logps.append(logp[:n].clone())
+                group.entropies.append(entropy[:n].clone())
                 group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
     policy.train(training)
     return groups
 
 
 def decode(policy, prompts, features, seeds, G, max_new, temperature, top_p):
-    """What this rank of policy.group decodes, every size-th response of each prompt -> tokens, log-probs (B, G of this rank,
-    max_new), -1 and 0 after the end, on the CPU. The prompts' lengths ascend."""
+    """What this rank of policy.group decodes, every size-th response of each prompt -> tokens, log-probs, entropies (B, G of
+    this rank, max_new), -1, 0 and 0 after the end, on the CPU. The prompts' lengths ascend."""
     mine = slice(policy.group.rank, None, policy.group.size)
     uniform = torch.stack([torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
                            for s in seeds])[:, mine]  # (B, G, max_new)
@@ -77,7 +80,7 @@ def decode(policy, prompts, features, seeds, G, max_new, temperature, top_p):
     if G:
         decoding.sample(hidden.repeat_interleave(G, dim=0))  # the last prompt token predicts the first token of every response
         decoding.run(max_new)
-    return tuple(x.cpu().view(B, G, max_new) for x in (decoding.tokens, decoding.logps))
+    return tuple(x.cpu().view(B, G, max_new) for x in (decoding.tokens, decoding.logps, decoding.entropies))
 
 
 def prefill(policy, prompts, features, cache):
@@ -96,7 +99,7 @@ def prefill(policy, prompts, features, cache):
 
 
 class Decoding:
-    """The responses on their way, all N rows a token further with every step: tokens, logps (N, max_new), -1 and 0 after the end.
+    """State of N responses; each step adds one token: tokens, logps, entropies (N, max_new), -1, 0 and 0 after the end.
 
     A step reads nothing back from the device and makes no tensor that outlives it, so that it can be a CUDA graph
     (policy.cuda_graph): recorded once for each number of rows and each `WINDOW` of tokens, then replayed.
@@ -108,7 +111,7 @@ class Decoding:
         self.head = policy.head()
         self.eos = torch.tensor(policy.eos_ids, device=device)
         self.tokens = torch.full((N, max_new), -1, device=device)
-        self.logps = torch.zeros(N, max_new, dtype=self.head.dtype, device=device)
+        self.logps, self.entropies = torch.zeros(2, N, max_new, dtype=self.head.dtype, device=device)
         self.rows = torch.arange(N, device=device)  # the response that each row of the cache decodes
         self.position = following.repeat_interleave(cache.G)
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
@@ -117,9 +120,11 @@ class Decoding:
     def sample(self, hidden):
         """Draws token t of every row, t of the cache, from hidden states (N, D)."""
         t = self.cache.t
-        token, logp = sample(self.policy.logits(hidden, self.head), self.uniform[self.rows, t], self.temperature, self.top_p)
+        logits = self.policy.logits(hidden, self.head)
+        token, logp, entropy = sample(logits, self.uniform[self.rows, t], self.temperature, self.top_p)
         self.tokens[self.rows, t] = torch.where(self.done, -1, token)
         self.logps[self.rows, t] = torch.where(self.done, 0.0, logp)
+        self.entropies[self.rows, t] = torch.where(self.done, 0.0, entropy)
         self.token.copy_(token)
         self.done |= torch.isin(token, self.eos)
 
@@ -174,7 +179,8 @@ def record(step):
 
 
 def sample(logits, uniform, temperature, top_p):
-    """One token per row of logits (N, vocabulary) -> tokens (N,), log-probs (N,). uniform: (N,) in [0, 1)."""
+    """One token per row of logits (N, vocabulary) -> tokens, log-probs, entropies, each (N,). uniform: (N,) in [0, 1).
+    Log-probs and entropies are those of the whole distribution at `temperature`, at 1 where that is 0, whatever top_p is."""
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
@@ -187,4 +193,4 @@ def sample(logits, uniform, temperature, top_p):
         total = probs.cumsum(-1)
         token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
         token = token.clamp(max=logits.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0]
+    return token, logp.gather(-1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

@@ -2,17 +2,20 @@
 
     config.txt      the flags, as a flag file: `python train.py @RUN/config.txt --out NEW` is the same run again
     log.jsonl       one object a step; what a killed run wrote after its last checkpoint is dropped when it resumes
-    samples.jsonl   some responses with their rewards
+    samples.jsonl   all responses of two groups a step, with their rewards
     checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json beside
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import math
+import operator
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,32 +38,72 @@ MEDIA = ("fps", "min_frames", "min_pixels", "max_pixels", "image_max_pixels", "r
 
 # ---- flags
 
+HOLDS = {"above": operator.gt, "at least": operator.ge, "at most": operator.le, "below": operator.lt}
+
+
+def number(parser, name, default, within, text):
+    """The value of a numeric flag from its text: of the default's kind, finite unless the default is not, and within bounds
+    such as "above 0, at most 1". Anything else is the parser's error, which names the flag, the value and the bounds."""
+    try:
+        x = type(default)(text)
+    except ValueError:
+        x = math.nan
+    if x != x or (abs(x) == math.inf and math.isfinite(default)):
+        kind = "whole" if isinstance(default, int) else "finite"
+        parser.error(f"--{name} {text}: expected a {kind} number, {within}")
+    for words, limit in (bound.rsplit(" ", 1) for bound in within.split(", ")):
+        if not HOLDS[words](x, float(limit)):
+            parser.error(f"--{name} {x}: expected {within}")
+    return x
+
+
 def flag_parser(doc, **kw):
-    """A parser for @FILE flag files, one flag a line, # begins a comment -> (parser, add(group, name, default, help), flag)."""
+    """A parser for @FILE flag files, one flag a line, # begins a comment; no flag may be abbreviated
+    -> (parser, add(group, name, default, help), flag(group, name, help)).
+
+    The default tells the type. within: the bounds of a number (see number), or of each number of a list.
+    """
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                fromfile_prefix_chars="@", **kw)
+                                fromfile_prefix_chars="@", allow_abbrev=False, **kw)
+    p._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")  # -1e-3 is a value too, which argparse takes for a flag
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    add = lambda group, name, default, help, **kw: group.add_argument(
-        f"--{name}", default=default, **({"type": type(default)} if default is not None else {}), **kw,
-        help=help + ("" if default in (None, "") else " (default: %(default)s)"))
-    flag = lambda group, name, help: group.add_argument(f"--{name}", action="store_true", help=help)
+
+    def add(group, name, default, help, within="at least 0", **kw):
+        one = default[0] if isinstance(default, list) else default
+        if isinstance(one, (int, float)):
+            kw["type"] = functools.partial(number, p, name, one, within)
+        if default not in (None, ""):
+            help += " (default: %(default)s)"
+        group.add_argument(f"--{name}", default=default, help=help, **kw)
+
+    def flag(group, name, help):
+        group.add_argument(f"--{name}", action="store_true", help=help)
+
     return p, add, flag
 
 
 def media_flags(p, add, *, fps, max_pixels, max_prompt):
     """The flags of media and prompts, with a script's own defaults -> their group."""
     g = p.add_argument_group("media and prompts")
-    add(g, "fps", fps, "frames shown for each second of video, at most")
-    add(g, "min_frames", 4, "at least this many frames, whatever --fps says")
-    add(g, "min_pixels", 4 * 28 * 28, "a smaller frame is scaled up")
-    add(g, "max_pixels", max_pixels, "of a video frame; a larger one is scaled down")
-    add(g, "image_max_pixels", 256 * 28 * 28, "of an image")
-    add(g, "max_prompt", max_prompt, "tokens; a sample with a longer prompt is refused and counted, never cut")
+    add(g, "fps", fps, "frames shown for each second of video, at most", "above 0")
+    add(g, "min_frames", 4, "at least this many frames, whatever --fps says", "at least 2")
+    add(g, "min_pixels", 4 * 28 * 28, "a smaller frame is scaled up", "at least 1")
+    add(g, "max_pixels", max_pixels, "of a video frame; a larger one is scaled down", "at least 1")
+    add(g, "image_max_pixels", 256 * 28 * 28, "of an image", "at least 1")
+    add(g, "max_prompt", max_prompt, "tokens; a sample with a longer prompt is refused and counted, never cut", "at least 1")
     add(g, "reader", "av", "of videos: av shows the right frames or refuses a file; decord can show wrong ones (README)",
         choices=("av", "decord"))
-    add(g, "decode_timeout", 60.0, "seconds for one video, after which its decoder is killed and the sample refused")
-    add(g, "workers", 2, "threads that load media ahead, each with a decoder process")
+    add(g, "decode_timeout", 60.0, "seconds for one video, after which its decoder is killed and the sample refused",
+        "above 0, at most 86400")
+    add(g, "workers", 2, "threads that load media ahead, each with a decoder process", "at least 1")
     return g
+
+
+def ordered(p, args, *pairs):
+    """Ends the program unless, of each pair of flags, the second is at least the first."""
+    for low, high in pairs:
+        if getattr(args, high) < getattr(args, low):
+            p.error(f"--{high} {getattr(args, high)}: expected at least {getattr(args, low)}, the value of --{low}")
 
 
 def peek(argv, **defaults):

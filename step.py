@@ -81,66 +81,124 @@ def sft_step(policy, prompts, optimize, args):
         entry = optimize()
     shown = torch.tensor(sum(gather([p.frames_x_pixels for p in prompts], size), []), dtype=torch.float64)
     return {"loss": sum(gather(sum(total), size)), "response_length": tokens / len(shown),
-            "frames": float(shown[:, 0].mean()), "pixels": float(shown[:, 1].mean()), **entry}, [], tokens
+            "frames": float(shown[:, 0].mean()), "pixels": float(shown[:, 1].mean()), **counted([entry])}, [], tokens
 
 
 def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
-    """One GRPO step: rollouts, rewards, advantages, and args.updates times a gradient and an update.
+    """One GRPO step: rollouts, rewards, advantages, and up to args.updates times a gradient and an update.
 
     prompts: as in sft_step.  more(k): the prompts of refill k (DAPO's dynamic sampling).  reference: frozen, when beta > 0.
     optimize: clips the gradient and steps the optimizer -> log entry. Returns (log entry, samples to log, response tokens).
     """
     mine, everyone = roll(core(policy), prompts, builder, step, args)
-    rounds = 0
-    if args.drop_zero_std:
-        mixed = lambda: [s for s in everyone if len(set(s["reward"])) > 1]
-        while len(mixed()) < args.prompts and rounds < args.refill:
-            rounds += 1
-            with timed("data"):
-                extra = more(rounds)
-            more_mine, more_everyone = roll(core(policy), extra, builder, step, args)
-            mine, everyone = mine | more_mine, everyone + more_everyone
-        if args.refill and len(mixed()) < args.prompts:
-            say(f"step {step + 1}: {len(mixed())} of {args.prompts} groups have mixed rewards after {rounds} refills")
-    temporal = temporal_bonus(everyone, args)
-    trained = mixed()[: args.prompts] if args.drop_zero_std else everyone
-    reward, bonus = (torch.tensor([s[name] for s in trained], dtype=torch.float64).view(len(trained), args.group)
-                     for name in ("reward", "bonus"))  # (B, G)
-    if args.temporal != "advantage":
-        reward = reward + bonus
-    advantages = grpo.group_advantages(reward, args.norm) if trained else reward
-    if args.temporal == "advantage":
-        advantages = advantages + bonus
+    temporal, refills = temporal_bonus(everyone, args), 0
+    while args.drop_zero_std and len(teaching(everyone, args)) < args.prompts and refills < args.refill:
+        refills += 1
+        with timed("data"):
+            extra = more(refills)
+        more_mine, more_everyone = roll(core(policy), extra, builder, step, args)
+        mine, everyone = mine | more_mine, everyone + more_everyone
+        temporal = temporal_bonus(everyone, args)
+    taught = teaching(everyone, args)
+    if args.refill and len(taught) < args.prompts:
+        say(f"step {step + 1}: {len(taught)} of {args.prompts} groups have mixed rewards after {refills} refills")
+    trained = taught[: args.prompts] if args.drop_zero_std else everyone
+    advantages = advantages_of(trained, args)
+    for s, A in zip(trained, advantages.tolist()):
+        s["advantage"] = A
 
-    updates, share = [], -(-len(trained) // args.updates)
-    for k in range(args.updates):  # each on its share of the groups; from the second on, the ratio is not 1
-        part = slice(k * share, (k + 1) * share)
-        with timed("train"):
-            totals = grpo_gradient(policy, reference, list(zip(trained[part], advantages[part])), mine, args)
+    updates = []
+    for part in shares([has_gradient(s, A, args) for s, A in zip(trained, advantages)], args.updates):
+        with timed("train"):  # from the second update on, the ratio is not 1
+            totals = grpo_gradient(policy, reference, [(trained[i], advantages[i]) for i in part], mine, args)
         with timed("optimizer"):  # no token had a gradient: no step, which would only move by momentum and weight decay
             updates.append(totals | (optimize() if totals["tokens"] else {"grad_norm": 0.0, "skipped_update": True}))
-    total = lambda name: sum(u[name] for u in updates)
-    per_token = {name: total(name) / max(total("tokens"), 1) for name in ("kl", "entropy", "clipped", "ratio")}
-    per_token["mismatch"] = updates[0]["mismatch"] / max(updates[0]["tokens"], 1)  # before the policy has moved
     column = lambda name: torch.tensor([s[name] for s in everyone], dtype=torch.float64)  # everything that was sampled
     frames, pixels = column("shown").mean(0).tolist()
     mean = lambda name: float(column(name).mean())
-    entry = {**{name: mean(name) for name in PARTS}, **temporal, **per_token,
-             "loss": total("loss") / args.updates, "response_length": mean("lengths"), "truncated": mean("truncated"),
-             "zero_std_groups": float(grpo.zero_std(column("reward")).double().mean()), "trained_groups": len(trained),
-             "refills": rounds, "frames": frames, "pixels": pixels, "grad_norm": max(u["grad_norm"] for u in updates),
-             "skipped_update": any(u["skipped_update"] for u in updates)}
-    numbers = {s["position"]: s for s in everyone}
-    some = []
-    for i, m in list(mine.items())[:2]:
-        s, n = m.group.prompt.sample, numbers[i]
-        about = dict(step=step + 1, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, segment=s.segment,
-                     question=s.question, answer=s.answer)
-        if n["orders"]:
-            said = "shares_lost" if args.temporal == "contrast" else "shuffled_accuracies"
-            about |= {"orders": n["orders"], said: n["shuffled"]}
-        some += [about | dict(response=text, **part, temporal_bonus=b) for text, part, b in zip(m.texts[:2], m.parts, n["bonus"])]
-    return entry, some, int(column("lengths").sum())
+    entry = {**{name: mean(name) for name in PARTS}, **temporal, **trained_tokens(updates), **counted(updates),
+             "entropy": float(column("entropy").sum() / column("lengths").sum()), "response_length": mean("lengths"),
+             "truncated": mean("truncated"), "zero_std_groups": (len(everyone) - len(taught)) / len(everyone),
+             "trained_groups": len(trained), "refills": refills, "frames": frames, "pixels": pixels}
+    logged = [line for s in everyone[:2] if s["position"] in mine for line in sample_lines(s, mine[s["position"]], step, args)]
+    logged = sum(gather(logged, core(policy).group.size), [])
+    return entry, sorted(logged, key=lambda line: line["position"]), int(column("lengths").sum())
+
+
+def advantages_of(groups, args):
+    """What the gradient sees of groups with their "bonus": (B, G), of the reward and the bonus, or the bonus added after."""
+    if not groups:
+        return torch.zeros(0, args.group, dtype=torch.float64)
+    reward, bonus = (torch.tensor([s[name] for s in groups], dtype=torch.float64) for name in ("reward", "bonus"))
+    if args.temporal == "advantage":
+        return grpo.group_advantages(reward, args.norm) + bonus
+    return grpo.group_advantages(reward + bonus, args.norm)
+
+
+def teaching(groups, args):
+    """The groups in which a response has an advantage."""
+    return [s for s, A in zip(groups, advantages_of(groups, args)) if A.any()]
+
+
+def used(s, args):
+    """(G,): 1 for the responses of a group that are trained, 0 for the others."""
+    return torch.tensor([not (args.mask_truncated and cut) for cut in s["truncated"]], dtype=torch.float64)
+
+
+def has_gradient(s, A, args):
+    """Whether a group with these advantages has a gradient: from them, or from the KL penalty."""
+    return bool(used(s, args).any()) and bool(args.beta or A.any())
+
+
+def shares(learnable, updates):
+    """The groups of each update, as lists of their numbers, the same on all ranks. learnable: of each group, whether it has a
+    gradient. Every update gets a like share of those that have one and of those that have none, and at least one that has; where
+    there are fewer of these than updates, there are as many updates as these. Neighbours stay together: they are on many ranks.
+
+    >>> shares([True] * 8, 5)
+    [[0, 1], [2, 3], [4], [5, 6], [7]]
+    >>> shares([False, False, True, True], 3)
+    [[0, 2], [1, 3]]
+    """
+    n = max(1, min(updates, sum(learnable)))
+    parts = [[] for _ in range(n)]
+    for kind in (True, False):
+        groups = [i for i, x in enumerate(learnable) if x == kind]
+        for k, part in enumerate(parts):
+            part += groups[-(-k * len(groups) // n) : -(-(k + 1) * len(groups) // n)]
+    return [sorted(part) for part in parts]
+
+
+def counted(updates):
+    """Log entry of the updates of a step, each as `optimize` gives it: how many were made, and how many were skipped."""
+    skipped = sum(u["skipped_update"] for u in updates)
+    return {"grad_norm": max(u["grad_norm"] for u in updates), "updates": len(updates) - skipped, "skipped_updates": skipped,
+            "skipped_update": skipped == len(updates)}
+
+
+def trained_tokens(updates):
+    """Log entry of the loss, the mean over the updates that were made, and of what was seen of the trained tokens. Without a
+    trained token there is nothing to log but a KL of 0."""
+    made = [u for u in updates if not u["skipped_update"]] or updates
+    total = lambda name: sum(u[name] for u in updates)
+    if not total("tokens"):
+        return {"kl": 0.0}
+    per_token = {name: total(name) / total("tokens") for name in ("kl", "clipped", "ratio")}
+    first = next(u for u in updates if u["tokens"])  # before the policy has moved
+    return {"loss": sum(u["loss"] for u in made) / len(made), **per_token, "entropy_trained": total("entropy") / total("tokens"),
+            "mismatch": first["mismatch"] / first["tokens"]}
+
+
+def sample_lines(s, rolled, step, args):
+    """The lines of samples.jsonl of a group, one for each response. s: the group's numbers."""
+    sample = rolled.group.prompt.sample
+    about = dict(step=step + 1, position=s["position"], id=sample.id, path=sample.path, data_type=sample.data_type,
+                 fps=sample.fps, segment=sample.segment, question=sample.question, options=sample.options, answer=sample.answer)
+    if s["orders"]:
+        seen = "shares_lost" if args.temporal == "contrast" else "shuffled_accuracies"
+        about |= {"orders": s["orders"], seen: s["shuffled"]}
+    return [about | dict(response=text, **part, temporal_bonus=bonus, advantage=advantage)
+            for text, part, bonus, advantage in zip(rolled.texts, rolled.parts, s["bonus"], s["advantage"], strict=True)]
 
 
 @dataclass
@@ -176,6 +234,7 @@ def roll(policy, prompts, builder, step, args):
             parts = [score(text, len(r), prompt.sample, args) for text, r in zip(texts, group.responses)]
             mine[i] = Rolled(group, feature, texts, parts)
             numbers.append(dict(position=i, lengths=[len(r) for r in group.responses], truncated=group.truncated,
+                                entropy=[float(x.double().sum()) for x in group.entropies], advantage=[0.0] * args.group,
                                 **dict(zip(("shuffled", "orders"), shuffled.get(i, (None, None)))), shown=prompt.frames_x_pixels,
                                 **{name: [p[name] for p in parts] for name in PARTS}))
         return mine, sorted(sum(gather(numbers, policy.group.size), []), key=lambda s: s["position"])
@@ -260,13 +319,11 @@ def grpo_gradient(policy, reference, groups, mine, args):
     This rank packs its own share (`mine`) into rows. The ratio's old log-probs are the sampler's own. Groups without any
     advantage have no gradient when beta = 0, and get no pass.
     """
-    used = [torch.tensor([not (args.mask_truncated and cut) for cut in s["truncated"]], dtype=torch.float64) for s, _ in groups]
-    responses = float(sum(u.sum() for u in used))
-    tokens = float(sum((u * torch.tensor(s["lengths"])).sum() for u, (s, _) in zip(used, groups)))
+    responses = float(sum(used(s, args).sum() for s, _ in groups))
+    tokens = float(sum((used(s, args) * torch.tensor(s["lengths"])).sum() for s, _ in groups))
     longest = len(groups) * args.group * args.max_new
     denominator = max(1.0, {"sequence": responses, "token": tokens, "constant": longest}[args.average])
-    batch = [(mine[s["position"]], A, u) for u, (s, A) in zip(used, groups)
-             if s["position"] in mine and u.any() and (args.beta or A.any())]
+    batch = [(mine[s["position"]], A, used(s, args)) for s, A in groups if s["position"] in mine and has_gradient(s, A, args)]
     totals = dict.fromkeys(("loss", "tokens", "ratio", "clipped", "kl", "entropy", "mismatch"), 0.0)
 
     def loss(row):

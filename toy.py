@@ -223,7 +223,8 @@ def write(folder, seed=0, clips=CLIPS, scenes=scenes, **size):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("folder", help="where to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the clips, the questions and the weights")
     args = parser.parse_args()

@@ -21,6 +21,7 @@ What a run leaves behind: run.py.
 
 import json
 import math
+import shlex
 import sys
 from collections import deque
 from datetime import timedelta
@@ -49,6 +50,7 @@ from run import (
     gather,
     media_flags,
     open_run,
+    ordered,
     peek,
     save,
     say,
@@ -61,6 +63,7 @@ from step import grpo_step, pack, sft_step
 from video import close_workers
 
 EMPTY_STEPS = 10  # a run ends if most samples of so many steps in a row, or of all its steps if fewer, cannot be loaded
+IDLE_STEPS = 10  # after so many steps in a row that taught nothing, a line says what may help
 
 
 def parse_args(argv=None):
@@ -74,19 +77,21 @@ def parse_args(argv=None):
     add(g, "eval_data", None, "held-out records, answered greedily every --eval_every steps")
     add(g, "media_root", None, "what relative paths in the records start from; the records' own folder unless told")
     add(g, "out", None, "run folder (default: out/toy or out/run)")
-    add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates")
+    add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates", "at least 1")
     add(g, "seed", 0, "of the order of the data and of the sampling")
     flag(g, "resume", "go on from the newest checkpoint in --out")
     g = media_flags(p, add, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
-    add(g, "max_frames", 16, "at most this many frames")
+    add(g, "max_frames", 16, "at most this many frames", "at least 2")
     g = p.add_argument_group("step")
-    add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)")
-    add(g, "group", 8, "G, responses to a prompt, at least 2")
-    add(g, "max_new", 768, "tokens of a response, at most")
-    add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained")
-    add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased")
-    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the prompts")
-    add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)")
+    add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
+    add(g, "group", 8, "G, responses to a prompt, at least 2", "at least 2")
+    add(g, "max_new", 768, "tokens of a response, at most", "at least 1")
+    add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained", "above 0, at most 100")
+    add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased", "above 0, at most 1")
+    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient",
+        "at least 1")
+    add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)",
+        "at least 1")
     flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
     add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
@@ -100,9 +105,9 @@ def parse_args(argv=None):
         choices=("reward", "advantage", "contrast"))
     add(g, "alpha", 0.3, "the bonus of a right response whose group passed the test; contrast: that has lost it all")
     add(g, "mu", 1.0, "passed: right at least mu times as often in order as shuffled")
-    add(g, "correct", 0.5, "a response is right above this accuracy")
+    add(g, "correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
     add(g, "shuffle", "frame", "what is shuffled: frames, or 2-frame grids (no second encoding)", choices=("frame", "grid"))
-    add(g, "shuffles", 1, "orders drawn for each video; they share its G/2 shuffled responses")
+    add(g, "shuffles", 1, "orders drawn for each video; they share its G/2 shuffled responses", "at least 1")
     g = p.add_argument_group("loss")
     add(g, "norm", "std", "advantages are divided by the group's std, by nothing, or by the batch's std", choices=grpo.NORMS)
     add(g, "average", "sequence", "token losses are averaged per response, over all, or by a constant", choices=grpo.AVERAGES)
@@ -110,53 +115,48 @@ def parse_args(argv=None):
     add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
     add(g, "variant", "grpo", "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
         choices=grpo.VARIANTS)
-    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low (none in cispo)")
+    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low (none in cispo)", "at least 0, at most 1")
     add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
     add(g, "dual_clip", 0.0, "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off")
-    flag(g, "drop_zero_std", "leave groups with equal rewards out of the batch (and of its averages)")
+    flag(g, "drop_zero_std", "leave groups without an advantage out of the batch (and of its averages)")
     add(g, "refill", 0, "with --drop_zero_std: draw --prompts more, up to so many times, until --prompts groups are left")
     flag(g, "mask_truncated", "leave truncated responses out of the loss")
     g = p.add_argument_group("optimizer")
     add(g, "lr", 1e-6, "peak learning rate")
     add(g, "schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
     add(g, "warmup", 0, "steps of linear warm-up")
-    add(g, "beta2", 0.999, "AdamW's memory of squared gradients (beta1 is 0.9)")
+    add(g, "beta2", 0.999, "AdamW's memory of squared gradients (beta1 is 0.9)", "at least 0, below 1")
     add(g, "weight_decay", 0.01, "of matrices")
-    add(g, "clip_grad", 1.0, "largest gradient norm")
+    add(g, "clip_grad", 1.0, "largest gradient norm", "above 0")
     flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
     add(g, "checkpointing", 1, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
     flag(g, "fsdp", "shard weights, gradients and moments over all ranks (fsdp.py); a single rank has nothing to shard")
     g = p.add_argument_group("long videos (mrsp.py)")
     add(g, "sp", "1", "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length")
     add(g, "embedding_cache", None, "folder for the embeddings of a frozen vision tower, shared by runs")
-    add(g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first")
+    add(g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first", "above 0")
     g = p.add_argument_group("logs and checkpoints")
-    add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)")
-    add(g, "eval_every", 100, "steps between evaluations on --eval_data, also done before the first and after the last")
-    add(g, "save_every", 100, "steps between checkpoints; one is always written at the end")
-    add(g, "keep", 2, "newest checkpoints to keep")
+    add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)", "at least 1")
+    add(g, "eval_every", 100, "steps between evaluations on --eval_data, also done before the first and after the last",
+        "at least 1")
+    add(g, "save_every", 100, "steps between checkpoints; one is always written at the end", "at least 1")
+    add(g, "keep", 2, "newest checkpoints to keep", "at least 1")
     args = p.parse_args(argv)
     if args.model and not args.data:
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
         p.error("--data needs --model, what to train")
-    ones = ("prompts", "max_new", "updates", "eval_every", "save_every", "log_every", "keep", "workers", "shuffles")
-    at_least = dict.fromkeys(ones, 1) | dict(group=2, checkpointing=0, min_frames=2, max_frames=args.min_frames,
-                                             max_pixels=args.min_pixels, image_max_pixels=args.min_pixels)
-    for name, least in at_least.items():
-        if getattr(args, name) < least:
-            p.error(f"--{name} {getattr(args, name)}: expected at least {least}")
-    if args.temperature <= 0 or not 0 < args.top_p <= 1:
-        p.error(f"--temperature {args.temperature} --top_p {args.top_p}: expected above 0, and above 0 up to 1")
-    if args.updates > args.prompts or (args.refill and not args.drop_zero_std):
-        p.error("--updates: expected at most --prompts; --refill: expected --drop_zero_std beside it")
+    ordered(p, args, ("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("min_pixels", "image_max_pixels"),
+            ("len_lo", "len_hi"), ("updates", "prompts"))
+    if args.refill and not args.drop_zero_std:
+        p.error(f"--refill {args.refill}: expected --drop_zero_std beside it")
     if args.dual_clip and (args.dual_clip <= 1 or args.variant == "cispo"):
         p.error(f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, which does not clip below")
-    if args.sp != "auto" and (not args.sp.isdigit() or int(args.sp) < 1 or WORLD % int(args.sp)):
+    if args.sp != "auto" and (not args.sp.isdecimal() or int(args.sp) < 1 or WORLD % int(args.sp)):
         p.error(f"--sp {args.sp}: expected auto or a divisor of the {WORLD} ranks")
     if args.embedding_cache and args.train_vision:
         p.error("--embedding_cache: expected a frozen vision tower; with --train_vision its embeddings change with every step")
-    if args.algo == "tgrpo" and args.group // 2 % max(args.shuffles, 1):
+    if args.algo == "tgrpo" and args.group // 2 % args.shuffles:
         p.error(f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses")
     return args
 
@@ -298,14 +298,29 @@ def load(args, checkpoint, device, samples):
     return policy, reference, loader
 
 
-def report(out, bar, step, entry, args):
-    """Writes a step's log entry; shows its figures on the bar and, every args.log_every steps, on a line."""
+def advice(entry, args):
+    """One line on why steps like that of this log entry teach nothing, and what may help."""
+    if not math.isfinite(entry["grad_norm"]):
+        return "the gradient is not finite: lower --lr, or check the weights it started from"
+    if entry["truncated"] > 0.5:
+        return f"{entry['truncated']:.0%} of the responses are cut off at --max_new {args.max_new}: raise it"
+    if entry["format"] == 0:
+        return "no response has the format <think> </think><answer> </answer>: begin with a cold start (--algo sft)"
+    return ("all responses to a question get the same reward: choose questions that are neither too easy nor too hard "
+            "(eval.py --filter), or raise --group")
+
+
+def report(out, bar, step, entry, args, skipped=0):
+    """Writes a step's log entry; shows its figures on the bar and, every args.log_every steps, on a line, with the updates that
+    were skipped since the run began or was resumed."""
     if torch.cuda.is_available():
         entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
     figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
     bar.set_postfix(figures)
     if step and step % args.log_every == 0:
+        figures |= {k: f"{entry[k]:.3f}" for k in ("zero_std_groups", "truncated") if k in entry}
+        figures["skipped_updates"] = f"{skipped}"
         phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
         say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
     if "eval_accuracy" in entry:
@@ -320,12 +335,13 @@ def train(args, device):
     policy, reference, loader = load(args, checkpoint, device, samples)
     optimizer, trained = make_optimizer(policy, args)
     start, failed = 0, deque(maxlen=EMPTY_STEPS)  # samples that could not be loaded, of the last steps
+    idle_steps = skipped = 0
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
     wrapped = policy
     if WORLD > 1 and not args.fsdp:
-        wrapped = DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
     bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
 
@@ -353,10 +369,10 @@ def train(args, device):
                 if reference:
                     reference.group = group
                 if WORLD > 1 and lengths and size != said:
-                    say(f"sequence parallelism: {estimate}")
+                    say(f"memory: {estimate}" if args.sp == "1" else f"sequence parallelism: {size} ranks a row; {estimate}")
                     said = size
                 prompts = share(group, prompts)
-            entry, some, tokens = {"skipped_update": True}, [], 0
+            entry, some, tokens = {"updates": 0, "skipped_updates": 1, "skipped_update": True}, [], 0
             if len(errors) < args.prompts:
                 policy.train()
                 optimize = partial(update, optimizer, trained, step, args)
@@ -372,13 +388,19 @@ def train(args, device):
         if held_out and (done % args.eval_every == 0 or done == args.steps):
             entry |= held_out_accuracy()
         bar.update()
-        report(out, bar, done, entry, args)
+        skipped += entry["skipped_updates"]
+        report(out, bar, done, entry, args, skipped)
+        if "grad_norm" in entry:  # some sample was loaded
+            idle_steps = idle_steps + 1 if entry["skipped_update"] or entry.get("zero_std_groups") == 1 else 0
+            if idle_steps == IDLE_STEPS:
+                say(f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}")
         append(out / "samples.jsonl", some)
         if done % args.save_every == 0 or done == args.steps:
             save(policy, optimizer, done, args)
     bar.close()
     loader.pool.shutdown(cancel_futures=True)
     close_workers()
+    say(f"{out} holds the checkpoints, the log and samples; `python report.py {shlex.quote(str(out))} --open` shows them")
 
 
 def toy_runs(args, argv):

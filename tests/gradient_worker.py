@@ -67,7 +67,7 @@ if args.fsdp:
     fsdp.shard(policy)
     fsdp.shard(reference)
 elif run.WORLD > 1:
-    wrapped = DistributedDataParallel(policy, broadcast_buffers=False)
+    wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
 group = policy.group = reference.group = mrsp.group_of(int(args.sp))

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from conftest import run
 
@@ -23,6 +24,7 @@ def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path):
         assert result["difference"] < 1e-5
         assert 1 < result["expected"]["train"] < 3 and 1 < result["expected"]["decode"] < 3  # at most G
     assert all(name in output for name in names)
+    assert output.rstrip().endswith(f"{tmp_path}/two.json holds these figures; `cat {tmp_path}/two.json` shows them")
 
 
 def test_the_plain_way_gives_the_same_responses_and_gradients(world, policy, prompts):
@@ -32,7 +34,7 @@ def test_the_plain_way_gives_the_same_responses_and_gradients(world, policy, pro
     ours, theirs = generate(policy, prompts, 3, **how), generate_plainly(plain, prompts, 3, **how)
     for a, b in zip(ours, theirs, strict=True):
         assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses] and a.truncated == b.truncated
-        for x, y in zip(a.logps, b.logps, strict=True):
+        for x, y in zip(a.logps + a.entropies, b.logps + b.entropies, strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=0, check_dtype=False)
     responses = [group.responses for group in ours]
     for x, y in zip(policy(prompts, responses), plain(prompts, responses), strict=True):
@@ -51,6 +53,20 @@ def test_the_model_of_the_cost_grows_towards_G(policy):
     ratio = lambda P: [plain / ours for plain, ours in zip(*bench.cost(policy, P, 8, 32, torch.float32).values())]
     for short, long in zip(ratio(100), ratio(100_000)):
         assert 1 < short < long < 8 and long > 7.5
+
+
+@pytest.mark.parametrize("share, possible", [(0.59, True), (1.0, True), (1.13, False), (0.0, False), (-0.2, False)])
+def test_a_share_of_a_rate_that_cannot_be_is_refused_by_name(share, possible):
+    expected = {"a": 0.5, "b": share, "refused": {}} if possible else {"a": 0.5, "b": None, "refused": {"b": share}}
+    assert bench.refuse({"a": 0.5, "b": share}) == expected
+    rows = [dict.fromkeys(bench.PHASES, 1.0) | {"name": "plain"}]
+    figures = dict(frames=4, prompt_tokens=9, rows=rows, memory={}, difference=0.0, expected={"train": 2.0, "decode": 2.0},
+                   faster=dict.fromkeys(("training pass", "rollout", "train", "decode"), 2.0))
+    text = bench.table(figures | bench.refuse({"train_utilisation": 0.5, "decode_floor_share": share}),
+                       bench.parse_args([]))
+    assert "ours trains at 50% of the matrix rate" in text
+    assert (f"decodes at {share:.0%} of the copy rate" in text) == possible
+    assert (f"decode_floor_share refused: {share:.0%} of the copy rate" in text) == (not possible)
 
 
 def test_a_model_that_is_none_is_said_before_the_work(tmp_path):

@@ -416,6 +416,14 @@ def test_flags_are_judged_with_the_defaults_of_the_toy(tmp_path):
         subprocess.run([sys.executable, ROOT / "eval.py", "--tts", *more], cwd=tmp_path, capture_output=True, text=True).stderr
     )
     assert "--cap" not in ask("--cap", "8") and "--cap 2: expected at least 4, even" in ask("--cap", "2")
+    assert "out/toy/grpo: no config.json" in ask("--m", "3")  # which is not --model
+
+
+@pytest.mark.parametrize("m, temperature", [(1, 0.0), (2, 0.7)])
+def test_a_single_response_is_greedy(m, temperature):
+    args = ["--model", "m", "--data", "d", "--tts", "--compare", "--m", str(m), "--temperature", "0.7"]
+    found = {method.name: method.temperature for method in evaluation.methods(evaluation.parse_args(args))}
+    assert found["s2d-32-128"] == found["vote-64"] == temperature and found["greedy-64"] == 0
 
 
 @pytest.mark.parametrize(
@@ -426,6 +434,7 @@ def test_flags_are_judged_with_the_defaults_of_the_toy(tmp_path):
         (["--frames", "5"], "--frames 5: expected at least 2, even"),
         (["--tts", "--start", "64", "--cap", "32"], "--cap 32: expected at least 64, even"),
         (["--temperature", "0"], "--temperature 0.0: expected above 0"),
+        (["--tts", "--comp"], "unrecognized arguments: --comp"),
     ],
 )
 def test_bad_flags_end_with_one_clear_line(tmp_path, world, cold_start, change, message):

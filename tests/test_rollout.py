@@ -1,5 +1,7 @@
 """Rollouts against transformers' generate and against the log-probs of the training pass, in float64."""
 
+import math
+
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -42,14 +44,14 @@ def test_greedy_equals_transformers_generate(world, policy, prompts):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_of_the_sampler_are_those_of_the_scorer(talkative, prompts, temperature):
+def test_log_probs_and_entropies_of_the_sampler_are_those_of_the_scorer(talkative, prompts, temperature):
     """Every token, the first included, through compaction and unequal lengths."""
     groups = rollout.generate(talkative, prompts, 8, max_new=40, temperature=temperature, seeds=range(6))
-    logp, _ = talkative(prompts, [g.responses for g in groups], temperature=temperature)
-    sampled = [x for g in groups for x in g.logps]
-    assert len({len(x) for x in sampled}) > 5
-    for row, x in zip(logp, sampled):
-        torch.testing.assert_close(row[: len(x)], x, atol=1e-9, rtol=0)
+    scored = talkative(prompts, [g.responses for g in groups], temperature=temperature)
+    assert len({len(x) for g in groups for x in g.logps}) > 5
+    for rows, name in zip(scored, ("logps", "entropies")):
+        for row, x in zip(rows, [x for g in groups for x in getattr(g, name)], strict=True):
+            torch.testing.assert_close(row[: len(x)], x, atol=1e-9, rtol=0)
 
 
 def test_a_rollout_does_not_depend_on_its_batch(talkative, prompts):
@@ -115,9 +117,10 @@ def test_sampling_follows_the_distribution():
     """Inverse transform: u picks the first token whose cumulative probability exceeds it; top-p cuts the tail off."""
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().expand(5, 4)
     u = torch.tensor([0.0, 0.0999, 0.11, 0.59, 0.999], dtype=torch.float64)
-    token, logp = rollout.sample(logits, u, 1.0, 1.0)
+    token, logp, entropy = rollout.sample(logits, u, 1.0, 1.0)
     assert token.tolist() == [0, 0, 1, 2, 3]
     torch.testing.assert_close(logp, torch.tensor([0.1, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log())
+    assert entropy.tolist() == pytest.approx([-sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))] * 5)
     assert rollout.sample(logits, u, 1.0, 0.69)[0].tolist() == [2, 2, 2, 3, 3]  # 3/7 and 4/7 are left
     assert rollout.sample(logits, u, 1.0, 0.3)[0].tolist() == [3] * 5
     assert rollout.sample(logits, u, 0, 1.0)[0].tolist() == [3] * 5

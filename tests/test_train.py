@@ -1,7 +1,9 @@
 """Whole runs, from files to files: several ranks, a kill in the middle, bad data, a full disk, the real tokenizer and video."""
 
 import json
+import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,8 +17,10 @@ import torch
 from conftest import ROOT, SHARED, flags, needs_shared, run
 from safetensors.torch import load_file
 
+import bench
 import data
 import eval
+import grpo
 import model
 import step
 import toy
@@ -62,10 +66,30 @@ def test_grpo_from_files_to_files(tmp_path, world, cold_start):
     assert [s["step"] for s in steps] == [1, 2] and all(expected <= set(s) for s in steps) and "eval_accuracy" in steps[-1]
     assert {"data", "encode", "rollout", "train", "optimizer"} <= set(steps[0]["seconds"]) and steps[0]["pixels"] == 784
     assert steps[0]["grad_norm"] > 0 and steps[0]["entropy"] > 0 and steps[0]["mismatch"] < 1e-5
-    sample = json.loads((tmp_path / "rl" / "samples.jsonl").read_text().splitlines()[0])
-    assert {"response", "reward", "accuracy", "format", "path"} <= set(sample)
+    assert (steps[0]["updates"], steps[0]["skipped_updates"], steps[0]["skipped_update"]) == (1, 0, False)
+    assert re.search(r"step     1  .*  zero_std_groups \d\.\d+  truncated \d\.\d+  skipped_updates \d", out)
+    assert out.rstrip().endswith(f"`python report.py {tmp_path}/rl --open` shows them")
     again = (tmp_path / "rl" / "config.txt").read_text()
     assert "--lr 0.001" in again and train.parse_args([f"@{tmp_path}/rl/config.txt"]).prompts == 4
+
+
+def test_all_responses_of_two_groups_of_a_step_are_written_with_their_advantages(tmp_path, world, cold_start):
+    """The same two whatever the number of ranks: one has prompts 0 and 2, the other prompts 1 and 3."""
+    texts = []
+    for ranks in (1, 2):
+        run(*flags(world, tmp_path / f"{ranks}", steps=1, model=cold_start), ranks=ranks)
+        lines = [json.loads(x) for x in (tmp_path / f"{ranks}" / "samples.jsonl").read_text().splitlines()]
+        assert [(x["step"], x["position"]) for x in lines] == [(1, 0)] * 4 + [(1, 1)] * 4
+        texts.append([x["response"] for x in lines])
+    assert texts[0] == texts[1]
+    records = {str(r["problem_id"]): r for r in json.loads((world / "train.json").read_text())}
+    for group in (lines[:4], lines[4:]):
+        rewards = torch.tensor([[x["reward"] + x["temporal_bonus"] for x in group]], dtype=torch.float64)
+        assert [x["advantage"] for x in group] == pytest.approx(grpo.group_advantages(rewards)[0].tolist())
+        for x in group:
+            record = records[x["id"]]
+            assert (x["question"], x["options"]) == (record["problem"], record["options"])
+            assert {"response", "reward", "accuracy", "format", "length_bonus", "answer", "path"} <= set(x)
 
 
 def gradients(tmp_path, world, ranks, *extra):
@@ -299,8 +323,9 @@ def test_held_out_media_that_cannot_be_read_are_an_error(tmp_path, world):
 
 def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
     out = run(*flags(world, tmp_path / "a", "sft", steps=3), "--lr", "1e30")
-    assert "norm is nan, so this update is skipped" in out
+    assert "norm is nan, so this update is skipped" in out and "  skipped_updates 2  " in out
     assert [e["skipped_update"] for e in log(tmp_path / "a")] == [False, True, True]
+    assert [(e["updates"], e["skipped_updates"]) for e in log(tmp_path / "a")] == [(1, 0), (0, 1), (0, 1)]
     assert all(torch.isfinite(x).all() for x in weights(tmp_path / "a", 3).values())
 
 
@@ -402,6 +427,105 @@ def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
     assert_same_steps(weights(tmp_path / "one", 1), weights(tmp_path / "two", 1))
 
 
+@pytest.mark.parametrize(
+    "learnable, updates, expected",
+    [
+        ("11111111", 1, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("11111111", 5, [[0, 1], [2, 3], [4], [5, 6], [7]]),
+        ("1111111", 2, [[0, 1, 2, 3], [4, 5, 6]]),
+        ("111", 5, [[0], [1], [2]]),  # fewer groups than updates
+        ("00001111", 2, [[0, 1, 4, 5], [2, 3, 6, 7]]),  # no update without a gradient
+        ("0010", 3, [[0, 1, 2, 3]]),
+        ("000", 2, [[0, 1, 2]]),
+        ("", 2, [[]]),
+    ],
+)
+def test_groups_are_shared_out_to_the_updates(learnable, updates, expected):
+    assert step.shares([x == "1" for x in learnable], updates) == expected
+
+
+@pytest.mark.parametrize(
+    "temporal, reward, bonus, taught",
+    [
+        ("reward", [2, 2, 2, 2], [0.3] * 4, False),  # all right: the bonus is the same for all, and the mean takes it away
+        ("advantage", [2, 2, 2, 2], [0.3] * 4, True),
+        ("contrast", [2, 2, 2, 2], [0.3, 0.1, 0.0, 0.2], True),
+        ("contrast", [2, 2, 2, 2], [0.3] * 4, False),
+        ("advantage", [0, 0, 0, 0], [0.0] * 4, False),
+        ("contrast", [0, 0, 0, 0], [0.0] * 4, False),
+        ("reward", [2, 1, 1, 1], [0.0] * 4, True),
+        ("reward", [1.0, 1.3, 1.3, 1.3], [0.3, 0.0, 0.0, 0.0], False),  # rewards differ, what the gradient sees does not
+    ],
+)
+@pytest.mark.parametrize("norm", grpo.NORMS)
+def test_a_group_teaches_where_the_gradient_sees_an_advantage(temporal, reward, bonus, taught, norm):
+    how = ["--algo", "tgrpo", "--model", "m", "--data", "d", "--group", "4"]
+    args = train.parse_args([*how, "--temporal", temporal, "--norm", norm])
+    group, mixed = dict(reward=reward, bonus=bonus), dict(reward=[1.0, 0.0, 0.0, 0.0], bonus=[0.0] * 4)
+    assert step.teaching([group, mixed], args) == ([group] if taught else []) + [mixed]
+    assert step.teaching([], args) == []
+
+
+def test_what_a_step_logs_of_its_updates_by_hand():
+    made = dict(loss=0.5, tokens=10, ratio=11.0, clipped=1.0, kl=0.0, entropy=4.0, mismatch=0.1)
+    made |= dict(grad_norm=2.0, skipped_update=False)
+    other = dict(loss=0.1, tokens=30, ratio=29.0, clipped=3.0, kl=2.0, entropy=2.0, mismatch=9.0)
+    other |= dict(grad_norm=3.0, skipped_update=False)
+    infinite = other | dict(grad_norm=math.inf, skipped_update=True, loss=math.nan)
+    empty = dict.fromkeys(made, 0.0) | dict(skipped_update=True)
+    expected = dict(loss=0.3, ratio=1.0, clipped=0.1, kl=0.05, entropy_trained=0.15, mismatch=0.01)
+    assert step.trained_tokens([made, other]) == pytest.approx(expected)
+    assert step.trained_tokens([empty, made, other]) == pytest.approx(expected)
+    assert step.trained_tokens([made, infinite])["loss"] == 0.5
+    assert step.trained_tokens([empty]) == {"kl": 0.0}
+    counts = lambda n, skipped, norm: dict(updates=n, skipped_updates=skipped, skipped_update=n == 0, grad_norm=norm)
+    assert step.counted([made, other]) == counts(2, 0, 3.0) and step.counted([empty]) == counts(0, 1, 0.0)
+    assert step.counted([made, infinite]) == counts(1, 1, math.inf)
+
+
+@pytest.fixture(scope="module")
+def one_step(world, cold_start):
+    """A function that does a step of GRPO on the first eight prompts -> (log entry, lines of samples, norms of the updates)."""
+    policy = model.Policy.load(cold_start, checkpointing=0)
+    builder, samples = data.PromptBuilder(policy.folder, min_pixels=784), data.load_samples(world / "train.json")
+    prompts = [(i, builder(samples[i])) for i in range(8)]
+
+    def do(*changed):
+        how = ["--model", "m", "--data", "d", "--max_new", "16", "--group", "4", "--train_vision"]
+        args, made = train.parse_args([*how, *changed]), []
+
+        def optimize():
+            made.append(float(torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])))
+            policy.zero_grad()
+            return {"grad_norm": made[-1], "skipped_update": False}
+
+        entry, lines, _ = step.grpo_step(policy, None, prompts, None, builder, 0, optimize, args)
+        return entry, lines, made
+
+    return do
+
+
+def test_as_many_updates_as_groups_allow(one_step):
+    first, _, _ = one_step()
+    taught = round(8 * (1 - first["zero_std_groups"]))
+    assert 2 < taught < 8
+    for updates in (2, taught, taught + 1, 8):
+        entry, _, made = one_step("--updates", str(updates))
+        assert entry["updates"] == len(made) == min(updates, taught) and entry["skipped_updates"] == 0 < min(made)
+        assert entry["grad_norm"] == max(made)
+    dropped, _, _ = one_step("--drop_zero_std")
+    assert (dropped["trained_groups"], dropped["zero_std_groups"]) == (taught, first["zero_std_groups"])
+
+
+def test_entropy_is_of_everything_that_was_sampled(one_step):
+    """Trained groups are those that still vary: their entropy hides that of the others."""
+    first, _, _ = one_step()
+    assert 0 < first["zero_std_groups"] and abs(first["entropy"] - first["entropy_trained"]) > 1e-3
+    masked, _, _ = one_step("--mask_truncated", "--max_new", "2")  # all are cut off, so that no token is trained
+    assert masked["truncated"] == 1 and masked["entropy"] > 0
+    assert not {"entropy_trained", "ratio", "loss", "mismatch"} & set(masked) and masked["skipped_updates"] == 1
+
+
 def test_an_update_under_autocast_is_seen_by_the_next_forward(world, prompts):
     """autocast keeps bf16 copies of the weights; a second update of the same step must not train on the old ones."""
     policy = model.Policy.load(world / "model").train()
@@ -428,6 +552,30 @@ def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(tmp_path
     assert (entry["trained_groups"], entry["refills"], entry["skipped_update"]) == (0, 3, True)
     start = load_file(world / "model" / "model.safetensors")
     assert all(torch.equal(x, start[name]) for name, x in weights(tmp_path / "b", 1).items())  # no gradient, no step
+
+
+def test_a_run_that_teaches_nothing_says_so_once_and_counts_its_updates(tmp_path, world):
+    command = flags(world, tmp_path / "a", steps=21, prompts=1, log_every=7)
+    out = run(*command, "--max_new", 2, "--group", 2)
+    assert out.count("taught nothing") == 1
+    assert "step 10: the last 10 steps taught nothing; 100% of the responses are cut off at --max_new 2: raise it" in out
+    assert "zero_std_groups 1.000  truncated 1.000  skipped_updates 14  " in out
+    entries = log(tmp_path / "a")
+    assert all((e["updates"], e["skipped_updates"], e["skipped_update"]) == (0, 1, True) for e in entries)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(grad_norm=math.nan), "not finite: lower --lr"),
+        (dict(truncated=0.6), "60% of the responses are cut off at --max_new 768"),
+        (dict(format=0.0), "no response has the format"),
+        (dict(), "the same reward"),
+    ],
+)
+def test_advice(change, words):
+    entry = dict(grad_norm=0.0, truncated=0.1, format=0.4, accuracy=0.0) | change
+    assert words in train.advice(entry, train.parse_args(["--model", "m", "--data", "d"]))
 
 
 def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
@@ -465,6 +613,53 @@ def test_unwritable_run_folder_and_full_disk(tmp_path, world):
     assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-000001"]
 
 
+FILES = ["--model", "m", "--data", "d"]
+
+
+@pytest.mark.parametrize("script, required", [(train, FILES), (eval, FILES), (bench, [])])
+def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
+    """Every number among the flags, also one that is added tomorrow: not nan, not infinite, not negative, nor a word."""
+    defaults = {k: v[0] if isinstance(v, list) else v for k, v in vars(script.parse_args(required)).items()}
+    numbers = {k: v for k, v in defaults.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    assert len(numbers) >= 8
+    for name, default in numbers.items():
+        values = ["nan", "inf", "-1", "-0.5", "-1e-3", "-inf", "many", "", *(["2.5"] if isinstance(default, int) else [])]
+        for value in values[:1] + values[2:] if default == math.inf else values:  # fps of eval.py: all frames
+            with pytest.raises(SystemExit):
+                script.parse_args([*required, f"--{name}", value])
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert re.search(rf"error: --{name} \S*: expected ", error)
+
+
+@pytest.mark.parametrize(
+    "flag, value, expected",
+    [
+        *[(name, 0, "at least 1") for name in ("steps", "prompts", "max_new", "updates", "row_tokens", "shuffles", "log_every")],
+        *[(name, 0.0, "above 0") for name in ("fps", "clip_grad", "cache_gb")],
+        ("temperature", 0.0, "above 0, at most 100"),
+        ("temperature", 1e9, "above 0, at most 100"),
+        ("top_p", 1.5, "above 0, at most 1"),
+        ("clip_low", 2.0, "at least 0, at most 1"),
+        ("correct", 1.0, "at least 0, below 1"),
+        ("beta2", 1.0, "at least 0, below 1"),
+        ("group", 1, "at least 2"),
+        ("min_frames", 1, "at least 2"),
+        ("decode_timeout", 1e6, "above 0, at most 86400"),
+        ("max_frames", 2, "at least 4, the value of --min_frames"),
+        ("image_max_pixels", 784, "at least 3136, the value of --min_pixels"),
+        ("len_hi", 100, "at least 320, the value of --len_lo"),
+        ("dual_clip", 0.5, "above 1, and not with --variant cispo, which does not clip below"),
+        ("refill", 1, "--drop_zero_std beside it"),
+        ("sp", "²", "auto or a divisor of the 1 ranks"),
+    ],
+)
+def test_bounds_of_flags(flag, value, expected, capsys):
+    """The flag, the value and what is expected, on one line."""
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "m", "--data", "d", f"--{flag}={value}"])
+    assert capsys.readouterr().err.endswith(f"error: --{flag} {value}: expected {expected}\n")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -475,6 +670,7 @@ def test_unwritable_run_folder_and_full_disk(tmp_path, world):
         (["--group", "1"], "--group 1: expected at least 2"),
         (["--max_pixels", "100"], "--max_pixels 100: expected at least 784"),
         (["--temperature", "0"], "expected above 0"),
+        (["--temp", "1"], "unrecognized arguments: --temp 1"),
     ],
 )
 def test_bad_flags_end_with_one_clear_line(tmp_path, world, change, message):
