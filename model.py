@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
@@ -156,8 +156,9 @@ class Policy(nn.Module):
         net.model.visual.patch_embed.forward = partial(embed_patches, net.model.visual.patch_embed.proj)
         self.tokens_per_second = c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
         self.merge = c.vision_config.spatial_merge_size
-        eos = getattr(net.generation_config, "eos_token_id", None) or c.text_config.eos_token_id
-        self.eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        eos = net.generation_config.eos_token_id  # an id, which may be 0, a list, or None
+        eos = c.text_config.eos_token_id if eos is None else eos
+        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
         self.saved_dtype = None  # of the weights that save() writes; None: as they are
         # the policy must not speak in pixels: these are impossible in sampling and in scoring alike
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
@@ -180,8 +181,8 @@ class Policy(nn.Module):
             net, saved_dtype = _load_network(folder, dtype)
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-            raise ModelError(f"{folder}: cannot be loaded: {e}") from e
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as e:
+            raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(e).split())}") from e
         policy = cls(net, folder).to(device)
         policy.saved_dtype = saved_dtype
         end = load_tokenizer(folder).eos_token_id

@@ -220,8 +220,8 @@ def small_config(config, tokenizer, *, hidden=128, layers=4, heads=4, kv_heads=2
 
 def write_like(folder, like, seed=0):
     """Writes a small random checkpoint with everything but the weights and widths from `like`, a model folder (it needs no
-    weights) or hub name. Raises ModelError."""
-    source, folder = Path(like), Path(folder)
+    weights) or hub name. Raises ModelError, DataError."""
+    source, folder, partial = Path(like), Path(folder), Path(f"{folder}.partial")
     if folder.exists():
         raise ModelError(f"{folder}: is there already")
     try:
@@ -234,14 +234,18 @@ def write_like(folder, like, seed=0):
     if config.model_type not in MODEL_TYPES:
         raise ModelError(f"{like}: model type {config.model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
     tokenizer = data.load_tokenizer(source)
-    write_model(folder, small_config(config, tokenizer), tokenizer, seed)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     for file in (f for pattern in ("*.json", "*.txt", "*.jinja") for f in source.glob(pattern)):
-        if not (folder / file.name).exists() and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, partial / file.name)
+    write_model(partial, small_config(config, tokenizer), tokenizer, seed)
+    partial.rename(folder)
 
 
 def write_model(folder, config, tokenizer, seed=0):
-    """A random checkpoint in the form of a real one: config, generation config, what processors read, and safetensors."""
+    """A random checkpoint in the form of a real one: config, generation config and safetensors; what processors read, unless it
+    is there."""
     torch.manual_seed(seed)
     net = AutoModelForImageTextToText.from_config(config)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -251,7 +255,9 @@ def write_model(folder, config, tokenizer, seed=0):
     processor = dict(image_processor_type="Qwen2VLImageProcessor", processor_class=kind, patch_size=PATCH, temporal_patch_size=2,
                      merge_size=MERGE, image_mean=list(data.MEAN), image_std=list(data.STD), min_pixels=4 * 28 * 28,
                      max_pixels=16384 * 28 * 28)  # as in the real checkpoints; AutoProcessor reads videos' settings here too
-    write_whole(Path(folder) / "preprocessor_config.json", json.dumps(processor, indent=2))
+    file = Path(folder) / "preprocessor_config.json"
+    if not file.exists():
+        write_whole(file, json.dumps(processor, indent=2))
 
 
 def write(folder, seed=0, clips=CLIPS, scenes=scenes, **size):
