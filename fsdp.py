@@ -57,7 +57,7 @@ def full_state(policy, optimizer):
     def whole(x):
         if not isinstance(x, DTensor):
             return x.detach()
-        x = x.full_tensor()
+        x = x.detach().full_tensor()
         return x.cpu() if dist.get_rank() == 0 else None
 
     parts = policy.net.state_dict(keep_vars=True)

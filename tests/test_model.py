@@ -393,7 +393,8 @@ def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys)
     shutil.copytree(world / "model", tmp_path / "m")
     rewrite(tmp_path / "m" / "model.safetensors", lambda w: w | {"model.layers.9.extra": torch.ones(2)})
     model.Policy.load(tmp_path / "m")
-    assert "1 weights have no place in this architecture and are not used, first model.language_model.layers.9.extra" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "1 weights have no place in this architecture and are not used, first model.language_model.layers.9.extra" in printed
 
 
 @pytest.mark.parametrize(

@@ -302,13 +302,13 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path, world, cold_st
     command = flags(world, out, "sft", steps=3, save_every=1, keep=9, model=cold_start)
     assert here(*command, "--resume") is None
     printed = capsys.readouterr().out
-    for step, file in ((3, "optimizer.pt"), (2, "state.json")):
-        assert f"{out}/checkpoint-00000{step}: {file}: " in printed
-        assert f"moved to checkpoint-00000{step}.torn; the run resumes from checkpoint-000001" in printed
+    for n, file in ((3, "optimizer.pt"), (2, "state.json")):
+        assert f"{out}/checkpoint-00000{n}: {file}: " in printed
+        assert f"moved to checkpoint-00000{n}.torn; the run resumes from checkpoint-000001" in printed
     assert all(torch.equal(x, weights(three_steps, 3)[name]) for name, x in weights(out, 3).items())
     assert without_times(log(out)) == without_times(log(three_steps)) and not (out / "checkpoint-000009.partial").exists()
-    for step in (1, 2, 3):
-        cut(out / f"checkpoint-00000{step}" / "optimizer.pt")
+    for n in (1, 2, 3):
+        cut(out / f"checkpoint-00000{n}" / "optimizer.pt")
     assert "no checkpoint is whole (checkpoint-000003: optimizer.pt" in here(*command, "--resume")
     assert len(log(out)) == 3 and len(model.checkpoints(out)) == 3
 
@@ -324,8 +324,8 @@ def test_a_half_model_is_saved_in_half_and_resumes_bit_for_bit(tmp_path, world, 
     run_it = lambda *command: here(*command) if ranks == 1 else run(*command, ranks=2) and None
     assert run_it(*command("whole")) is None
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / "cut" / f"checkpoint-00000{step}")
+    for n in (2, 3):
+        shutil.rmtree(tmp_path / "cut" / f"checkpoint-00000{n}")
     assert run_it(*command("cut"), "--resume") is None
     masters = [torch.load(tmp_path / name / "checkpoint-000003" / "optimizer.pt")["weights"] for name in ("whole", "cut")]
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*masters, strict=True))
@@ -365,11 +365,13 @@ def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(tmp_path, world, 
     os.kill(target, number)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code and "Traceback" not in printed, printed[-3000:]
-    step = log(out)[-1]["step"]
-    assert [c.name for c in model.checkpoints(out)] == [f"checkpoint-{step:06d}"] and runs.torn(model.checkpoints(out)[0]) is None
-    last = [line for line in printed.splitlines() if line.startswith("stopped after step")]
-    assert last == [line for line in last if f"step {step} of 1000000 by {signal.Signals(number).name}; to resume: " in line]
-    assert len(last) == 1 and last[0].endswith(" --resume") and ("torchrun --nproc_per_node 2 -- train.py" in last[0]) == (ranks > 1)
+    done = log(out)[-1]["step"]
+    (checkpoint,) = model.checkpoints(out)
+    assert checkpoint.name == f"checkpoint-{done:06d}" and runs.torn(checkpoint) is None
+    (last,) = [line for line in printed.splitlines() if line.startswith("stopped after step")]
+    launched = "torchrun --nproc_per_node 2 -- train.py" if ranks > 1 else "python train.py"
+    assert f"step {done} of 1000000 by {signal.Signals(number).name}; to resume: {launched} --algo sft" in last
+    assert last.endswith(" --resume")
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
