@@ -24,6 +24,7 @@ from reprlib import repr as shown  # of whatever a record holds: short, on one l
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from rewards import PROBLEM_TYPES, choice_letter, extract_answer, format_reward, normalize_answer, parse_number
@@ -413,7 +414,10 @@ def _read_folder(sample, counts, pixels, timeout):
     return Clip(np.stack(frames), seconds, available, indices, indices)
 
 
-def normalize(frames, dtype=torch.float32, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels, in all Qwen-VL checkpoints
+
+
+def normalize(frames, dtype=torch.float32, mean=MEAN, std=STD):
     """uint8 (N, 3, ...) -> (x / 255 - mean) / std, with the statistics that all Qwen-VL vision towers share."""
     column = lambda x: torch.tensor(x, dtype=dtype, device=frames.device).view(3, *[1] * (frames.ndim - 2))
     return (frames.to(dtype) / 255 - column(mean)) / column(std)
@@ -464,17 +468,32 @@ CLOSING = {
 }
 
 
+def load_tokenizer(folder):
+    """The tokenizer of a model folder. Raises DataError, naming the folder: none, or one that cannot be read."""
+    if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        raise DataError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # whatever a broken file makes a native library raise is this file's error
+        reason = " ".join(str(e).split())[:300]
+        raise DataError(f"{folder}: the tokenizer cannot be read: {type(e).__name__}: {reason}") from e
+
+
 class PromptBuilder:
     """Sample -> Prompt with a checkpoint's own tokenizer and chat template: medium first, then the text, one user turn.
 
     folder: the checkpoint.  max_prompt: tokens; a longer prompt is refused, never cut.  media: load_media's keywords.
+    Raises DataError, naming the folder: a tokenizer or chat template that is missing, broken, or not that of the model.
     """
 
     def __init__(self, folder, *, max_prompt=16384, **media):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
         template = Path(folder) / "chat_template.json"  # older checkpoints keep the multimodal template apart
-        if template.exists():
-            self.tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        if template.exists() and not template.with_suffix(".jinja").exists():  # the newer file wins, as in transformers
+            content = _json(template.read_text(encoding="utf-8"), template)
+            if not isinstance(content, dict) or not isinstance(content.get("chat_template"), str):
+                raise DataError(f"{template}: expected an object with a 'chat_template'")
+            self.tokenizer.chat_template = content["chat_template"]
         if not self.tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template")
         self.max_prompt, self.media = max_prompt, media
@@ -482,6 +501,18 @@ class PromptBuilder:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         if self.pad != (expected := {kind: config.get(f"{kind}_token_id") for kind in self.pad}):
             raise DataError(f"{folder}: the tokenizer has the vision tokens {self.pad}, the model {expected}")
+        for kind in self.pad:
+            self._try_template(folder, kind)
+
+    def _try_template(self, folder, kind):
+        """Raises DataError unless the chat template gives a turn with one medium and a text one place for the medium."""
+        turn = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "?"}]}
+        try:
+            chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError, AttributeError) as e:  # TypeError: it expects text only
+            raise DataError(f"{folder}: the chat template is broken, or made for text only: {type(e).__name__}: {e}") from e
+        if chat.count(f"<|{kind}_pad|>") != 1:
+            raise DataError(f"{folder}: the chat template has {chat.count(f'<|{kind}_pad|>')} places for one {kind}")
 
     def __call__(self, sample, **media):
         """Loads the medium and builds the prompt; `media` overrides the builder's, e.g. more frames. Raises DataError."""

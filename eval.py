@@ -13,14 +13,12 @@ config.txt. The same command again resumes where a killed one stopped, on any nu
 when nothing is left to do.
 """
 
-import fcntl
-import hashlib
 import json
 import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
@@ -35,30 +33,32 @@ import rewards
 import toy
 import tts
 from data import DataError, Prompt, PromptBuilder, Sample, about, load_samples, missing_media, problem_type, read_records
-from model import ModelError, Policy, fingerprint, local_folder
+from model import Policy, fingerprint, local_folder
 from rollout import generate
 from run import (
     MEDIA,
     RANK,
     WORLD,
+    claimed,
+    commit,
+    digest,
     flag_lines,
     flag_parser,
     gather,
     media_flags,
     ordered,
     peek,
+    ranks,
     refuse_changes,
     say,
     seed,
-    start_ranks,
-    stop_ranks,
     write_whole,
 )
 from scores import constant_answer, mean, natural, score, summarize, table
 from video import close_workers
 
-# what all the answers of a folder have in common, besides the model's weights and the records ("#")
-SAME = ("#", "media_root", "seed", *MEDIA[:-1], "max_prompt", "max_new", "m", "temperature")
+# what all the answers of a folder have in common, besides the model's weights and the records
+SAME = ("# weights", "media_root", "seed", *MEDIA[:-1], "max_prompt", "max_new", "m", "temperature")
 
 
 class Method(NamedTuple):
@@ -291,13 +291,9 @@ def main(argv=None):
     args = parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    device = start_ranks(timedelta(days=2))  # at the end, ranks wait for the slowest
-    try:
-        evaluate(args, device)
-    except (DataError, ModelError, OSError) as e:
-        raise SystemExit(f"error: {e}") from e
-    finally:
-        stop_ranks()
+    with ranks(timedelta(days=2), "stopped; the same command resumes") as device:  # ranks wait for the slowest
+        with ExitStack() as at_end:
+            evaluate(args, device, at_end)
 
 
 def write_filtered(lines, samples, source, target):
@@ -311,26 +307,18 @@ def write_filtered(lines, samples, source, target):
             f"unreadable: {len(lines) - len(rates)}. Relative paths in it start where they did: --media_root")
 
 
-def open_answers(args, folder):
-    """Opens the folder of answers -> (folder, its lock, held until it is closed). Ends the program where other processes are
-    still writing to it, or where it holds the answers of other weights, records or flags."""
+def open_answers(args, folder, at_end):
+    """Opens the folder of answers, claimed until at_end, an ExitStack, closes -> the folder. Ends the program where other
+    processes are still writing to it, or where it holds the answers of other weights, records or flags."""
     out = Path(args.out or f"out/eval-{str(args.model).strip('./').replace('/', '-')}-{Path(args.data).stem}")
-    digest = hashlib.blake2b(Path(args.data).read_bytes(), digest_size=12).hexdigest()
-    lines = [f"# weights {fingerprint(folder)}, records {digest}", *flag_lines(args)]
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / "lock", "w")
+    at_end.enter_context(claimed(out))
     if RANK == 0:
-        try:  # ranks of a run whose torchrun was killed can live on and write
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"error: other processes are writing to {out}: wait for them, or end them") from None
+        lines = [f"# weights {fingerprint(folder)}, records {digest(args.data)}", f"# commit {commit()}", *flag_lines(args)]
         if (out / "config.txt").exists() and any(f.stat().st_size for f in out.glob("*.rank*.jsonl")):
             refuse_changes(out / "config.txt", lines, SAME)
         write_whole(out / "config.txt", "\n".join(lines) + "\n")
-        fcntl.flock(lock, fcntl.LOCK_SH)
     gather(None)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    return out, lock
+    return out
 
 
 def look_for_media(samples, data, media_root):
@@ -343,8 +331,8 @@ def look_for_media(samples, data, media_root):
         say(message)
 
 
-def evaluate(args, device):
-    """Answers all records by every method of the flags, and prints the table -> summary."""
+def evaluate(args, device, at_end):
+    """Answers all records by every method of the flags, and prints the table -> summary. at_end: see open_answers."""
     bad = {}
     found = load_samples(args.data, media_root=args.media_root, skipped=bad)
     folder = local_folder(args.model)
@@ -356,7 +344,7 @@ def evaluate(args, device):
             with suppress(DataError):  # it is not JSON
                 raw = read_record()
                 bad[i] |= dict(about=about(raw), problem_type=problem_type(raw))
-    out, lock = open_answers(args, folder)
+    out = open_answers(args, folder, at_end)
     asked, records, policy = methods(args), sorted({*samples, *bad}), None
     pool = ThreadPoolExecutor(args.workers)
     try:
@@ -373,7 +361,6 @@ def evaluate(args, device):
     finally:
         pool.shutdown(cancel_futures=True)
         close_workers()
-        lock.close()
     if RANK:
         return None
     lines = {method: read(out, method.name) for method in asked}

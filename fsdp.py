@@ -52,25 +52,38 @@ def gathered(policy):
 
 
 def full_state(policy, optimizer):
-    """What a checkpoint holds -> (weights by name, the optimizer's state), with whole tensors: on rank 0; every rank must ask."""
+    """What a checkpoint holds -> (weights by name, the optimizer's state), with whole tensors: on rank 0; every rank must ask.
+    Where the checkpoint's weights are rounded to a narrower dtype, the state holds the trained ones as they are: "weights"."""
     def whole(x):
         if not isinstance(x, DTensor):
             return x.detach()
-        x = x.full_tensor()
+        x = x.detach().full_tensor()
         return x.cpu() if dist.get_rank() == 0 else None
 
     parts = policy.net.state_dict(keep_vars=True)
     once = {p: whole(p) for p in parts.values()}  # embeddings and head may be one parameter
     state = optimizer.state_dict()
     state["state"] = {i: {name: whole(x) for name, x in s.items()} for i, s in state["state"].items()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if policy.saved_dtype not in (None, trained[0].dtype):
+        state["weights"] = [once[p] for p in trained]
     return {name: once[p] for name, p in parts.items()}, state
 
 
 def load_optimizer(optimizer, file):
-    """Loads the optimizer's state from a checkpoint's file; of a parameter that is sharded, this rank's part."""
+    """Loads the optimizer's state, and the trained weights where they are beside it, from a checkpoint's file; of a parameter
+    that is sharded, this rank's part."""
     state = torch.load(file, map_location="cpu", mmap=True)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    part = lambda x, p: distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).clone()  # not a view of the whole
-    state["state"] = {i: {name: part(x, trained[i]) if x.ndim and isinstance(trained[i], DTensor) else x
-                          for name, x in s.items()} for i, s in state["state"].items()}
+
+    def part(x, p):
+        if not x.ndim or not isinstance(p, DTensor):
+            return x
+        return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).clone()  # not a view of the whole
+
+    if "weights" in state:
+        with torch.no_grad():
+            for p, x in zip(trained, state.pop("weights"), strict=True):
+                p.copy_(part(x, p))
+    state["state"] = {i: {name: part(x, trained[i]) for name, x in s.items()} for i, s in state["state"].items()}
     optimizer.load_state_dict(state)

@@ -5,8 +5,6 @@ it starts from or its records have changed (code, configs/ and media are not loo
 of one thread each do the work side by side: the toy's operations are too small for more threads to help.
 """
 
-import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -31,7 +29,7 @@ import plain
 import toy
 import train
 from model import fingerprint, local_folder
-from run import commit, write_whole
+from run import commit, digest, lock, write_whole
 from scores import mean
 
 HERE = Path(__file__).parent
@@ -103,9 +101,9 @@ def once(folder, main, argv, command):
 def locked(folder):
     """Nobody else works on the folder meanwhile: another claim may want the same run."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        os.set_inheritable(lock.fileno(), True)  # what this process starts holds on to it
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(f"{folder}.lock", "a+") as file:
+        os.set_inheritable(file.fileno(), True)  # what this process starts holds on to it
+        lock(file, wait=True)
         yield
 
 
@@ -186,8 +184,8 @@ class Lab:
 
     def call(self, name, main, argv, *inputs):
         """main(argv) in a worker, once (see `once`) -> the folder that it may write, root/name."""
-        folder, of_file = self.root / name, lambda x: hashlib.blake2b(x.read_bytes(), digest_size=12).hexdigest()
-        digests = [fingerprint(local_folder(x)) if x.is_dir() else of_file(x) for x in inputs]
+        folder = self.root / name
+        digests = [fingerprint(local_folder(x)) if x.is_dir() else digest(x) for x in inputs]
         argv = [str(x) for x in argv]
         words = shlex.join([*main.__doc__.split(), *argv]).replace(f"{HERE}/", "")
         command = {"command": words, "inputs": digests}

@@ -10,21 +10,25 @@ Everything a loss needs comes out of `forward`: DistributedDataParallel averages
 
 import hashlib
 import json
-from functools import partial
+import os
+import sys
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
 import attention
 import mrsp
-from data import Prompt, normalize, patchify
+from data import Prompt, load_tokenizer, normalize, patchify
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}  # safetensors' names
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
 
 
@@ -32,9 +36,15 @@ class ModelError(ValueError):
     """A checkpoint that cannot be used, and why."""
 
 
+def checkpoints(run):
+    """The folders checkpoint-N of a run folder, the newest last."""
+    numbered = [c for c in Path(run).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdecimal() and c.is_dir()]
+    return sorted(numbered, key=lambda c: int(c.name.removeprefix("checkpoint-")))
+
+
 def newest_checkpoint(run):
     """The newest checkpoint-N of a run folder, or None."""
-    return max(Path(run).glob("checkpoint-??????"), default=None)
+    return next(reversed(checkpoints(run)), None)
 
 
 def local_folder(name):
@@ -49,13 +59,36 @@ def local_folder(name):
         from huggingface_hub import snapshot_download
         try:
             folder = Path(snapshot_download(str(name)))
+        except HFValidationError:
+            raise ModelError(f"{name}: no such folder, and not a name that the hub could have") from None
         except OSError as e:
             raise ModelError(f"{name}: neither a folder nor a model that the hub could deliver ({e})") from e
+    if not (folder / "config.json").exists() and (folder / "config.txt").exists():
+        raise ModelError(f"{folder}: a run folder that holds no checkpoint yet")
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: no config.json, so not a model folder")
-    if not list(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         raise ModelError(f"{folder}: no weights (*.safetensors) beside config.json")
     return folder
+
+
+def weight_files(folder):
+    """The safetensors files of a model folder: those that its index names, or, without an index, those that are there."""
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        return sorted({index.with_name(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def weights_dtype(folder):
+    """The dtype of the weights in a model folder's files; of several dtypes, the one that holds all of them exactly."""
+    found = set()
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as f:
+            found |= {f.get_slice(name).get_dtype() for name in f.keys()}
+    if unknown := found - DTYPES.keys():
+        raise ModelError(f"{folder}: weights of type {', '.join(sorted(unknown))}, expected {', '.join(DTYPES)}")
+    return reduce(torch.promote_types, {DTYPES[name] for name in found})
 
 
 def fingerprint(folder):
@@ -123,8 +156,10 @@ class Policy(nn.Module):
         net.model.visual.patch_embed.forward = partial(embed_patches, net.model.visual.patch_embed.proj)
         self.tokens_per_second = c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
         self.merge = c.vision_config.spatial_merge_size
-        eos = getattr(net.generation_config, "eos_token_id", None) or c.text_config.eos_token_id
-        self.eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        eos = net.generation_config.eos_token_id  # an id, which may be 0, a list, or None
+        eos = c.text_config.eos_token_id if eos is None else eos
+        self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
+        self.saved_dtype = None  # of the weights that save() writes; None: as they are
         # the policy must not speak in pixels: these are impossible in sampling and in scoring alike
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
         banned = {i for i in (getattr(c, name, None) for name in names) if i is not None}
@@ -134,32 +169,53 @@ class Policy(nn.Module):
     def load(cls, name, *, dtype=torch.float32, device="cpu", checkpointing=1):
         """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
 
-        dtype: of the weights; fp32 master weights for training, computed in bf16 under torch.autocast.
+        dtype: of the weights; fp32 master weights for training, computed in bf16 under torch.autocast. `save` writes them in
+        the dtype that they have in the folder.
         checkpointing: as in set_checkpointing.
-        Raises ModelError: no folder, no weights, another architecture, missing weights.
+        A response ends at any token that the generation config or the tokenizer names as its end.
+        Raises ModelError: no folder, no weights, another architecture; weights that are missing, of another shape, or not
+        finite. Raises DataError: no tokenizer. Weights that the architecture does not have are printed.
         """
         folder = local_folder(name)
         try:
-            model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-            if model_type not in MODEL_TYPES:
-                raise ModelError(f"{folder}: model type {model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
-            net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        except (OSError, json.JSONDecodeError, SafetensorError) as e:
-            raise ModelError(f"{folder}: cannot be loaded: {e}") from e
-        if missing := sorted(info["missing_keys"]):
-            raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+            net, saved_dtype = _load_network(folder, dtype)
+        except ModelError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as e:
+            raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(e).split())}") from e
         policy = cls(net, folder).to(device)
+        policy.saved_dtype = saved_dtype
+        end = load_tokenizer(folder).eos_token_id
+        policy.eos_ids += [end] if end is not None and end not in policy.eos_ids else []
+        net.generation_config.eos_token_id = list(policy.eos_ids)
         policy.set_checkpointing(checkpointing)
         return policy.eval()
 
     def save(self, folder, weights=None):
         """Writes a folder that transformers and vLLM open: weights and config, tokenizer and processor files beside.
         weights: by name, where the policy's own are sharded (fsdp.py)."""
-        folder = Path(folder)
-        self.net.save_pretrained(folder, state_dict=weights)
+        folder, weights = Path(folder), self.net.state_dict() if weights is None else weights
+        dtype = self.saved_dtype or self.text.embed_tokens.weight.dtype
+        once = {}  # embeddings and head may be one tensor, and stay one
+        for x in weights.values():
+            if x.data_ptr() not in once:
+                once[x.data_ptr()] = x.to(dtype).cpu()
+        self.net.save_pretrained(folder, state_dict={name: once[x.data_ptr()] for name, x in weights.items()})
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+            if "dtype" in part:  # save_pretrained writes that of the network
+                part["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, content in self.side_files.items():
             if not (folder / name).exists():
                 (folder / name).write_bytes(content)
+
+    @torch.no_grad()
+    def is_sound(self):
+        """Whether the next-token logits after one token are finite. Every rank of a sharded policy must ask."""
+        token = torch.tensor(self.eos_ids[:1])
+        logp, _ = self([Prompt(None, token)], [[token]])
+        return bool(logp.isfinite().all())
 
     @property
     def device(self):
@@ -313,6 +369,28 @@ class Policy(nn.Module):
         logp = logits.log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def _load_network(folder, dtype):
+    """transformers' model of a folder with every weight accounted for -> (model, the dtype of the weights in the files)."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}: config.json holds a {type(config).__name__}, expected an object")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise ModelError(f"{folder}: model type {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}")
+    net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True,
+                                                            ignore_mismatched_sizes=True)  # they are an error here, not there
+    for name, found, expected in sorted(info["mismatched_keys"], key=str):
+        raise ModelError(f"{folder}: {name} has the shape {list(found)}, expected {list(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+    for name, p in net.named_parameters():
+        if not torch.stack(torch.aminmax(p.detach())).isfinite().all():
+            raise ModelError(f"{folder}: {name} is not finite")
+    if (extra := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder}: {len(extra)} weights have no place in this architecture and are not used, first {extra[0]}",
+              file=sys.stderr)
+    return net, weights_dtype(folder)
 
 
 def embed_patches(conv, patches):

@@ -21,6 +21,7 @@ memory (8 GB for an hour of video on a 3B): left sharded, every token of every l
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -313,7 +314,16 @@ def device_memory(device, world):
     """Bytes of a GPU, or a process's share of this machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world
+    return host_memory() / world
+
+
+def host_memory():
+    """Bytes of this machine's memory."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    status = (ctypes.c_ulonglong * 8)(64)  # Windows' MEMORYSTATUSEX: two 32-bit fields (its size, the load) and seven of 64 bits
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return status[1]
 
 
 def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1):

@@ -14,6 +14,7 @@ import torch
 
 from attention import CACHE_TOKENS, DecodeCache
 from data import Prompt
+from model import ModelError
 
 WINDOW = 64  # a CUDA graph is good for so many tokens, and attends to up to so many that are not there yet
 COMPACT_EVERY = 4  # decode steps between two looks at who has finished: each look is a host sync
@@ -62,6 +63,8 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
                 group.logps.append(logp[:n].clone())
                 group.entropies.append(entropy[:n].clone())
                 group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
+                if not group.logps[-1].isfinite().all():
+                    raise ModelError(f"logits that are not finite: the weights are broken (the policy began as {policy.folder})")
     policy.train(training)
     return groups
 

@@ -3,13 +3,17 @@
     config.txt      the flags, as a flag file: `python train.py @RUN/config.txt --out NEW` is the same run again
     log.jsonl       one object a step; what a killed run wrote after its last checkpoint is dropped when it resumes
     samples.jsonl   all responses of two groups a step, with their rewards
-    checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json beside
+    checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json beside. Its weights have the
+                    dtype that they came in; optimizer.pt then also holds the trained ones in fp32, to resume from
+    lock            held by the processes that write to the folder
 """
 
 import argparse
 import contextlib
+import errno
 import functools
 import gc
+import hashlib
 import json
 import math
 import operator
@@ -18,18 +22,27 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import fsdp
-from model import newest_checkpoint
+from data import DataError
+from model import ModelError, checkpoints, fingerprint, local_folder, weight_files
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 # flags that load_media takes
@@ -57,16 +70,29 @@ def number(parser, name, default, within, text):
     return x
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose error is one line, of rank 0, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n" if RANK == 0 else None)
+
+    def convert_arg_line_to_args(self, line):
+        """The words of one line of a flag file."""
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as e:
+            self.error(f"a line of a flag file cannot be read: {e}: {line[:80]!r}")
+
+
 def flag_parser(doc, **kw):
     """A parser for @FILE flag files, one flag a line, # begins a comment; no flag may be abbreviated
     -> (parser, add(group, name, default, help), flag(group, name, help)).
 
     The default tells the type. within: the bounds of a number (see number), or of each number of a list.
     """
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                fromfile_prefix_chars="@", allow_abbrev=False, **kw)
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@",
+               allow_abbrev=False, **kw)
     p._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")  # -1e-3 is a value too, which argparse takes for a flag
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
 
     def add(group, name, default, help, within="at least 0", **kw):
         one = default[0] if isinstance(default, list) else default
@@ -120,14 +146,30 @@ def flag_lines(args):
     return [f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in flags.items()]
 
 
-def refuse_changes(config, lines, names):
-    """Ends the program if one of the named flags differs between the file of an earlier run and `lines`."""
-    before = config.read_text(encoding="utf-8").splitlines()
-    was, now = ([line for line in a if line not in b and line.split()[0].removeprefix("--") in names]
-                for a, b in ((before, lines), (lines, before)))
+def by_name(lines):
+    """The lines of a flag file, or comments such as "# records 1234", by name: "prompts", "# records"."""
+    words = {line: line.removeprefix("--").split() for line in lines if line.strip()}
+    return {" ".join(w[:2]) if w[0] == "#" else w[0]: line for line, w in words.items()}
+
+
+def refuse_changes(config, lines, names, defaults=()):
+    """Ends the program if a flag or comment that is named differs between the file of an earlier run and `lines`.
+    defaults: the lines of flags that the file may not have, as it is older than they are; comments it need not have."""
+    now = by_name(lines)
+    before = by_name(defaults) | by_name(config.read_text(encoding="utf-8").splitlines())
+    was, now = ([line for name, line in a.items() if b.get(name) != line and name in names and (name in b or name[0] != "#")]
+                for a, b in ((before, now), (now, before)))
     if was or now:
         raise SystemExit(f"error: {config.parent} was run otherwise, so it cannot be resumed: it had {', '.join(was) or 'not'}; "
                          f"now {', '.join(now) or 'not'}. Another --out starts anew, and so does deleting that folder")
+
+
+def digest(path):
+    """Hex digits that tell a file's content from others. Raises DataError."""
+    try:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=12).hexdigest()
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e}") from e
 
 
 def write_whole(path, text):
@@ -154,6 +196,40 @@ def stop_ranks():
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()
+
+
+@contextlib.contextmanager
+def ranks(patience, stopped="stopped"):
+    """start_ranks and stop_ranks around the body; an error that ends it is one line, from the rank that fails first.
+    stopped: the line for ctrl-C. What is no error of the user's has its traceback, also from one rank only."""
+    device = start_ranks(patience)
+    try:
+        yield device
+    except (DataError, ModelError, OSError) as e:  # an OSError names its file
+        raise SystemExit(f"error: {e}" if _first_to_fail() else 1) from e
+    except KeyboardInterrupt:
+        if _first_to_fail():
+            print(f"\n{stopped}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except SystemExit as e:
+        if isinstance(e.code, str) and not _first_to_fail():
+            raise SystemExit(1) from None
+        raise
+    except Exception:  # where another rank has failed first, only the news that it has left
+        if not _first_to_fail():
+            raise SystemExit(1) from None
+        raise
+    finally:
+        stop_ranks()
+
+
+def _first_to_fail():
+    if WORLD == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # rank 0 kept the count, and has left
+        return False
 
 
 def seed(*parts):
@@ -185,7 +261,6 @@ def say(text):
         sys.stdout.flush()
 
 
-SAME = ("algo", "model", "data", "prompts", "seed", "train_vision", "weight_decay", "beta2")  # what a resumed run must keep
 seconds = {}  # of the phases of the step
 
 
@@ -211,6 +286,50 @@ def _finite(o):
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in o.items()}
 
 
+# ---- the run folder
+
+# what a resumed run may change: where things are, how long it runs, what it shows and keeps, and what it costs
+MAY_CHANGE = ("out", "resume", "data", "media_root", "eval_data", "steps", "log_every", "eval_every", "save_every", "keep",
+              "workers", "decode_timeout", "row_tokens", "cuda_graph", "checkpointing", "fsdp", "sp", "embedding_cache",
+              "cache_gb")
+
+
+def lock(file, *, shared=False, wait=False):
+    """Locks an open file until it is closed -> whether other processes allow it. shared: with others that share it; on Windows,
+    whose locks are one process's, nothing is done for a shared one. wait: until they allow it."""
+    try:
+        if os.name != "nt":
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        elif not shared:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return False
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        if not shared:
+            say(f"{file.name}: this file system has no locks, so nothing keeps other processes from writing there too")
+    return True
+
+
+@contextlib.contextmanager
+def claimed(out):
+    """The folder `out` is made, and is this run's inside. Ends the program where other processes are writing to it: ranks of a
+    run whose torchrun was killed can live on. Every rank must enter."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "a+")
+    except OSError as e:
+        raise SystemExit(f"error: the run folder {out} cannot be written: {e}") from e
+    with file:
+        if RANK == 0 and not lock(file):
+            raise SystemExit(f"error: other processes are writing to {out}: wait for them, or end them")
+        gather(None)
+        lock(file, shared=True, wait=True)
+        yield
+
+
 def _rewind(path, step):
     """Drops the entries after `step`, and a half-written last line."""
     if not path.exists():
@@ -223,33 +342,126 @@ def _rewind(path, step):
     write_whole(path, "".join(kept))
 
 
-def open_run(args):
-    """Opens the run folder args.out -> (folder, the checkpoint to go on from or None). Ends the program rather than write
-    over a run, or when the folder cannot be written."""
-    out = Path(args.out)
-    checkpoint = newest_checkpoint(out) if args.resume else None
-    gather(None)  # every rank has looked before rank 0 writes
-    if RANK:
-        return out, checkpoint
-    if (out / "log.jsonl").exists() and not args.resume:
-        raise SystemExit(f"error: {out} holds a run: --resume goes on with it, another --out starts a new one")
-    step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
-    lines = flag_lines(args)
-    if checkpoint:
-        refuse_changes(out / "config.txt", lines, SAME)
+def torn(checkpoint):
+    """Why a checkpoint cannot be resumed from, or None: a file that is missing or cut off, as a disk that was full or lost its
+    power leaves it. Sizes are compared, not every byte. Raises OSError for a file that is there and cannot be read."""
+    file = checkpoint / "state.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if checkpoint.name != f"checkpoint-{json.loads(file.read_bytes())['step']:06d}":
+            return "state.json: of another step"
+        file = checkpoint / "config.json"
+        json.loads(file.read_bytes())
+        file = checkpoint / "optimizer.pt"
+        zipfile.ZipFile(file).close()
+        file = checkpoint / "model.safetensors.index.json"
+        weights = weight_files(checkpoint)
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except FileNotFoundError:
+        return f"{file.name}: no such file"
+    except (ValueError, TypeError, KeyError, zipfile.BadZipFile, SafetensorError) as e:
+        return f"{file.name}: {e}"
+    return None if weights else "no weights (*.safetensors)"
+
+
+def _newest_whole(out):
+    """The newest checkpoint of a run that is whole, or None if it has none -> (checkpoint, [(newer one, why it is torn), ...]).
+    Ends the program if all are torn."""
+    found = []
+    for checkpoint in reversed(checkpoints(out)):
+        if (reason := torn(checkpoint)) is None:
+            return checkpoint, found
+        found.append((checkpoint, reason))
+    if found:
+        raise SystemExit(f"error: {out}: no checkpoint is whole ({'; '.join(f'{c.name}: {why}' for c, why in found)}). "
+                         "Delete them to start anew")
+    return None, []
+
+
+def open_run(args, defaults):
+    """Opens the claimed folder args.out -> the checkpoint to resume from, or None. Ends the program rather than write over a
+    run or resume another one. A folder without a checkpoint holds nothing to resume: it is written over.
+    defaults: the flags of a run that sets none."""
+    checkpoint = None
+    if RANK == 0:
+        out = Path(args.out)
+        if not args.resume and checkpoints(out):
+            raise SystemExit(f"error: {out} holds a run: --resume goes on with it, another --out starts a new one")
+        checkpoint, torn_ones = _newest_whole(out)
+        lines = [f"# commit {commit()}", f"# records {digest(args.data)}", *flag_lines(args)]
+        if args.beta and args.algo != "sft":
+            lines.insert(2, f"# reference {fingerprint(local_folder(args.model))}")
+        if checkpoint:
+            same = {*vars(args), "# records", "# reference"} - {*MAY_CHANGE}
+            same |= {"steps"} if args.schedule == "cosine" else set()  # the learning rate depends on it
+            refuse_changes(out / "config.txt", lines, same, flag_lines(defaults))
+        elif args.resume or (out / "log.jsonl").exists():
+            say(f"{out}: no checkpoint to resume from, so the run starts anew")
+        for bad, reason in torn_ones:
+            aside = bad.with_name(f"{bad.name}.torn")
+            say(f"{bad}: {reason}. It is moved to {aside.name}; the run resumes from {checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+        for partial in out.glob("checkpoint-*.partial"):  # what a kill in mid-write leaves
+            shutil.rmtree(partial)
         write_whole(out / "config.txt", "\n".join(lines) + "\n")
         for name in ("log.jsonl", "samples.jsonl"):
-            _rewind(out / name, step)
+            _rewind(out / name, int(checkpoint.name.split("-")[1]) if checkpoint else -1)
+    return gather(checkpoint)[0]
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside, the first SIGTERM or ctrl-C is only noted: its number, in the list that is yielded. A second one ends the process
+    at once. In another thread than the main one, signals are not touched."""
+    noted, signals = [], (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number, _):
+        noted.append(number)
+        for s in signals:
+            signal.signal(s, signal.SIG_DFL)
+        if RANK == 0:
+            os.write(2, b"\nstopping after this step and its checkpoint; the same signal again stops at once\n")
+
+    before = [signal.signal(s, note) for s in signals]
+    try:
+        yield noted
+    finally:
+        for s, handler in zip(signals, before):
+            signal.signal(s, handler)
+
+
+def resume_command():
+    """The command of this process, with --resume."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+    nodes = f"--nnodes {WORLD // local} " if WORLD > local else ""
+    launcher = f"torchrun {nodes}--nproc_per_node {local} --" if WORLD > 1 else "python"
+    return f"{launcher} {shlex.join(sys.argv)}" + ("" if "--resume" in sys.argv else " --resume")
+
+
+def _sync(path):
+    """Brings a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name == "nt":  # which opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
     except OSError as e:
-        raise SystemExit(f"error: the run folder {out} cannot be written: {e}") from e
-    return out, checkpoint
+        if e.errno != errno.EINVAL:  # a network file system that does not sync folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def save(policy, optimizer, step, args):
     """Writes checkpoint-N under another name and moves it into place, on rank 0: a checkpoint that has its name is whole.
-    Every rank must call it: what is sharded is gathered."""
+    Every rank must call it: what is sharded is gathered. Raises ModelError for a policy whose logits are not finite."""
+    if not policy.is_sound():
+        raise ModelError(f"step {step}: the policy's logits are not finite (a lower --lr?), so no checkpoint of it is saved")
     weights, moments = fsdp.full_state(policy, optimizer)
     if RANK:
         return
@@ -262,10 +474,14 @@ def save(policy, optimizer, step, args):
         policy.save(partial, weights)
         torch.save(moments, partial / "optimizer.pt")
         (partial / "state.json").write_text(json.dumps(state))
+        for path in (*partial.iterdir(), partial):  # a power cut must not leave the name without the content
+            _sync(path)
         partial.rename(folder)
+        _sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk is a RuntimeError in torch, the third in safetensors
         shutil.rmtree(partial, ignore_errors=True)
-        raise SystemExit(f"error: {folder} could not be written: {e}. "
-                         "The checkpoint before it is whole; --resume goes on from there.") from e
-    for old in sorted(folder.parent.glob("checkpoint-??????"))[: -args.keep]:
+        before = "The checkpoint before it is whole; --resume resumes from there"
+        rest = before if checkpoints(folder.parent) else "The run has no checkpoint before it"
+        raise SystemExit(f"error: {folder} could not be written: {e}. {rest}") from e
+    for old in checkpoints(folder.parent)[: -args.keep]:
         shutil.rmtree(old, ignore_errors=True)

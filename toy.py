@@ -1,7 +1,9 @@
 """The embedded default: a tiny video world and a tiny Qwen2.5-VL, written as real files.
 
-    python toy.py out/world          writes clips (Y4M, read back by decord), images, records in the Video-R1 form
-                                     (train.json; cot.json and test.json with reasoning) and a random checkpoint (model/)
+    python toy.py out/world                     writes clips (Y4M, read back by decord), images, records in the Video-R1 form
+                                                (train.json; cot.json and test.json with reasoning), a random checkpoint (model/)
+    python toy.py --like Qwen2.5-VL-7B small    writes a small random checkpoint with the tokenizer, chat template and
+                                                architecture of a real one, for trials with your own records
 
 A clip is 8 seconds of a coloured square that drifts over a dark floor, and of lamps that light up beneath it. Each kind of
 question asks for another way of watching:
@@ -31,10 +33,12 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2_5_VLConfig, Qwen2Tokenizer
 
 import data
+from model import MODEL_TYPES, ModelError
 from run import write_whole
+from video import MERGE, PATCH
 
 SIZE, FRAMES, FPS = 28, 16, 2  # 28 x 28 pixels: one visual token per two frames
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 240), "yellow": (235, 215, 40)}
@@ -194,13 +198,66 @@ def tiny_config(tokenizer, *, hidden=128, layers=4, heads=4, kv_heads=2, vision_
         vision_start_token_id=token("vision_start"), vision_end_token_id=token("vision_end"))
 
 
+def small_config(config, tokenizer, *, hidden=128, layers=4, heads=4, kv_heads=2):
+    """The configuration of a real Qwen2-VL or Qwen2.5-VL, in small: its vocabulary, tokens and kinds of layers, at the widths and
+    depths of tiny_config. config: transformers' own, changed in place and returned."""
+    small = tiny_config(tokenizer, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads)
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "initializer_range", "layer_types", "max_window_layers")
+    for name in same:
+        setattr(config.text_config, name, getattr(small.text_config, name))
+    config.text_config.rope_parameters["mrope_section"] = small.text_config.rope_parameters["mrope_section"]
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    vision = config.vision_config
+    vision.depth, vision.num_heads, vision.initializer_range = 2, 2, small.vision_config.initializer_range
+    if config.model_type == "qwen2_vl":
+        vision.embed_dim, vision.hidden_size = small.vision_config.hidden_size, hidden
+    else:
+        for name in ("hidden_size", "intermediate_size", "out_hidden_size", "fullatt_block_indexes"):
+            setattr(vision, name, getattr(small.vision_config, name))
+    return config
+
+
+def write_like(folder, like, seed=0):
+    """Writes a small random checkpoint with everything but the weights and widths from `like`, a model folder (it needs no
+    weights) or hub name. Raises ModelError, DataError."""
+    source, folder, partial = Path(like), Path(folder), Path(f"{folder}.partial")
+    if folder.exists():
+        raise ModelError(f"{folder}: is there already")
+    try:
+        if not source.is_dir():
+            from huggingface_hub import snapshot_download
+            source = Path(snapshot_download(str(like), allow_patterns=["*.json", "*.txt", "*.jinja"]))
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{like}: neither a model folder nor a model that the hub could deliver ({e})") from e
+    if config.model_type not in MODEL_TYPES:
+        raise ModelError(f"{like}: model type {config.model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
+    tokenizer = data.load_tokenizer(source)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in (f for pattern in ("*.json", "*.txt", "*.jinja") for f in source.glob(pattern)):
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, partial / file.name)
+    write_model(partial, small_config(config, tokenizer), tokenizer, seed)
+    partial.rename(folder)
+
+
 def write_model(folder, config, tokenizer, seed=0):
-    """A random checkpoint in the form of a real one: config, generation config and safetensors."""
+    """A random checkpoint in the form of a real one: config, generation config and safetensors; what processors read, unless it
+    is there."""
     torch.manual_seed(seed)
-    net = Qwen2_5_VLForConditionalGeneration(config)
+    net = AutoModelForImageTextToText.from_config(config)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     net.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)
     net.save_pretrained(folder)
+    kind = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[config.model_type]
+    processor = dict(image_processor_type="Qwen2VLImageProcessor", processor_class=kind, patch_size=PATCH, temporal_patch_size=2,
+                     merge_size=MERGE, image_mean=list(data.MEAN), image_std=list(data.STD), min_pixels=4 * 28 * 28,
+                     max_pixels=16384 * 28 * 28)  # as in the real checkpoints; AutoProcessor reads videos' settings here too
+    file = Path(folder) / "preprocessor_config.json"
+    if not file.exists():
+        write_whole(file, json.dumps(processor, indent=2))
 
 
 def write(folder, seed=0, clips=CLIPS, scenes=scenes, **size):
@@ -222,11 +279,24 @@ def write(folder, seed=0, clips=CLIPS, scenes=scenes, **size):
     return folder
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("folder", help="where to write; must not exist")
+    parser.add_argument("--like", help="write only a model: small and random, and in all else like this folder or hub name")
     parser.add_argument("--seed", type=int, default=0, help="of the clips, the questions and the weights")
-    args = parser.parse_args()
-    write(args.folder, args.seed)
-    print(f"{args.folder}: {', '.join(f'{n} {split}' for split, n in CLIPS.items())} clips, model in {args.folder}/model")
+    args = parser.parse_args(argv)
+    try:
+        if args.like:
+            write_like(args.folder, args.like, args.seed)
+            print(f"{args.folder}: a small random model like {args.like}")
+        else:
+            write(args.folder, args.seed)
+            print(f"{args.folder}: {', '.join(f'{n} {split}' for split, n in CLIPS.items())} clips, model in {args.folder}/model")
+    except (data.DataError, ModelError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+if __name__ == "__main__":
+    main()

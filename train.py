@@ -19,9 +19,11 @@ responses, and a run that was killed goes on as if it had not been (--resume).
 What a run leaves behind: run.py.
 """
 
+import contextlib
 import json
 import math
 import shlex
+import signal
 import sys
 from collections import deque
 from datetime import timedelta
@@ -46,17 +48,19 @@ from run import (
     RANK,
     WORLD,
     append,
+    claimed,
     flag_parser,
     gather,
     media_flags,
     open_run,
     ordered,
     peek,
+    ranks,
+    resume_command,
     save,
     say,
     seconds,
-    start_ranks,
-    stop_ranks,
+    stop_signals,
     timed,
 )
 from step import grpo_step, pack, sft_step
@@ -328,11 +332,16 @@ def report(out, bar, step, entry, args, skipped=0):
             + "  ".join(f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()))
 
 
-def train(args, device):
-    """Runs args.steps steps of args.algo; see the module's first lines for what a step does."""
+def train(args, device, at_end):
+    """Runs args.steps steps of args.algo; see the module's first lines for what a step does. at_end: an ExitStack of what is to
+    be let go of, however it ends. Ends the program, after a step and its checkpoint, on SIGTERM (exit 0) or ctrl-C (130)."""
     samples, held_out = read_data(args)  # before a folder is opened or a model loaded: a wrong path costs nothing
-    out, checkpoint = open_run(args)
+    out = Path(args.out)
+    at_end.enter_context(claimed(out))
+    checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
     policy, reference, loader = load(args, checkpoint, device, samples)
+    at_end.callback(close_workers)
+    at_end.callback(loader.pool.shutdown, cancel_futures=True)
     optimizer, trained = make_optimizer(policy, args)
     start, failed = 0, deque(maxlen=EMPTY_STEPS)  # samples that could not be loaded, of the last steps
     idle_steps = skipped = 0
@@ -343,7 +352,9 @@ def train(args, device):
     if WORLD > 1 and not args.fsdp:
         wrapped = DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
-    bar = tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo, unit="step")
+    bar = at_end.enter_context(tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo,
+                                    unit="step"))
+    noted = at_end.enter_context(stop_signals())
 
     def held_out_accuracy():
         policy.group = mrsp.ALONE  # every rank answers its own questions
@@ -379,6 +390,8 @@ def train(args, device):
                 with autocast:
                     if args.algo == "sft":
                         entry, some, tokens = sft_step(wrapped, prompts, optimize, args)
+                        if not math.isfinite(entry["loss"]):
+                            raise ModelError(f"step {done}: the loss is {entry['loss']}: logits that are not finite")
                     else:
                         more = lambda k: share(group, usable(loader.refill(step, k), errors))
                         entry, some, tokens = grpo_step(wrapped, reference, prompts, more, loader.builder, step, optimize, args)
@@ -395,11 +408,14 @@ def train(args, device):
             if idle_steps == IDLE_STEPS:
                 say(f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}")
         append(out / "samples.jsonl", some)
-        if done % args.save_every == 0 or done == args.steps:
-            save(policy, optimizer, done, args)
-    bar.close()
-    loader.pool.shutdown(cancel_futures=True)
-    close_workers()
+        stop = max(gather(max(noted, default=0)))  # of any rank: all stop after the same step
+        if done % args.save_every == 0 or done == args.steps or stop:
+            policy.group = mrsp.ALONE
+            with autocast:
+                save(policy, optimizer, done, args)
+        if stop:
+            say(f"stopped after step {done} of {args.steps} by {signal.Signals(stop).name}; to resume: {resume_command()}")
+            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
     say(f"{out} holds the checkpoints, the log and samples; `python report.py {shlex.quote(str(out))} --open` shows them")
 
 
@@ -423,19 +439,15 @@ def main(argv=None):
     args = peek(argv, model=None, data=None, algo="grpo", out=None, seed=0)
     embedded = not (args.model or args.data)
     runs = toy_runs(args, argv) if embedded else [parse_args(argv)]
-    device = start_ranks(max(map(patience, runs)))
-    try:
+    with ranks(max(map(patience, runs))) as device:
         world = Path(runs[0].data).parent
         if embedded and RANK == 0 and not world.exists():
             toy.write(world, args.seed)
         gather(None)
         for run in runs:
             run.out = run.out or "out/run"
-            train(run, device)
-    except (DataError, ModelError, OSError) as e:  # an OSError names its file
-        raise SystemExit(f"error: {e}") from e
-    finally:
-        stop_ranks()
+            with contextlib.ExitStack() as at_end:
+                train(run, device, at_end)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,26 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import SHARED, needs_shared
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
 
 import attention
 import data
 import model
 import mrsp
+import rollout
 import toy
 
 VIDEO, IMAGE, TEXT = 9, 8, 1
@@ -296,29 +306,189 @@ def test_save_and_load(tmp_path, policy, prompts, builder):
     assert data.PromptBuilder(tmp_path / "a").tokenizer.get_vocab() == builder.tokenizer.get_vocab()
 
 
-def test_bad_model_folders_say_what_is_wrong(tmp_path, world):
-    with pytest.raises(model.ModelError, match="no such model folder"):
-        model.Policy.load(tmp_path / "nowhere")
-    with pytest.raises(model.ModelError, match="no config.json"):
-        model.Policy.load(tmp_path)
-    shutil.copytree(world / "model", tmp_path / "m")
-    weights = tmp_path / "m" / "model.safetensors"
-    weights.rename(tmp_path / "kept")
-    with pytest.raises(model.ModelError, match="no weights"):
-        model.Policy.load(tmp_path / "m")
-    from safetensors.torch import load_file, save_file
+def rewrite(file, change):
+    """Changes a JSON or safetensors file in place."""
+    if file.suffix == ".json":
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    else:
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
-    tensors = load_file(tmp_path / "kept")
-    del tensors[next(k for k in tensors if "q_proj.weight" in k)]
-    save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(model.ModelError, match="1 weights are missing, first .*q_proj"):
-        model.Policy.load(tmp_path / "m")
-    weights.write_bytes((tmp_path / "kept").read_bytes()[:9999])
-    with pytest.raises(model.ModelError, match="cannot be loaded"):
-        model.Policy.load(tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(model.ModelError, match="model type 'bert'"):
-        model.Policy.load(tmp_path / "m")
+
+def without(key):
+    return lambda content: {k: v for k, v in content.items() if k != key}
+
+
+NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("config.json", None, "no config.json, so not a model folder"),
+        ("config.json", "[1, 2]", "config.json holds a list, expected an object"),
+        ("config.json", '{"model_type": "bert"}', "model type 'bert', expected one of qwen2_vl, qwen2_5_vl"),
+        ("config.json", '{"model_type": ', "cannot be loaded"),
+        ("config.json", lambda c: c | {"text_config": 5}, "cannot be loaded"),
+        ("config.json", lambda c: c | {"vision_config": None}, "cannot be loaded|has the shape|are missing"),
+        ("model.safetensors", None, "no weights"),
+        ("model.safetensors", b"0123456789", "cannot be loaded"),
+        ("model.safetensors", "cut", "cannot be loaded"),
+        ("model.safetensors", without(PROJECTION), "1 weights are missing, first .*q_proj"),
+        ("model.safetensors", lambda w: w | {NORM: w[NORM][:64].clone()}, r"norm.weight has the shape \[64\], expected \[128\]"),
+        ("model.safetensors", lambda w: w | {NORM: w[NORM] * float("nan")}, "norm.weight is not finite"),
+        ("model.safetensors", lambda w: w | {NORM: w[NORM] / 0}, "norm.weight is not finite"),
+        ("tokenizer.json", None, "no tokenizer"),
+        ("tokenizer.json", "garbage", "the tokenizer cannot be read"),
+        ("tokenizer.json", "{}", "the tokenizer cannot be read|has the vision tokens"),
+        ("tokenizer_config.json", "garbage", "the tokenizer cannot be read"),
+        ("chat_template.jinja", None, "the tokenizer has no chat template"),
+        ("chat_template.jinja", "{% for m in messages %}", "the chat template is broken"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "the chat template is broken"),
+        ("chat_template.jinja", "{% for m in messages %}{{ 'a' + m['content'] }}{% endfor %}", "made for text only"),
+        ("chat_template.jinja", "{{ messages[0]['role'] }}", "0 places for one video"),
+    ],
+)
+def test_a_broken_model_folder_is_one_error_that_names_it(tmp_path, world, file, change, message):
+    folder = tmp_path / "m"
+    shutil.copytree(world / "model", folder)
+    if change is None:
+        (folder / file).unlink()
+    elif change == "cut":
+        (folder / file).write_bytes((folder / file).read_bytes()[:-9999])
+    elif callable(change):
+        rewrite(folder / file, change)
+    else:
+        (folder / file).write_bytes(change if isinstance(change, bytes) else change.encode())
+    with pytest.raises((model.ModelError, data.DataError), match=message) as e:
+        model.Policy.load(folder)
+        data.PromptBuilder(folder)
+    assert str(folder) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere", "no such model folder"),
+        ("/nowhere/a", "no such model folder"),
+        ("./a/b", "no such model folder"),
+        ("out/my model", "no such folder, and not a name that the hub could have"),
+        ("models/модель", "no such folder, and not a name that the hub could have"),
+        ("a/..", "no such folder, and not a name that the hub could have"),
+    ],
+)
+def test_a_name_that_is_no_model_is_one_error(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(model.ModelError, match=message):
+        model.local_folder(name)
+
+
+def test_a_run_without_a_checkpoint_yet_says_so(tmp_path):
+    (tmp_path / "config.txt").write_text("--algo sft\n")
+    (tmp_path / "checkpoint-backup").mkdir()  # no number, so no checkpoint
+    with pytest.raises(model.ModelError, match="a run folder that holds no checkpoint yet"):
+        model.local_folder(tmp_path)
+
+
+def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys):
+    shutil.copytree(world / "model", tmp_path / "m")
+    rewrite(tmp_path / "m" / "model.safetensors", lambda w: w | {"model.layers.9.extra": torch.ones(2)})
+    model.Policy.load(tmp_path / "m")
+    printed = capsys.readouterr().err
+    assert "1 weights have no place in this architecture and are not used, first model.language_model.layers.9.extra" in printed
+
+
+@pytest.mark.parametrize(
+    "dtypes, kept", [(["bfloat16"], "bfloat16"), (["float16"], "float16"), (["bfloat16", "float16"], "float32")]
+)
+def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, kept):
+    """Half of the bytes for a half dtype; of two that do not hold each other, the one that holds both."""
+    folder, dtypes = tmp_path / "m", [getattr(torch, name) for name in dtypes]
+    shutil.copytree(world / "model", folder)
+    size = (folder / "model.safetensors").stat().st_size
+    mixed = lambda w: {name: x.to(dtypes[i % len(dtypes)]) for i, (name, x) in enumerate(w.items())}
+    rewrite(folder / "model.safetensors", mixed)
+    policy = model.Policy.load(folder)
+    assert policy.net.dtype == torch.float32
+    policy.save(tmp_path / "saved")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[n].float(), x.float()) for n, x in after.items())
+    assert {x.dtype for x in after.values()} == {getattr(torch, kept)}
+    assert ((tmp_path / "saved" / "model.safetensors").stat().st_size < 0.6 * size) == (kept != "float32")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == config["vision_config"]["dtype"] == kept
+
+
+@pytest.mark.parametrize("listed", [[0], 0, None])
+def test_responses_end_at_the_tokenizers_end_too_and_it_is_saved(tmp_path, world, listed):
+    """What --algo sft teaches is <|im_end|>; a generation config may list <|endoftext|> only, as one number, or nothing."""
+    shutil.copytree(world / "model", tmp_path / "m")
+    change = {} if listed is None else {"eos_token_id": listed}
+    rewrite(tmp_path / "m" / "generation_config.json", lambda g: without("eos_token_id")(g) | change)
+    policy = model.Policy.load(tmp_path / "m")
+    end = data.PromptBuilder(tmp_path / "m").tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert policy.eos_ids == ([end] if listed is None else [0, end])
+    policy.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == policy.eos_ids
+
+
+def test_the_newer_chat_template_wins(tmp_path, world, builder):
+    """chat_template.jinja over chat_template.json, as in transformers; alone, the older file is read."""
+    shutil.copytree(world / "model", tmp_path / "m")
+    new = builder.tokenizer.chat_template
+    (tmp_path / "m" / "chat_template.json").write_text(json.dumps({"chat_template": new.replace("<|im_start|>", "###")}))
+    assert data.PromptBuilder(tmp_path / "m").tokenizer.chat_template == new
+    (tmp_path / "m" / "chat_template.jinja").unlink()
+    assert "###" in data.PromptBuilder(tmp_path / "m").tokenizer.chat_template
+
+
+def test_the_cases_of_checkpoints_that_went_wrong(tmp_path, world, builder, prompts):
+    """shared/cases/make_checkpoints.py, where it is at hand."""
+    cases = SHARED / "cases" / "make_checkpoints.py"
+    if not cases.exists():
+        pytest.skip("needs ../shared/cases")
+    subprocess.run([sys.executable, cases, world / "model", tmp_path], check=True)
+    policy = model.Policy.load(tmp_path / "eos_is_endoftext_only")
+    assert set(policy.eos_ids) == {0, builder.tokenizer.eos_token_id}
+    old = data.PromptBuilder(tmp_path / "old_template_beside_new")
+    assert old.tokenizer.chat_template == builder.tokenizer.chat_template
+    with pytest.raises(model.ModelError, match="norm.weight is not finite"):
+        model.Policy.load(tmp_path / "nan")
+    with pytest.raises(model.ModelError, match="norm.weight has the shape"):
+        model.Policy.load(tmp_path / "wrong_shape")
+
+
+def test_a_policy_that_broke_in_training_does_not_answer(policy, prompts):
+    policy.text.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    assert not policy.is_sound()
+    with pytest.raises(model.ModelError, match="logits that are not finite"):
+        rollout.generate(policy, prompts[:1], 2, max_new=2)
+
+
+def test_processors_open_the_toy_and_what_is_saved(tmp_path, world, policy):
+    """AutoProcessor needs torchvision; without it, all that it lacks is torchvision."""
+    policy.save(tmp_path / "saved")
+    for folder in (world / "model", tmp_path / "saved"):
+        images = AutoImageProcessor.from_pretrained(folder)
+        assert (images.patch_size, images.merge_size, tuple(images.image_mean)) == (14, 2, data.MEAN)
+        try:
+            assert type(AutoProcessor.from_pretrained(folder)).__name__ == "Qwen2_5_VLProcessor"
+        except ImportError as e:
+            assert "requires the Torchvision library" in str(e)
+
+
+@needs_shared
+def test_a_small_model_of_the_real_architecture(tmp_path, prompts):
+    """The real configuration and tokenizer, cut to a size for trials; it saves, loads and answers."""
+    toy.main(["--like", str(SHARED / "qwen2_5_vl"), str(tmp_path / "small")])
+    policy = model.Policy.load(tmp_path / "small")
+    assert sum(p.numel() for p in policy.text.layers.parameters()) < 2e6 and policy.eos_ids == [151645, 151643]
+    assert policy.config.text_config.vocab_size == 152064 and policy.saved_dtype == torch.bfloat16
+    builder = data.PromptBuilder(tmp_path / "small", min_pixels=784)
+    group, = rollout.generate(policy, [builder(prompts[0].sample)], 2, max_new=3)
+    assert all(0 < len(r) <= 3 for r in group.responses)
+    for argv in (["--like", "nowhere/at all", str(tmp_path / "a")], ["--like", str(tmp_path / "small"), str(tmp_path / "small")]):
+        with pytest.raises(SystemExit, match="error: "):
+            toy.main(argv)
 
 
 @needs_shared

@@ -15,13 +15,14 @@ from collections import deque
 import pytest
 import torch
 from conftest import ROOT, SHARED, flags, needs_shared, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bench
 import data
 import eval
 import grpo
 import model
+import run as runs
 import step
 import toy
 import train
@@ -217,11 +218,214 @@ def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world, cold_start,
     assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def test_a_run_is_not_written_over(tmp_path, world):
-    run(*flags(world, tmp_path / "a", "sft", steps=1))
-    assert "--resume goes on with it" in run(*flags(world, tmp_path / "a", "sft", steps=1), expect=1)
-    out = run(*flags(world, tmp_path / "a", "sft", steps=2, prompts=3), "--resume", expect=1)
-    assert "cannot be resumed: it had --prompts 4; now --prompts 3. Another --out starts anew" in out
+def here(*command):
+    """Runs train.py's command line in this process -> what ended it early: an exit code, an error's line, or None."""
+    try:
+        train.main([str(x) for x in command[1:]])
+    except SystemExit as e:
+        return e.code
+
+
+def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_start):
+    """Everything that changes the run is compared, the records by their content; what does not may be changed."""
+    out, records = tmp_path / "a", tmp_path / "r.json"
+    content = (world / "cot.json").read_text()
+    records.write_text(content)
+    command = flags(world, out, "sft", steps=1, model=cold_start, data=records, media_root=world)
+    assert here(*command) is None
+    lines = (out / "config.txt").read_text().splitlines()
+    assert lines[0].startswith("# commit ") and lines[1].startswith("# records ") and "--lr 0.001" in lines
+    assert "--resume goes on with it, another --out starts a new one" in here(*command)
+    for flag, was, now in (
+        ("prompts", "--prompts 4", "3"),
+        ("group", "--group 4", "6"),
+        ("max_frames", "--max_frames 16", "8"),
+        ("fps", "--fps 2.0", "1.0"),
+        ("lr", "--lr 0.001", "0.1"),
+        ("model", f"--model {cold_start}", f"{world}/model"),
+        ("eval_every", None, "7"),
+        ("media_root", None, f"{world}/."),
+        ("steps", None, "1"),
+    ):
+        message = here(*command, f"--{flag}", now, "--resume")
+        expected = was and f"error: {out} was run otherwise, so it cannot be resumed: it had {was}; now --{flag} {now}. Another"
+        assert message is None if was is None else message.startswith(expected), flag
+    assert "it had not; now --drop_zero_std. Another" in here(*command, "--drop_zero_std", "--resume")
+    records.write_text(content.replace("red", "RED", 1))
+    assert "it had # records " in here(*command, "--resume")
+    (tmp_path / "moved.json").write_text(content)
+    assert here(*command, "--resume", "--data", tmp_path / "moved.json") is None
+    config = [line for line in (out / "config.txt").read_text().splitlines() if line[0] != "#" and "--kl " not in line]
+    (out / "config.txt").write_text("\n".join(config) + "\n")  # as older code wrote it: without a flag that is newer
+    assert here(*command, "--resume") is None
+
+
+def test_a_failed_start_does_not_block_the_corrected_command(tmp_path, world, capsys):
+    """A model that cannot be loaded, a log without a checkpoint; what starts anew says so."""
+    out = tmp_path / "a"
+    command = flags(world, out, "sft", steps=1)
+    assert "no such model folder" in here(*command, "--model", "./nowhere")
+    (out / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    assert here(*command, "--seed", "5") is None
+    assert f"{out}: no checkpoint to resume from, so the run starts anew" in capsys.readouterr().out
+    assert [e["step"] for e in log(out)] == [1]
+    assert here(*flags(world, tmp_path / "b", "sft", steps=1), "--resume") is None
+    assert f"{tmp_path / 'b'}: no checkpoint to resume from, so the run starts anew" in capsys.readouterr().out
+
+
+def test_a_folder_is_written_to_by_one_run(tmp_path, world):
+    out = tmp_path / "a"
+    command = flags(world, out, "sft", steps=1)
+    with runs.claimed(out):
+        assert here(*command) == f"error: other processes are writing to {out}: wait for them, or end them"
+    assert here(*command) is None
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory, world, cold_start):
+    """A run of three steps with a checkpoint for each."""
+    out = tmp_path_factory.mktemp("steps") / "whole"
+    assert here(*flags(world, out, "sft", steps=3, save_every=1, keep=9, model=cold_start)) is None
+    return out
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda c: cut(c / "optimizer.pt"), "optimizer.pt: File is not a zip file"),
+        (lambda c: (c / "optimizer.pt").write_bytes(b""), "optimizer.pt: File is not a zip file"),
+        (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt: no such file"),
+        (lambda c: cut(c / "model.safetensors"), "model.safetensors: Error while deserializing header"),
+        (lambda c: (c / "model.safetensors").unlink(), "no weights"),
+        (lambda c: (c / "state.json").write_text(""), "state.json: Expecting value"),
+        (lambda c: (c / "state.json").write_text("[]"), "state.json: list indices"),
+        (lambda c: (c / "state.json").write_text('{"step": 2}'), "state.json: of another step"),
+        (lambda c: (c / "state.json").unlink(), "state.json: no such file"),
+        (lambda c: cut(c / "config.json"), "config.json: "),
+        (lambda c: None, None),
+    ],
+)
+def test_a_torn_checkpoint_is_recognised(tmp_path, three_steps, damage, reason):
+    checkpoint = tmp_path / "checkpoint-000003"
+    shutil.copytree(three_steps / "checkpoint-000003", checkpoint)
+    damage(checkpoint)
+    found = runs.torn(checkpoint)
+    assert found is None if reason is None else found.startswith(reason)
+
+
+def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path, world, cold_start, three_steps, capsys):
+    """Two are torn: they are set aside, by name, and the run ends as if nothing had happened. All torn: nothing is lost."""
+    out = tmp_path / "a"
+    shutil.copytree(three_steps, out)
+    cut(out / "checkpoint-000003" / "optimizer.pt")
+    (out / "checkpoint-000002" / "state.json").write_text("")
+    (out / "checkpoint-000009.partial").mkdir()
+    command = flags(world, out, "sft", steps=3, save_every=1, keep=9, model=cold_start)
+    assert here(*command, "--resume") is None
+    printed = capsys.readouterr().out
+    for n, file in ((3, "optimizer.pt"), (2, "state.json")):
+        assert f"{out}/checkpoint-00000{n}: {file}: " in printed
+        assert f"moved to checkpoint-00000{n}.torn; the run resumes from checkpoint-000001" in printed
+    assert all(torch.equal(x, weights(three_steps, 3)[name]) for name, x in weights(out, 3).items())
+    assert without_times(log(out)) == without_times(log(three_steps)) and not (out / "checkpoint-000009.partial").exists()
+    for n in (1, 2, 3):
+        cut(out / f"checkpoint-00000{n}" / "optimizer.pt")
+    assert "no checkpoint is whole (checkpoint-000003: optimizer.pt" in here(*command, "--resume")
+    assert len(log(out)) == 3 and len(model.checkpoints(out)) == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_half_model_is_saved_in_half_and_resumes_bit_for_bit(tmp_path, world, cold_start, ranks):
+    """The model folder in the dtype that it came in; fp32 master weights, beside the moments, are what goes on. Sharded, too."""
+    half = tmp_path / "half"
+    shutil.copytree(cold_start / "checkpoint-000060", half)
+    start = {name: x.bfloat16() for name, x in load_file(half / "model.safetensors").items()}
+    save_file(start, half / "model.safetensors", metadata={"format": "pt"})
+    command = lambda name: flags(world, tmp_path / name, "sft", steps=3, save_every=1, keep=9, model=half, fsdp=True)
+    run_it = lambda *command: here(*command) if ranks == 1 else run(*command, ranks=2) and None
+    assert run_it(*command("whole")) is None
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for n in (2, 3):
+        shutil.rmtree(tmp_path / "cut" / f"checkpoint-00000{n}")
+    assert run_it(*command("cut"), "--resume") is None
+    masters = [torch.load(tmp_path / name / "checkpoint-000003" / "optimizer.pt")["weights"] for name in ("whole", "cut")]
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*masters, strict=True))
+    saved = weights(tmp_path / "cut", 3)
+    assert {x.dtype for x in saved.values()} == {torch.bfloat16} and any((saved[n] != start[n]).any() for n in start)
+    assert sorted(float(x.float().sum()) for x in saved.values()) == sorted(float(x.bfloat16().float().sum()) for x in masters[0])
+    assert without_times(log(tmp_path / "cut")) == without_times(log(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("algo", ["sft", "grpo"])
+def test_a_policy_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, world, cold_start, algo):
+    message = here(*flags(world, tmp_path / "a", algo, steps=4, save_every=1, model=cold_start, prompts=2), "--lr", "1e38")
+    assert message == "error: step 1: the policy's logits are not finite (a lower --lr?), so no checkpoint of it is saved"
+    assert not list((tmp_path / "a").glob("checkpoint*"))
+    message = here(*flags(world, tmp_path / "b", algo, steps=4, model=cold_start, prompts=2), "--lr", "1e38")
+    assert "not finite" in message and len(log(tmp_path / "b")) == 1
+
+
+def wait_for_lines(process, file, n):
+    while process.poll() is None and not (file.exists() and file.read_text().count("\n") >= n):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number, ranks, code", [(signal.SIGINT, 1, 130), (signal.SIGTERM, 1, 0), (signal.SIGTERM, 2, 0)])
+def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(tmp_path, world, cold_start, number, ranks, code):
+    """A line with the command that resumes, no traceback. Of two ranks one gets the signal, and both stop after the same step."""
+    out = tmp_path / "a"
+    command = list(map(str, flags(world, out, "sft", steps=10**6, save_every=10**6, model=cold_start, prompts=2)))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29468", "--"] if ranks > 1 else []
+    process = subprocess.Popen([sys.executable, *launcher, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for_lines(process, out / "log.jsonl", 2)
+    target = process.pid
+    if ranks > 1:
+        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+        target = int(children.stdout.split()[-1])
+    os.kill(target, number)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in printed, printed[-3000:]
+    done = log(out)[-1]["step"]
+    (checkpoint,) = model.checkpoints(out)
+    assert checkpoint.name == f"checkpoint-{done:06d}" and runs.torn(checkpoint) is None
+    (last,) = [line for line in printed.splitlines() if line.startswith("stopped after step")]
+    launched = "torchrun --nproc_per_node 2 -- train.py" if ranks > 1 else "python train.py"
+    assert f"step {done} of 1000000 by {signal.Signals(number).name}; to resume: {launched} --algo sft" in last
+    assert last.endswith(" --resume")
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(second):
+    child = os.fork()
+    if child == 0:
+        with runs.stop_signals() as noted:
+            signal.raise_signal(signal.SIGTERM)
+            if noted == [signal.SIGTERM]:
+                signal.raise_signal(second)
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -second
+
+
+@pytest.mark.parametrize("change, message", [(["--model", "./nowhere"], "no such model folder"), (["--group", "1"], "--group 1")])
+def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change, message):
+    """Nothing of the other rank, no usage, no traceback but torchrun's own."""
+    out = run(*flags(world, tmp_path / "a", steps=1), *change, ranks=2, expect=1)
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "usage:" not in out and out.count("Traceback") <= 1 and 'train.py", line' not in out
+
+
+def test_flag_files_that_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "f.txt").write_text("--data 'no end\n")
+    for argv, message in ((["@nowhere.txt"], "nowhere.txt"), ([f"@{tmp_path}/f.txt"], "a line of a flag file cannot be read")):
+        assert here("train.py", *argv) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
 
 
 def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
@@ -321,12 +525,15 @@ def test_held_out_media_that_cannot_be_read_are_an_error(tmp_path, world):
         train.main([str(x) for x in command[1:]])
 
 
-def test_a_gradient_that_is_not_finite_skips_the_update(tmp_path, world):
-    out = run(*flags(world, tmp_path / "a", "sft", steps=3), "--lr", "1e30")
-    assert "norm is nan, so this update is skipped" in out and "  skipped_updates 2  " in out
-    assert [e["skipped_update"] for e in log(tmp_path / "a")] == [False, True, True]
-    assert [(e["updates"], e["skipped_updates"]) for e in log(tmp_path / "a")] == [(1, 0), (0, 1), (0, 1)]
-    assert all(torch.isfinite(x).all() for x in weights(tmp_path / "a", 3).values())
+def test_a_gradient_that_is_not_finite_skips_the_update(world, prompts):
+    policy = model.Policy.load(world / "model").train()
+    args = train.parse_args(["--model", "m", "--data", "d"])
+    optimizer, trained = train.make_optimizer(policy, args)
+    before = [p.clone() for p in trained]
+    (policy(prompts[:1], [[torch.arange(20, 30)]])[0].sum() * float("nan")).backward()
+    entry = train.update(optimizer, trained, 0, args)
+    assert entry["skipped_update"] and entry["grad_norm"] != entry["grad_norm"]
+    assert all(torch.equal(a, b) for a, b in zip(before, trained)) and not any(p.grad is not None for p in trained)
 
 
 @pytest.mark.parametrize(
@@ -600,17 +807,18 @@ def test_a_frozen_vision_tower_stays_as_it_is(tmp_path, world, cold_start):
 
 def test_unwritable_run_folder_and_full_disk(tmp_path, world):
     (tmp_path / "file").write_text("")
-    assert "run folder" in run(*flags(world, tmp_path / "file" / "a", steps=1), expect=1)
-    run(*flags(world, tmp_path / "a", "sft", steps=1))
+    assert "run folder" in here(*flags(world, tmp_path / "file" / "a", steps=1))
     command = [sys.executable, *map(str, flags(world, tmp_path / "a", "sft", steps=2)), "--resume"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # no file over 1 MB, as on a disk that is full
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
-    assert (
-        done.returncode
-        and "checkpoint-000002 could not be written" in done.stderr
-        and "checkpoint before it is whole" in done.stderr
-    )
-    assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-000001"]
+    for before, message in (
+        ([], "The run has no checkpoint before it"),
+        (["checkpoint-000001"], "The checkpoint before it is whole; --resume resumes from there"),
+    ):
+        if before:
+            assert here(*flags(world, tmp_path / "a", "sft", steps=1)) is None
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
+        assert done.returncode and "checkpoint-000002 could not be written" in done.stderr and message in done.stderr
+        assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == before
 
 
 FILES = ["--model", "m", "--data", "d"]
