@@ -55,6 +55,7 @@ for name, how in (("greedy", dict(temperature=0)), ("sampled", dict(seeds=[11, 1
     groups = generate(policy, prompts, 5, max_new=20, features=result["features"], **how)
     result[name] = [g.responses for g in groups]
     result[f"{name} logps"] = torch.cat([x for g in groups for x in g.logps])
+    result[f"{name} entropies"] = torch.cat([x for g in groups for x in g.entropies])
     result[f"{name} scored"] = policy(prompts, result[name], result["features"])[0]
     result[f"{name} truncated"] = [g.truncated for g in groups]
 torch.save({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in result.items()}, f"{out}.{run.RANK}")

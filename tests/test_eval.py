@@ -56,6 +56,7 @@ def test_every_method_answers_every_question_once_and_writes_everything(whole, w
     names = ["greedy-8", "greedy-16", "vote-8", "vote-16", "s2d-8-16"]
     assert [m["method"] for m in summary(out)] == names and all(name in printed for name in names)
     assert "on " in printed and "x 784" in printed and f"{len(samples)} questions" in printed
+    assert f"{out} holds the answers and summary.json; `python report.py {out} --open` shows them\n" in printed
     for method in summary(out):
         answered = lines(out, method["method"])
         assert sorted(r["record"] for r in answered) == list(range(len(samples)))

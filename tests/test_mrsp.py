@@ -45,7 +45,7 @@ def test_a_group_computes_what_one_rank_computes(results, ranks):
     for many in results[ranks]:
         for a, b in zip(many["features"], one["features"], strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-        for name in ("logp", "entropy", "one token", "greedy logps", "sampled logps", "greedy scored"):
+        for name in ("logp", "entropy", "one token", "greedy logps", "sampled logps", "sampled entropies", "greedy scored"):
             close(many[name], one[name])
         for name in ("greedy", "sampled"):
             assert [len(g) for g in many[name]] == [5] * 6 and many[f"{name} truncated"] == one[f"{name} truncated"]
