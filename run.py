@@ -40,7 +40,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-    import msvcrt
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 MEDIA = ("fps", "min_frames", "min_pixels", "max_pixels", "image_max_pixels", "decode_timeout")  # flags that load_media takes
@@ -255,6 +254,7 @@ def lock(file, *, shared=False, wait=False):
         if fcntl:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         elif not shared:
+            import msvcrt
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     except OSError as e:
