@@ -62,7 +62,8 @@ def local_folder(name):
         except HFValidationError:
             raise ModelError(f"{name}: no such folder, and not a name that the hub could have") from None
         except OSError as e:
-            raise ModelError(f"{name}: neither a folder nor a model that the hub could deliver ({' '.join(str(e).split())})") from e
+            reason = " ".join(str(e).split())
+            raise ModelError(f"{name}: neither a folder nor a model that the hub could deliver ({reason})") from e
     if not (folder / "config.json").exists() and (folder / "config.txt").exists():
         raise ModelError(f"{folder}: a run folder that holds no checkpoint yet")
     if not (folder / "config.json").exists():
@@ -377,7 +378,10 @@ class Policy(nn.Module):
 
 
 def _read_object(file):
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ModelError(f"{file}: not JSON, or cut off: {e}") from e
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds a {type(content).__name__}, expected an object")
     return content
