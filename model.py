@@ -193,6 +193,8 @@ class Policy(nn.Module):
         policy.saved_dtype = saved_dtype
         end = load_tokenizer(folder).eos_token_id
         policy.eos_ids += [end] if end is not None and end not in policy.eos_ids else []
+        if not policy.eos_ids:
+            raise ModelError(f"{folder}: neither the generation config nor the tokenizer names the token that ends a response")
         net.generation_config.eos_token_id = list(policy.eos_ids)
         policy.set_checkpointing(checkpointing)
         return policy.eval()
