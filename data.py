@@ -509,7 +509,7 @@ class PromptBuilder:
         turn = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "?"}]}
         try:
             chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, AttributeError) as e:  # TypeError: it expects text only
+        except (TemplateError, TypeError, ValueError, AttributeError, ArithmeticError) as e:  # TypeError: it expects text only
             raise DataError(f"{folder}: the chat template is broken, or made for text only: {type(e).__name__}: {e}") from e
         if chat.count(f"<|{kind}_pad|>") != 1:
             raise DataError(f"{folder}: the chat template has {chat.count(f'<|{kind}_pad|>')} places for one {kind}")

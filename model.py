@@ -62,7 +62,8 @@ def local_folder(name):
         except HFValidationError:
             raise ModelError(f"{name}: no such folder, and not a name that the hub could have") from None
         except OSError as e:
-            raise ModelError(f"{name}: neither a folder nor a model that the hub could deliver ({e})") from e
+            reason = " ".join(str(e).split())
+            raise ModelError(f"{name}: neither a folder nor a model that the hub could deliver ({reason})") from e
     if not (folder / "config.json").exists() and (folder / "config.txt").exists():
         raise ModelError(f"{folder}: a run folder that holds no checkpoint yet")
     if not (folder / "config.json").exists():
@@ -73,11 +74,15 @@ def local_folder(name):
 
 
 def weight_files(folder):
-    """The safetensors files of a model folder: those that its index names, or, without an index, those that are there."""
+    """The safetensors files of a model folder: those that its index names, or, without an index, those that are there.
+    Raises ModelError: an index that cannot be read."""
     index = Path(folder) / "model.safetensors.index.json"
-    if index.exists():
+    if not index.exists():
+        return sorted(Path(folder).glob("*.safetensors"))
+    try:
         return sorted({index.with_name(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    return sorted(Path(folder).glob("*.safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ModelError(f"{index}: expected an object with a 'weight_map' from weights to files ({e})") from e
 
 
 def weights_dtype(folder):
@@ -86,9 +91,9 @@ def weights_dtype(folder):
     for file in weight_files(folder):
         with safe_open(file, "pt") as f:
             found |= {f.get_slice(name).get_dtype() for name in f.keys()}
-    if unknown := found - DTYPES.keys():
-        raise ModelError(f"{folder}: weights of type {', '.join(sorted(unknown))}, expected {', '.join(DTYPES)}")
-    return reduce(torch.promote_types, {DTYPES[name] for name in found})
+    if not found & DTYPES.keys():
+        raise ModelError(f"{folder}: weights of type {', '.join(sorted(found))}, expected {', '.join(DTYPES)}")
+    return reduce(torch.promote_types, {DTYPES[name] for name in found & DTYPES.keys()})
 
 
 def fingerprint(folder):
@@ -181,12 +186,15 @@ class Policy(nn.Module):
             net, saved_dtype = _load_network(folder, dtype)
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError,
+                StrictDataclassError) as e:
             raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(e).split())}") from e
         policy = cls(net, folder).to(device)
         policy.saved_dtype = saved_dtype
         end = load_tokenizer(folder).eos_token_id
         policy.eos_ids += [end] if end is not None and end not in policy.eos_ids else []
+        if not policy.eos_ids:
+            raise ModelError(f"{folder}: neither the generation config nor the tokenizer names the token that ends a response")
         net.generation_config.eos_token_id = list(policy.eos_ids)
         policy.set_checkpointing(checkpointing)
         return policy.eval()
@@ -371,13 +379,26 @@ class Policy(nn.Module):
         return logp.gather(-1, targets[:, None])[:, 0], entropy
 
 
+def _read_object(file):
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ModelError(f"{file}: not JSON, or cut off: {e}") from e
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
 def _load_network(folder, dtype):
     """transformers' model of a folder with every weight accounted for -> (model, the dtype of the weights in the files)."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}: config.json holds a {type(config).__name__}, expected an object")
+    config, generation = _read_object(folder / "config.json"), folder / "generation_config.json"
+    eos = _read_object(generation).get("eos_token_id") if generation.exists() else None  # transformers overlooks a broken file
+    if not all(type(i) is int for i in (eos if isinstance(eos, list) else [eos or 0])):
+        raise ModelError(f"{generation}: 'eos_token_id' is {eos!r}, expected token ids")
     if config.get("model_type") not in MODEL_TYPES:
         raise ModelError(f"{folder}: model type {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}")
+    if "quantization_config" in config:
+        raise ModelError(f"{folder}: quantised weights, expected the checkpoint that they were made from, in bf16 or fp32")
     net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True,
                                                             ignore_mismatched_sizes=True)  # they are an error here, not there
     for name, found, expected in sorted(info["mismatched_keys"], key=str):

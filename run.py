@@ -39,10 +39,10 @@ import fsdp
 from data import DataError
 from model import ModelError, checkpoints, fingerprint, local_folder, weight_files
 
-if os.name == "nt":
-    import msvcrt
-else:
+try:
     import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, default)) for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 # flags that load_media takes
@@ -298,9 +298,10 @@ def lock(file, *, shared=False, wait=False):
     """Locks an open file until it is closed -> whether other processes allow it. shared: with others that share it; on Windows,
     whose locks are one process's, nothing is done for a shared one. wait: until they allow it."""
     try:
-        if os.name != "nt":
+        if fcntl:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         elif not shared:
+            import msvcrt
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     except OSError as e:
@@ -414,11 +415,9 @@ def open_run(args, defaults):
 @contextlib.contextmanager
 def stop_signals():
     """Inside, the first SIGTERM or ctrl-C is only noted: its number, in the list that is yielded. A second one ends the process
-    at once. In another thread than the main one, signals are not touched."""
-    noted, signals = [], (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
+    at once. Signals that are ignored (a shell's background jobs) stay so, and all do in another thread than the main one."""
+    noted, in_main = [], threading.current_thread() is threading.main_thread()
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM) if in_main and signal.getsignal(s) is not signal.SIG_IGN]
 
     def note(number, _):
         noted.append(number)

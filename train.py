@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add(g, "out", None, "run folder (default: out/toy or out/run)")
     add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates", "at least 1")
     add(g, "seed", 0, "of the order of the data and of the sampling")
-    flag(g, "resume", "go on from the newest checkpoint in --out")
+    flag(g, "resume", "resume from the newest whole checkpoint in --out; start anew if there is none")
     g = media_flags(p, add, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
     add(g, "max_frames", 16, "at most this many frames", "at least 2")
     g = p.add_argument_group("step")

@@ -196,7 +196,9 @@ def _open_worker():
     process = getattr(_worker, "process", None)
     if process is None or process.poll() is not None or _worker.clips >= CLIPS_PER_WORKER:
         close_worker()
-        _worker.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # in a session of its own: ctrl-C and torchrun signal all of a process's group, and a run that stops ends its step first
+        _worker.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           start_new_session=True)
         _worker.clips = 0
         _running.add(_worker.process)
     _worker.clips += 1

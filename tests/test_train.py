@@ -381,13 +381,14 @@ def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(tmp_path, world, 
     command = list(map(str, flags(world, out, "sft", steps=10**6, save_every=10**6, model=cold_start, prompts=2)))
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29468", "--"] if ranks > 1 else []
     process = subprocess.Popen([sys.executable, *launcher, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
     wait_for_lines(process, out / "log.jsonl", 2)
     target = process.pid
     if ranks > 1:
         children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
         target = int(children.stdout.split()[-1])
-    os.kill(target, number)
+    (os.kill if ranks > 1 else os.killpg)(target, number)  # ctrl-C reaches all processes of a terminal
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code and "Traceback" not in printed, printed[-3000:]
     done = log(out)[-1]["step"]
@@ -884,6 +885,11 @@ def test_bounds_of_flags(flag, value, expected, capsys):
 def test_bad_flags_end_with_one_clear_line(tmp_path, world, change, message):
     out = run(*flags(world, tmp_path / "a", steps=1), *change, expect=1)
     assert message in out and "Traceback" not in out
+
+
+def test_everything_can_be_imported_where_there_is_no_fcntl():
+    """As on Windows."""
+    run("-c", "import sys; sys.modules['fcntl'] = None; import eval, lab, report, train")
 
 
 def test_packing_keeps_order_and_budget():
