@@ -39,10 +39,10 @@ import attention
 import mrsp
 import toy
 from data import Prompt, Sample, load_media
-from model import ModelError, Policy
+from model import Policy
 from plain import Plain
 from rollout import generate
-from run import RANK, WORLD, commit, flag_parser, say, start_ranks, stop_ranks
+from run import RANK, WORLD, commit, flag_parser, ranks, say
 from video import close_workers
 
 SHAPES = {  # hidden, intermediate, layers, heads, K/V heads, vocabulary; vision hidden, intermediate, layers, heads
@@ -281,19 +281,14 @@ def table(figures, args):
     return "\n".join(out)
 
 
-def main(argv=None):
-    """The command line."""
-    args = parse_args(argv)
+def benchmark(args, device):
+    """Times every way at each number of frames, prints the tables and writes the figures."""
     torch.manual_seed(0)
-    device = start_ranks(timedelta(minutes=30))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        random = args.model in SHAPES
-        policy = random_policy(args.model, device, torch.float32) if random else Policy.load(args.model, device=device)
-        if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    except (ModelError, OSError) as e:
-        raise SystemExit(f"error: {e}") from e
+    random = args.model in SHAPES
+    policy = random_policy(args.model, device, torch.float32) if random else Policy.load(args.model, device=device)
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     policy.set_checkpointing(args.checkpointing)
     policy.freeze_vision()
     policy.eos_ids = []
@@ -314,7 +309,13 @@ def main(argv=None):
         Path(args.json).write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
     say(f"\n{args.json} holds these figures; `cat {shlex.quote(args.json)}` shows them" if args.json else
         "\nThese figures are on the console only; --json FILE writes them to a file")
-    stop_ranks()
+
+
+def main(argv=None):
+    """The command line."""
+    args = parse_args(argv)
+    with ranks(timedelta(minutes=30)) as device:
+        benchmark(args, device)
 
 
 if __name__ == "__main__":

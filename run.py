@@ -337,7 +337,7 @@ def _rewind(path, step):
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # no entry of a step
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_whole(path, "".join(kept))

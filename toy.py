@@ -1,6 +1,6 @@
 """The embedded default: a tiny video world and a tiny Qwen2.5-VL, written as real files.
 
-    python toy.py out/world                     writes clips (Y4M, read back by decord), images, records in the Video-R1 form
+    python toy.py out/world                     writes clips (Y4M), images, records in the Video-R1 form
                                                 (train.json; cot.json and test.json with reasoning), a random checkpoint (model/)
     python toy.py --like Qwen2.5-VL-7B small    writes a small random checkpoint with the tokenizer, chat template and
                                                 architecture of a real one, for trials with your own records
