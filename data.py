@@ -50,6 +50,7 @@ FORM = f"a list of objects with {FIELDS}"
 BINARY = {b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip", b"PK\3\4": "a zip archive",
           b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd",
           b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # the first bytes of files that are not records
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the frames of a folder
 FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
 
 
@@ -396,7 +397,7 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
 
 def _identity(path):
     """What tells a file (or the files of a folder) from what stood there before: paths, sizes, times of change."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path] * path.exists()
+    files = [f for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.exists()]
     return [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
 
 
@@ -404,14 +405,26 @@ def _read_folder(sample, counts, pixels, timeout):
     path = Path(sample.path)
     if not path.is_dir():
         raise VideoError(f"{path}: no such folder of frames")
-    natural = lambda file: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", file.name)]
-    pictures = (".jpg", ".jpeg", ".png", ".webp")
-    files = sorted((f for f in path.iterdir() if f.suffix.lower() in pictures and f.name[0] != "."), key=natural)
+    files = _by_number([f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "."], path)
     indices, seconds, available = choose_frames(len(files), sample.fps, sample.segment, **counts)
     frames = [read_image(files[i], **pixels, timeout=timeout) for i in indices]
     if len(shapes := {f.shape for f in frames}) > 1:
         raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
     return Clip(np.stack(frames), seconds, available, indices, indices)
+
+
+def _by_number(files, folder):
+    """Files in the order of the numbers in their names, 9 before 10. Raises VideoError where it matters whether 1.5 is one
+    number or two."""
+
+    def numbers(pattern, file):
+        return [float(x) if i % 2 else x for i, x in enumerate(re.split(pattern, file.stem))]
+
+    whole, decimal = (sorted(files, key=partial(numbers, pattern)) for pattern in ("([0-9]+)", r"([0-9]+(?:\.[0-9]+)?)"))
+    if whole != decimal:
+        a, b = next(pair for pair in zip(whole, decimal) if pair[0] != pair[1])
+        raise VideoError(f"{folder}: {a.name} or {b.name} first? Number its frames with as many digits each")
+    return whole
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels, in all Qwen-VL checkpoints

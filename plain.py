@@ -23,11 +23,13 @@ class Plain:
     """One step's phases as transformers does them."""
 
     def __init__(self, policy, prompt, responses):
-        self.policy, self.net, (media,) = policy, policy.net, prompt.media
+        self.policy, self.net = policy, policy.net
         self.G, device = len(responses), policy.device
-        patches, grid = patchify(normalize(media.frames.to(device), policy.net.model.visual.dtype))
-        pixels = "pixel_values_videos" if media.kind == "video" else "pixel_values"
-        self.medium = {pixels: patches, f"{media.kind}_grid_thw": torch.tensor([grid], device=device)}
+        self.medium = {}
+        for media in prompt.media:  # one, or none
+            patches, grid = patchify(normalize(media.frames.to(device), policy.net.model.visual.dtype))
+            pixels = "pixel_values_videos" if media.kind == "video" else "pixel_values"
+            self.medium = {pixels: patches, f"{media.kind}_grid_thw": torch.tensor([grid], device=device)}
         self.copies = {name: x.repeat(self.G, 1) for name, x in self.medium.items()}
         self.ids = prompt.ids[None].to(device)
         self.responses = torch.stack(responses).to(device)

@@ -8,10 +8,11 @@
 A seek in a video lands near the place that was asked for, and the decoder then gives pictures in
 its own order. AvVideo trusts neither. It first reads all packets of the file, without decoding
 them: their presentation time stamps, sorted, are the pictures of the clip. To show some of them, it
-feeds the decoder from a key frame on, checks that the packets are those of the first reading, and
-takes the pictures by their stamps. Where a seek lands elsewhere, it reads the file from its start.
-Where stamps are missing, or the decoder gives other pictures than they promise, it decodes the
-whole file (`count`), and what comes out is the clip.
+feeds the decoder from a key frame on, checks that the packets are those of the first reading and
+that the pictures are the next ones of the list. Where a seek lands elsewhere, it reads the file from
+its start; where the pictures are still not those that the stamps promise, it refuses the file.
+A file without dependable stamps is decoded whole, twice: what comes out is the clip (`count`). Which
+way a file is read depends on the file alone, so the same index is the same picture every time.
 
 av and decord are imported where they are used: in the worker process of video.py.
 """
@@ -23,7 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-SAYS_ITS_LENGTH = ("mov", "matroska", "flv")  # formats whose header holds it; others have it estimated
+# containers, by their first names in FFmpeg
+STAMPED = ("mov", "matroska", "gif", "yuv4mpegpipe")  # hold the time of display of every frame
+SAYS_ITS_LENGTH = ("mov", "matroska", "flv")  # in the header; others have it estimated
+NO_VIDEO = ("tty", "concat", "hls", "dash")  # text shown as pictures, and lists of other files
 LAG = 4  # frames: a later first frame is no decoder's delay, but a video that starts after its sound
 
 
@@ -70,49 +74,48 @@ class AvVideo:
         self._open()
         first = next(self.frames, None)
         self.frames = itertools.chain([first] if first else [], self.frames)
-        if first is None or first.pts not in shown or not self._stamped(shown):
+        if self._stamped(first, shown):
+            stamps = sorted(shown)  # packets before a clip's first key frame show nothing
+            self._set(stamps[stamps.index(first.pts) :], shown[stamps[-1]])
+            self.seeks = self.checks = True
+        else:
             self.count()
-            return
-        stamps = sorted(shown)
-        start = stamps.index(first.pts)
-        if start and not first.key_frame:
-            self.count()
-            return
-        self._set(stamps[start:], shown[stamps[-1]])  # packets before a clip's first key frame show nothing
-        self.seeks = self.checks = True
 
-    def _stamped(self, shown):
-        """Are there stamps of display for all packets, and not only those of decoding under their name?"""
+    def _stamped(self, first, shown):
+        """Have all packets a stamp of display, and not that of decoding under its name? first: the
+        first frame that comes out, or None.  shown: {stamp: duration}."""
+        if not self.container.format.name.startswith(STAMPED) or None in shown:
+            return False
         pts, dts = ([x for x in column if x is not None] for column in list(zip(*self.packets))[:2])
         only_decoding = self.decoder.has_b_frames and pts == sorted(pts)
-        return None not in shown and dts == sorted(dts) and not only_decoding
+        if only_decoding or dts != sorted(dts) or first is None or first.pts not in shown:
+            return False
+        return first.key_frame or first.pts == min(shown)
 
     def count(self):
-        """Decodes the whole file. From now on the pictures that came out are the clip, in order."""
+        """Decodes the whole file: the pictures that come out are the clip, in that order. Their times
+        are their stamps, or else those of decoding, which have the same gaps, or else the average rate's."""
         self._open()
-        self.seeks = self.checks = False
         found = [(frame.pts, frame.duration) for frame in self.frames]
         self._open()
-        stamps = [stamp for stamp, _ in found]
-        if None in stamps or any(a >= b for a, b in itertools.pairwise(stamps)):
-            ticks = 1 / (self.stream.average_rate or 25) / self.stream.time_base
-            stamps = [round(i * ticks) for i in range(len(found))]
-        if not stamps:
+        if not found:
             raise VideoError("cannot be decoded: not a single frame comes out of it")
-        self._set(stamps, found[-1][1])
+        ticks = 1 / (self.stream.average_rate or 25) / self.stream.time_base
+        dts = sorted(p.dts for p in self.packets if p.dts is not None)
+        columns = [[pts for pts, _ in found], dts if len(dts) == len(found) else []]
+        if self.container.format.name == "avi":  # its stamps of display are guesses
+            columns.reverse()
+        columns.append([round(i * ticks) for i in range(len(found))])
+        stamps = next(x for x in columns if x and None not in x and all(a < b for a, b in itertools.pairwise(x)))
+        self._set(stamps, found[-1][1] if stamps[-1] == found[-1][0] else 0)
 
     def pictures(self, indices):
-        """Yields the Picture of each of some ascending indices. Raises StampsDisagree: `count`, and
-        choose again."""
+        """Yields the Picture of each of some ascending indices."""
         for i in indices:
             try:
                 frame = self._find(i)
             except StampsDisagree:
-                if not self.seeks:
-                    raise
-                self.seeks = False
-                self._open()
-                frame = self._find(i)
+                frame = self._find_from_start(i)
             yield _upright(frame, self.stream.sample_aspect_ratio)
 
     def _set(self, stamps, last):
@@ -123,12 +126,14 @@ class AvVideo:
         start = (self.container.start_time or 0) / 1e6  # of all streams
         if times[0] - start <= LAG * period or self.container.start_time is None:
             start = times[0]
+        last = (last or 0) * tick or np.diff(times[-2:]).sum()
         close = min(tick, 0.001) * 1.01  # stamps are rounded to ticks, in Matroska to milliseconds
         for self.rate in (rate, 1 / period if period else 0, None):
             if self.rate and abs(times - times[0] - np.arange(len(times)) / self.rate).max() <= close:
                 break
+        if self.rate and last * self.rate > 1.5:  # the last picture stays
+            self.rate = None
         self.keys, self.times = stamps, times - start
-        last = (last or 0) * tick or np.diff(times[-2:]).sum()
         self.end = self.times[-1] + (1 / self.rate if self.rate else last)
 
     # ---- packets and frames
@@ -141,13 +146,15 @@ class AvVideo:
             self.container = av.open(self.path, metadata_errors="replace")
         except av.error.FFmpegError as e:
             raise VideoError(f"cannot be decoded: no video, or a damaged one ({e.strerror})") from e
+        if self.container.format.name in NO_VIDEO:
+            raise VideoError(f"no video in this file: it is read as {self.container.format.long_name}")
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in self.container.streams.video if not s.disposition & cover]
         if not streams:
             only = ", only a cover picture" if self.container.streams.video else ""
             raise VideoError(f"no video in this file{only}")
-        default = [s for s in streams if s.disposition & av.stream.Disposition.default]
-        self.stream = [*default, *streams][0]
+        best = self.container.streams.best("video")
+        self.stream = best if best in streams else streams[0]
         self.decoder = self.stream.codec_context
         if self.decoder is None:
             raise VideoError("the codec of this video is not supported")
@@ -235,6 +242,15 @@ class AvVideo:
                 return frame
         raise StampsDisagree
 
+    def _find_from_start(self, i):
+        """_find without seeks, for a file whose seeks or key frames lie. Raises VideoError if its stamps do too."""
+        self.seeks = False
+        self._open()
+        try:
+            return self._find(i)
+        except StampsDisagree:
+            raise VideoError(f"cannot be decoded: after frame {self.number} come others than its time stamps say") from None
+
     def _seek(self, key_frame):
         """Goes on at a key frame, the number of a packet."""
         import av
@@ -258,12 +274,14 @@ class AvVideo:
 
 def _upright(frame, pixel_ratio):
     """A decoded frame -> Picture, turned as the file says. pixel_ratio: width of a pixel / height."""
-    transparent = any(component.is_alpha for component in frame.format.components)
+    transparent = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")
     height, width = pixels.shape[0], max(1, round(pixels.shape[1] * float(pixel_ratio or 1)))
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()  # x' = a x + c y, y' = b x + d y
+        if min(abs(a) + abs(d), abs(b) + abs(c)) > 0.01 * max(abs(a) + abs(d), abs(b) + abs(c)):
+            raise VideoError("turned by an angle that is no quarter")
         if abs(b) > abs(a):
             pixels, height, width = pixels.swapaxes(0, 1), width, height
             a, d = c, b

@@ -12,16 +12,17 @@ video never stands in memory at full size.
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from reader import READERS, StampsDisagree, VideoError, load_image
+from reader import READERS, VideoError, load_image
 
 PATCH, MERGE = 14, 2  # a visual token is a 28 x 28 pixel square of a 2-frame grid
 CLIPS_PER_WORKER = 500  # decord leaks memory: a worker is replaced after this many
@@ -45,7 +46,7 @@ def frame_count(num_frames, fps, *, target_fps, min_frames, max_frames=math.inf)
     if num_frames < 2 or not 0 < fps < math.inf:
         raise ValueError(f"{num_frames} frames at {fps:g} frames per second, a video needs at least 2 frames")
     n = min(max(num_frames / fps * target_fps, min_frames), max_frames, num_frames)
-    return max(2, int(n) // 2 * 2)
+    return max(2, int(n + 1e-6) // 2 * 2)
 
 
 def choose_frames(num_frames, fps, segment, *, start=0.0, target_fps, min_frames, max_frames):
@@ -68,16 +69,17 @@ def choose_times(times, end, segment, *, target_fps, min_frames, max_frames):
     """choose_frames for a clip of any rate: what is on the screen at evenly spaced times.
 
     times (N,): when each picture appears, ascending; end: when the last one goes; all in seconds. A
-    picture that stays is shown as often as it is met. The last time is that at which the last picture
-    appears, or one mean period before the end where that is later.
+    picture that stays is shown as often as it is met, and counts as the frames that it would be at the
+    clip's median rate. The last time is that at which the last picture appears, or one such frame
+    before the end where that is later.
     """
     if len(times) < 2:
         raise VideoError(f"{len(times)} frames, a video needs at least 2 frames")
-    start, num_frames = times[0], len(times)
+    start, period = times[0], float(np.median(np.diff(times)))
     if segment is not None:
         start, end = _within(segment, start, end)
-        first = np.searchsorted(times, start, "right") - 1
-        num_frames = max(np.searchsorted(times, end) - first, 2)  # a still is shown twice
+    pictures = np.searchsorted(times, end) - np.searchsorted(times, start, "right") + 1
+    num_frames = max(int(pictures), round((end - start) / period), 2)
     how = dict(target_fps=target_fps, min_frames=min_frames)
     rate = num_frames / (end - start)
     n = frame_count(num_frames, rate, max_frames=max_frames, **how)
@@ -89,7 +91,7 @@ def choose_times(times, end, segment, *, target_fps, min_frames, max_frames):
 def _within(segment, start, end):
     """The part of a segment (from, to) that lies between start and end; all in seconds."""
     a, b = max(segment[0], start), min(segment[1], end)
-    if a >= b:
+    if not a < b:
         raise VideoError(f"no frames from {segment[0]:g} to {segment[1]:g} s: it has those from {start:.2f} to {end:.2f} s")
     return a, b
 
@@ -125,6 +127,16 @@ _worker = threading.local()  # one worker process per reading thread
 _running = set()  # all of them
 
 
+def _forget():
+    """For a forked process: the workers are its parent's."""
+    _worker.__dict__.clear()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 class Clip(NamedTuple):
     """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of 28.
     seconds: of the clip, divided by T.  available: frames that it would show without max_frames.
@@ -156,8 +168,10 @@ def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4
                          max_frames=max_frames, min_pixels=min_pixels, max_pixels=max_pixels, segment=segment,
                          skip=list(decoded), reader=reader)
     decoded.update(zip(reply["new"], frames))
-    keys = reply["keys"]
-    return Clip(np.stack([decoded[key] for key in keys]), reply["seconds"], reply["available"], reply["indices"], keys)
+    frames = [decoded[key] for key in reply["keys"]]
+    if len(shapes := {frame.shape for frame in frames}) > 1:
+        raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
+    return Clip(np.stack(frames), reply["seconds"], reply["available"], reply["indices"], reply["keys"])
 
 
 def read_image(path, *, min_pixels, max_pixels, timeout=60.0):
@@ -167,11 +181,12 @@ def read_image(path, *, min_pixels, max_pixels, timeout=60.0):
 
 def _ask(timeout, **request):
     """Sends a request about the file request["path"] to this thread's worker -> (reply, frames)."""
-    path = request["path"]
-    if not Path(path).exists():
+    path, request["path"] = request["path"], os.path.abspath(request["path"])  # FFmpeg takes "a:b" for an address
+    if not os.path.exists(path):
         raise VideoError(f"{path}: no such file")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise VideoError(f"{path}: a folder, expected a file")
+    request["alarm"] = math.ceil(timeout) + 5
     process = _open_worker()
     timer = threading.Timer(timeout, process.kill)
     timer.start()
@@ -187,6 +202,9 @@ def _ask(timeout, **request):
         close_worker()
         reason = f"not decoded after {timeout:g} s" if late else f"the decoder crashed ({e})"
         raise VideoError(f"{path}: {reason}") from e
+    except BaseException:  # ctrl-C, say: the next request must not get this one's answer
+        close_worker()
+        raise
     finally:
         timer.cancel()
     raise VideoError(f"{path}: {reply['error']}")
@@ -226,17 +244,9 @@ def _end(process):
 
 # ---- the side of the worker
 
-def video(path, reader, segment, skip, min_pixels, max_pixels, **counts):
+def decode(path, *, reader="av", segment=None, skip=(), min_pixels, max_pixels, **counts):
     """What read_clip promises -> (reply, the new frames: those whose keys are not in `skip`)."""
     clip = READERS[reader](path)
-    try:
-        return _video(clip, segment, skip, min_pixels, max_pixels, counts)
-    except StampsDisagree:
-        clip.count()
-        return _video(clip, segment, skip, min_pixels, max_pixels, counts)
-
-
-def _video(clip, segment, skip, min_pixels, max_pixels, counts):
     if clip.rate:
         indices, seconds, available = choose_frames(len(clip.keys), clip.rate, segment, start=clip.times[0], **counts)
     else:
@@ -248,23 +258,45 @@ def _video(clip, segment, skip, min_pixels, max_pixels, counts):
     return reply, frames
 
 
-def image(path, min_pixels, max_pixels):
+def decode_image(path, *, min_pixels, max_pixels):
     """What read_image promises -> ({}, [frame])."""
     return {}, [resize(load_image(path), min_pixels, max_pixels)]
 
 
+def answer(request):
+    """Does what a request asks for -> (reply, frames)."""
+    ops = {"video": decode, "image": decode_image}
+    before = os.stat(request["path"])
+    try:
+        reply, frames = ops[request.pop("op")](**request)
+        if len(shapes := {frame.shape for frame in frames}) > 1:  # their bytes would not fit one shape
+            raise VideoError(f"frames of {len(shapes)} different sizes")
+        reply["shape"] = (len(frames), *frames[0].shape) if frames else (0,)
+    finally:
+        now = os.stat(request["path"])
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (before.st_ino, before.st_size, before.st_mtime_ns):
+            raise VideoError("changed while it was read")
+    return reply, frames
+
+
 def work(requests, replies):
-    """Answers one JSON request a line with one JSON line, and on success the frames' bytes behind it."""
+    """Answers one JSON request a line with one JSON line, and on success the frames' bytes behind it.
+
+    Where there are alarms, one ends this process if a request takes longer than its "alarm", in seconds: the process that
+    asked may have gone, and a native library that hangs hears nothing else.
+    """
+    set_alarm = getattr(signal, "alarm", lambda seconds: None)
     for line in requests:
         request = json.loads(line)
+        path = request["path"]
+        set_alarm(request.pop("alarm"))
         try:
-            reply, frames = {"video": video, "image": image}[request.pop("op")](**request)
-            if len(shapes := {frame.shape for frame in frames}) > 1:
-                raise VideoError(f"frames of {len(shapes)} different sizes")
-            reply["shape"] = (len(frames), *frames[0].shape) if frames else (0,)
+            reply, frames = answer(request)
         except Exception as e:  # whatever a broken file makes a native library raise is this file's error, not the run's
             reason = str(e) if type(e) in (VideoError, ValueError) else f"cannot be decoded: {type(e).__name__}: {e}"
-            reply, frames = dict(error=" ".join(reason.replace(request["path"], "").split())[:300]), []
+            reason = reason.replace(f" {path!r}", "").replace(path, "")
+            reply, frames = dict(error=" ".join(reason.split())[:300]), []
+        set_alarm(0)
         replies.write(json.dumps(reply).encode() + b"\n")
         for frame in frames:
             replies.write(frame.tobytes())
@@ -272,7 +304,6 @@ def work(requests, replies):
 
 
 if __name__ == "__main__":
-    import os
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a native library prints goes to standard error, not between the replies
     work(sys.stdin.buffer, replies)

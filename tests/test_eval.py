@@ -413,6 +413,9 @@ def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):
 
 def test_flags_are_judged_with_the_defaults_of_the_toy(tmp_path):
     (tmp_path / "out" / "toy" / "grpo").mkdir(parents=True)
+    (tmp_path / "out" / "toy" / "world").mkdir()
+    record = dict(problem="How many?", problem_type="numerical", solution="1", image="test.json")  # any file that is there
+    (tmp_path / "out" / "toy" / "world" / "test.json").write_text(json.dumps([record]))
     ask = lambda *more: (
         subprocess.run([sys.executable, ROOT / "eval.py", "--tts", *more], cwd=tmp_path, capture_output=True, text=True).stderr
     )

@@ -356,7 +356,7 @@ def test_an_hour_of_video_on_two_ranks(tmp_path, world, cold_start):
     toy.write_y4m(tmp_path / "hour.y4m", frames, fps=1)
     record = json.loads((world / "train.json").read_text())[0] | {"path": "hour.y4m", "data_type": "video"}
     (tmp_path / "hour.json").write_text(json.dumps([record]))
-    extra = dict(data=tmp_path / "hour.json", model=cold_start, sp=2, fps=1, max_frames=3600, prompts=1, steps=1, norm="none")
+    extra = dict(data=tmp_path / "hour.json", model=cold_start, sp=2, fps=1, max_frames=3600, prompts=1, steps=1, beta=0.01)
     run(*flags(world, tmp_path / "a", "tgrpo", **extra), ranks=2)
     (entry,) = log(tmp_path / "a")
     assert entry["frames"] == 3600 and entry["trained_groups"] == 1 and "shuffled_accuracy" in entry
@@ -371,10 +371,10 @@ def test_decoding_an_hour_holds_resized_frames_only(tmp_path):
 import resource, sys, video
 how = dict(target_fps=1, min_frames=4, min_pixels=784, max_pixels=784)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-video.decode(sys.argv[1], [], None, max_frames=64, **how)
+video.decode(sys.argv[1], max_frames=64, **how)
 before = peak()
-reply, frames = video.decode(sys.argv[1], [], None, max_frames=3600, **how)
-print(len(reply["indices"]), len(frames) / 1e6, peak() - before)
+reply, frames = video.decode(sys.argv[1], max_frames=3600, **how)
+print(len(reply["indices"]), sum(frame.nbytes for frame in frames) / 1e6, peak() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "hour.y4m"], cwd=ROOT, capture_output=True, text=True, check=True

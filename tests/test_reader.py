@@ -53,8 +53,8 @@ def test_frames_of_a_variable_rate_are_spread_evenly_in_time(tmp_path, file, cod
     assert clip.seconds * 16 == pytest.approx(21, abs=0.05)
     times = np.linspace(0, SCREEN[-1], 16) + 1e-6
     assert numbers == [int(np.searchsorted(SCREEN, t, "right")) - 1 for t in times]
-    assert shown(path, segment=(5, 10), target_fps=1, max_frames=16)[0] == [5, 6, 7, 9]  # at 5, 6.33, 7.67 and 9 s
-    assert shown(path, segment=(7.2, 7.8), target_fps=4, max_frames=16)[0] == [7, 7]  # a still all that time
+    assert shown(path, segment=(5, 10), target_fps=1, max_frames=16)[0] == [5, 6, 8, 9]  # at 5, 6.65, 8.31 and 9.96 s
+    assert shown(path, segment=(7.2, 7.8), target_fps=4, max_frames=16)[0] == [7] * 4  # a still all that time
     assert shown(path, segment=(19.5, 20.5), **EVERY, max_frames=64)[0][:2] == [19, 19]
 
 
@@ -63,9 +63,26 @@ def test_a_still_that_lasts_takes_its_share_of_the_frames(tmp_path):
     start = [i / 10 for i in range(11)]
     middle = write(tmp_path / "m.mp4", range(12), times=[*start, 10.0])
     assert shown(middle, target_fps=1, max_frames=16)[0] == [0, *[10] * 8, 11]
-    times = np.array([*start])
-    indices, seconds, _ = video.choose_times(times, 10.0, None, target_fps=1, min_frames=4, max_frames=16)
+    indices, seconds, _ = video.choose_times(np.array(start), 10.0, None, target_fps=1, min_frames=4, max_frames=16)
     assert indices == [0, *[10] * 9] and seconds == 1
+
+
+def test_a_last_picture_that_stays_is_part_of_the_clip(tmp_path):
+    """A GIF says how long: pictures 0 to 9 for 0.1 s each, and the last for 5 s."""
+    path = tmp_path / "last.gif"
+    images = [Image.fromarray(picture(i)) for i in range(10)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=[100] * 9 + [5000])
+    numbers, clip = shown(path, target_fps=2, max_frames=16)
+    assert numbers == [0, 6, *[9] * 8] and clip.seconds * 10 == pytest.approx(5.9, abs=0.02)  # at 0, 0.64, 1.29 s ...
+
+
+def test_frames_that_an_avi_left_out_leave_their_time(tmp_path):
+    """AVI holds times of decoding only; 16 pictures are missing after the 20th."""
+    times = [i / 25 for i in (*range(20), *range(36, 48))]
+    for file in ("gap.avi", "gap.mkv"):
+        path = write(tmp_path / file, [*range(20), *range(36, 48)], rate=25, times=times, bf=0)
+        numbers, clip = shown(path, **EVERY, max_frames=16)
+        assert clip.seconds * 16 == pytest.approx(48 / 25, abs=0.05) and numbers.count(19) in (5, 6)
 
 
 def test_a_rate_rounded_to_milliseconds_is_constant(tmp_path):
@@ -105,6 +122,20 @@ def test_two_recordings_in_one_file_are_shown_one_after_the_other(tmp_path):
     data = write(tmp_path / "a.ts", range(48), g=12).read_bytes()
     (tmp_path / "two.ts").write_bytes(data + data)
     assert shown(tmp_path / "two.ts", **EVERY, max_frames=96)[0] == [*range(48), *range(48)]
+
+
+@pytest.mark.parametrize("first", [5, 12])
+def test_an_index_is_the_same_picture_in_every_round(tmp_path, first):
+    """The second recording begins within a group of pictures and ten seconds later, so its first packets show nothing."""
+    source = write(tmp_path / "a.ts", range(48), g=12)
+    late = cut(source, tmp_path / "late.ts", start=-10, first=first)
+    (tmp_path / "both.ts").write_bytes(source.read_bytes() + late.read_bytes())
+    decoded, seen = {}, {}
+    for n in (2, 4, 8, 16, 32, 64):
+        numbers, clip = shown(tmp_path / "both.ts", **EVERY, max_frames=n, decoded=decoded)
+        assert numbers == shown(tmp_path / "both.ts", **EVERY, max_frames=n)[0]
+        assert all(seen.setdefault(i, x) == x for i, x in zip(clip.indices, numbers))
+        assert clip.seconds * len(numbers) == pytest.approx(seen.setdefault("seconds", clip.seconds * len(numbers)))
 
 
 def test_a_video_that_starts_after_its_sound_keeps_the_clock_of_the_file(tmp_path):
@@ -229,6 +260,43 @@ def test_what_is_no_video_is_refused(tmp_path):
         shown(tmp_path / "sound.mkv")
 
 
+def test_lists_of_files_and_text_are_no_video(tmp_path):
+    write(tmp_path / "a.mp4", range(8))
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {tmp_path / 'a.mp4'}\n")
+    (tmp_path / "words.nfo").write_text("no pictures\n" * 50)
+    for file in ("list.mp4", "words.nfo"):
+        with pytest.raises(VideoError, match=f"{file}: (no video in this file: it is read as|cannot be decoded)"):
+            shown(tmp_path / file)
+
+
+def test_a_name_is_a_file_and_no_address(tmp_path, monkeypatch):
+    """FFmpeg takes "file:x" and "concat:x" for protocols; a worker keeps the folder in which it was started."""
+    monkeypatch.chdir(tmp_path)
+    for file, first in (("x.mp4", 0), ("file:x.mp4", 100), ("-dash.mp4", 200), ("10:00.mp4", 300), ("%03d \n'.mp4", 400)):
+        write(tmp_path / "new.mp4", range(first, first + 8)).rename(tmp_path / file)
+        assert shown(file, **EVERY, max_frames=2)[0] == [first, first + 7]
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "x.mp4", range(50, 58))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert shown("x.mp4", **EVERY, max_frames=2)[0] == [50, 57]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    a, b = (write(tmp_path / f"{name}.mp4", numbers) for name, numbers in (("a", range(8)), ("b", range(100, 140))))
+
+    class Changing(reader.AvVideo):
+        def _set(self, *args):
+            super()._set(*args)
+            shutil.copy(b, a)
+
+    reader.READERS["changing"] = Changing
+    try:
+        with pytest.raises(VideoError, match="changed while it was read"):
+            video.answer(dict(op="video", path=str(a), reader="changing", min_pixels=784, max_pixels=784, max_frames=4, **EVERY))
+    finally:
+        del reader.READERS["changing"]
+
+
 def test_a_file_whose_size_changes_is_refused(tmp_path):
     small = write(tmp_path / "a.ts", range(24)).read_bytes()
     with av.open(str(tmp_path / "b.ts"), "w") as container:
@@ -245,6 +313,16 @@ def test_a_file_whose_size_changes_is_refused(tmp_path):
 
 
 # ---- few frames of a long file
+
+def test_frames_numbered_in_two_ways_are_refused(tmp_path):
+    """1.5 is more than 1.25, and 5 is less than 25."""
+    for name in ("0.5", "1.25", "1.5", "2.0"):
+        Image.fromarray(picture(0)).save(tmp_path / f"t_{name}.png")
+    with pytest.raises(DataError, match=r"t_1.5.png or t_1.25.png first\? Number its frames with as many digits each"):
+        data.load_media(Sample("7", "?", [], "numerical", "frame", str(tmp_path), "1"))
+    (tmp_path / "t_1.5.png").rename(tmp_path / "t_1.50.bmp")
+    data.load_media(Sample("7", "?", [], "numerical", "frame", str(tmp_path), "1"))
+
 
 def test_a_long_file_is_not_decoded_whole(tmp_path):
     """8 of 3,000 pictures, a key frame every 25: at most one group of pictures for each, and a few for the decoder's delay."""

@@ -1,7 +1,10 @@
 """Decoding in a process that can be killed: real files, broken files, files that never end."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +50,45 @@ def test_a_decoder_that_dies_costs_one_sample(clip):
     with pytest.raises(video.VideoError, match="clip.y4m: the decoder crashed"):
         video.read_video(clip)
     assert video.read_video(clip)[0].shape == (4, 56, 56, 3)
+
+
+def test_an_answer_that_was_not_waited_for_goes_to_nobody(tmp_path, clip):
+    """An exception of another kind, as ctrl-C raises, between a request and its answer."""
+    toy.write_y4m(tmp_path / "other.y4m", np.full((4, 56, 84, 3), 200, np.uint8), fps=4)
+    video.read_video(clip)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    video._worker.process.send_signal(signal.SIGSTOP)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    with pytest.raises(KeyboardInterrupt):
+        video.read_video(clip)
+    signal.signal(signal.SIGALRM, before)
+    assert video.read_video(tmp_path / "other.y4m")[0].shape == (4, 56, 84, 3)
+
+
+def test_a_worker_whose_trainer_has_gone_ends(tmp_path):
+    """It is stuck in a named pipe, and nobody kills it: its alarm does."""
+    os.mkfifo(tmp_path / "pipe")
+    request = dict(op="image", path=str(tmp_path / "pipe"), min_pixels=784, max_pixels=784, alarm=1)
+    worker = subprocess.Popen([sys.executable, video.__file__], stdin=subprocess.PIPE)
+    worker.stdin.write(json.dumps(request).encode() + b"\n")
+    worker.stdin.flush()
+    assert worker.wait(timeout=20) == -signal.SIGALRM
+    worker.stdin.close()
+
+
+def test_a_forked_process_has_workers_of_its_own(clip):
+    video.read_video(clip)
+    mine = video._worker.process.pid
+    pid = os.fork()
+    if not pid:
+        shape = video.read_video(clip, timeout=20)[0].shape
+        os._exit(0 if shape == (4, 56, 56, 3) and video._worker.process.pid != mine else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert video.read_video(clip)[0].shape == (4, 56, 56, 3) and video._worker.process.pid == mine
 
 
 def test_workers_of_all_threads_can_be_ended(clip):
