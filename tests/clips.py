@@ -126,11 +126,11 @@ def table():
 
 
 def speed(path):
-    """Prints the CPU seconds of each reader, the median of five readings in turn, and frames decoded."""
+    """Prints the CPU seconds of each reader, the median of three readings in turn, and frames decoded."""
     import reader
     for n in (16, 64, 512):
         seconds, pixels, decoded = {name: [] for name in reader.READERS}, {}, 0
-        for _ in range(5):
+        for _ in range(3):
             for name, kind in reader.READERS.items():
                 began = time.process_time()
                 clip = kind(path)
