@@ -94,20 +94,22 @@ class AvVideo:
 
     def count(self):
         """Decodes the whole file: the pictures that come out are the clip, in that order. Their times
-        are their stamps, or else those of decoding, which have the same gaps, or else the average rate's."""
+        are their stamps, or else those of the packets that brought them out, or else the average rate's."""
         self._open()
-        found = [(frame.pts, frame.duration) for frame in self.frames]
+        found = [(frame.pts, frame.dts, frame.duration) for frame in self.frames]
         self._open()
         if not found:
             raise VideoError("cannot be decoded: not a single frame comes out of it")
         ticks = 1 / (self.stream.average_rate or 25) / self.stream.time_base
-        dts = sorted(p.dts for p in self.packets if p.dts is not None)
-        columns = [[pts for pts, _ in found], dts if len(dts) == len(found) else []]
+        pts, dts, durations = map(list, zip(*found))
+        for i, stamp in enumerate(dts):
+            if stamp is None and i and dts[i - 1] is not None:  # the last ones come after all packets
+                dts[i] = dts[i - 1] + round(ticks)
+        columns = [pts, dts, [round(i * ticks) for i in range(len(found))]]
         if self.container.format.name == "avi":  # its stamps of display are guesses
-            columns.reverse()
-        columns.append([round(i * ticks) for i in range(len(found))])
-        stamps = next(x for x in columns if x and None not in x and all(a < b for a, b in itertools.pairwise(x)))
-        self._set(stamps, found[-1][1] if stamps[-1] == found[-1][0] else 0)
+            columns = columns[1:]
+        stamps = next(column for column in columns if None not in column and _ascending(column))
+        self._set(stamps, durations[-1] if stamps is pts else 0)
 
     def pictures(self, indices):
         """Yields the Picture of each of some ascending indices."""
@@ -270,6 +272,10 @@ class AvVideo:
             if at > key_frame:
                 break
         raise StampsDisagree
+
+
+def _ascending(numbers):
+    return all(a < b for a, b in itertools.pairwise(numbers))
 
 
 def _upright(frame, pixel_ratio):

@@ -66,20 +66,22 @@ def number(frame):
     return bright
 
 
-def write(path, numbers, *, codec="libx264", times=None, rate=25, pix_fmt="yuv420p", edit=None, **options):
-    """Writes a clip that shows `numbers`, at `rate` a second or at `times`, in seconds.
+def write(path, numbers, *, codec="libx264", times=None, ticks=1000, rate=25, pix_fmt="yuv420p", edit=None, **options):
+    """Writes a clip that shows `numbers`, at `rate` a second or at `times`, in seconds, rounded to `ticks` a second.
     edit: called with the stream before anything is written."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={name: str(value) for name, value in options.items()})
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else pix_fmt
         if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
+            stream.codec_context.time_base = Fraction(1, ticks)
         if edit:
             edit(stream)
         for i, n in enumerate(numbers):
             frame = av.VideoFrame.from_ndarray(picture(n), format="rgb24")
-            frame.pts, frame.time_base = (i, Fraction(1, rate)) if times is None else (round(times[i] * 1000), Fraction(1, 1000))
+            frame.pts, frame.time_base = i, Fraction(1, rate)
+            if times is not None:
+                frame.pts, frame.time_base = round(times[i] * ticks), Fraction(1, ticks)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
