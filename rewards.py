@@ -40,6 +40,19 @@ NUMBER = re.compile(
 DASHES = str.maketrans("‐‒–—−", "-----")
 CLOSING = str.maketrans("([{“‘«「", ")]}”’»」", ".。")
 
+# What tells apart texts of the same words: symbols, and marks beside numbers (3.5 is not 3 5) and variables (a/b, -x)
+SYMBOLS = "".join(c for c in map(chr, range(0x3000)) if unicodedata.category(c) in ("Sm", "Sc", "No") and c not in "|~$")
+WORD, VARIABLE = r"[^\W\d_]{2}", r"[^\W\d_]\b"
+SIGN = re.compile(rf"""(
+    [{re.escape(SYMBOLS)}^%] | !(?==)              # a < b, 50%, €5, x², a != b; $, ~ and | are markup
+    | (?<=\d)[.:](?=\d) | (?<![\w.])\.(?=\d)       # 3.5, 10:30, .5
+    | (?<=\d),(?=\d)(?!\d{{3}}(?!\d))              # 1,2 but not 1,000
+    | (?<!{WORD})[-/](?=\s*[({{$]*\.?\d)           # -5, x - 5, 1/2 but not COVID-19
+    | (?<!{WORD})(?<!{WORD}\s(?=[-/]\s))[-/](?=\s*[({{$]*{VARIABLE})  # -x, a/b but not Rome - a city
+    | (?<=\w)\*(?=\w) | (?<=\s)\*(?=\s)            # 2*3, a * b
+    )""", re.VERBOSE)
+SPELLINGS = str.maketrans({"≤": "<=", "≥": ">=", "≠": "!=", "×": "*", "÷": "/"})
+
 # Thai, Lao, Burmese, Khmer, kana, ideographs: scripts without spaces, of which every character counts as a word
 SPACELESS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u9fff"
              "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
@@ -182,7 +195,9 @@ def grade(answer, sample):
         numerical        1 or 0, after rounding to the decimals of the sample's answer, at least 2
         regression       1 - relative error
         OCR              1 - word error rate
-        free-form        mean F1 of ROUGE-1, -2 and -L (one word, if not exactly right: at most 2/3, ROUGE-2 compares pairs)
+        free-form        1 for the same words, whatever their case and punctuation; 0 if the words are the same, but not the
+                         numbers, signs or operators (-0.5 for 0.5, a < b for a > b, 1/2 for 1.2, 50 for 50%); otherwise the
+                         mean F1 of ROUGE-1, -2 and -L (of one word at most 2/3: ROUGE-2 compares pairs)
     Numbers have no unit and no %. Texts are compared by words, by characters in scripts without spaces; a text of symbols
     only ("+") is right or wrong.
     """
@@ -196,7 +211,7 @@ def grade(answer, sample):
     if sample.problem_type == "OCR":
         return max(0.0, 1.0 - word_error_rate(answer, target))
     if sample.problem_type == "free-form":
-        return rouge(answer, target)
+        return free_form(answer, target)
     return 0.0
 
 
@@ -245,6 +260,21 @@ def word_error_rate(text, reference):
     return row[-1] / len(b) if b else float(bool(a))
 
 
+def free_form(text, reference):
+    """How right a free answer is: 1 or 0 where the words are the same, by the signs between them; else ROUGE."""
+    if _stems(text) == _stems(reference) and _signed(text) != _signed(reference):
+        return 0.0
+    words = _words(text)
+    return 1.0 if words and words == _words(reference) else rouge(text, reference)
+
+
+def _signed(text):
+    """The stemmed words of a text as lists, and between these its signs: "x = -5" is [x], =, [], -, [5]."""
+    plain = "".join(c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKC", c) for c in text)
+    parts = SIGN.split(LATEX.sub("", plain).translate(DASHES).translate(SPELLINGS))
+    return [part if i % 2 else _stems(part) for i, part in enumerate(parts)]
+
+
 def rouge(text, reference):
     """The mean F1 of ROUGE-1, -2 and -L (Lin 2004) over stemmed words: shared words, word pairs, longest common subsequence."""
     a, b = _stems(text), _stems(reference)
@@ -266,7 +296,7 @@ def _lcs(a, b):
 
 def _words(text):
     """Lower case, letters and digits only: "It's 5 m" is it, s, 5, m. A character is a word in scripts without spaces."""
-    kept = (c if unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text.lower())
+    kept = (c if unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text.casefold())
     return TOKEN.findall("".join(kept))
 
 

@@ -285,6 +285,42 @@ def test_accuracy_by_problem_type(kind, gold, said, reward):
     assert rewards.accuracy_reward(said, sample(kind, gold)) == 0  # no tags, no answer
 
 
+SAME_WORDS = {  # gold: right answers
+    "yes": ("Yes", "YES.", "“yes”!", "**Yes**"),
+    "red apple": ("Red apple.", "red-apple", "Red, apple"),
+    "Straße": ("STRASSE",),
+    "COVID-19": ("Covid 19",),
+    "Rome - a city": ("Rome, a city",),
+    "1,000 people": ("1 000 people",),
+    "x = -5": ("$x=-5$", "x = −5.", "X=-5"),
+    "a ≤ b": ("a <= b",),
+    "2 * 3": ("2*3", "2 × 3"),
+    "3-5 dogs": ("3–5 dogs", "3 - 5 dogs"),
+}
+OTHER_SIGNS = {  # gold: wrong answers
+    "-0.5": ("0.5", "0,5", "0/5"),
+    "$x=-5$": ("$x=5$", "x = 5", "x-5", "-x = 5"),
+    "a < b": ("a > b", "a = b", "a b", "a <= b"),
+    "a = b": ("a != b", "a ≠ b"),
+    "1.2": ("1/2", "1:2", "1-2", "1 2", "1,2"),
+    "3.5": ("3 5", "3, 5"),
+    ".5": ("5", "-5"),
+    "50%": ("50",),
+    "x² + 1": ("x³ + 1", "x² - 1", "x + 1"),
+    "2 * 3": ("2 + 3", "2 3"),
+    "C++": ("C",),
+    "-5 and 5": ("5 and -5",),
+    "the dog runs -5 m": ("the dogs run 5 m",),  # the same stems
+}
+
+
+@pytest.mark.parametrize("gold, said, reward", [
+    *((gold, said, 1) for gold, right in SAME_WORDS.items() for said in right),
+    *((gold, said, 0) for gold, wrong in OTHER_SIGNS.items() for said in wrong)])
+def test_the_same_words_are_right_unless_their_signs_differ(gold, said, reward):
+    assert rewards.accuracy_reward(f"<answer>{said}</answer>", sample("free-form", gold)) == reward
+
+
 @pytest.mark.parametrize(
     "response, reward",
     [
