@@ -25,17 +25,19 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression
 OPTION = re.compile(r"\s*\(?([A-Z])[.):]")  # the letter of an option in a record
 LATEX = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\],])")  # leaves {5} of \boxed{5}, (5) of \(5\)
 MARKUP = re.compile(r"""[*_`$"“”„«»「」『』#~|\\]|</?(?:b|i|u|em|strong|code)>|(?<!\w)['‘’]|['‘’](?!\w)""")
-LEAD = re.compile(  # "The answer is option", and whatever is no letter or digit
-    r"(?:\W*\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?)*\W*",
+LEAD = re.compile(  # "So, the answer is option", "It is", "答案是", and whatever is no letter or digit
+    r"(?:\W*(?:\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice|letter)\b(?:\s+is\b)?"
+    r"|\b(?:so|thus|hence|therefore|(?:it|that|this)\s+is|it['’]s)\b|[答案选選择擇项項是为為应應该該故]))*\W*",
     re.IGNORECASE)
 LETTER = re.compile(  # a letter that is no part of a word, and the mark that tells it from a word; "e.g." has none
-    r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s))?")
+    r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s)"
+    r"|\s+is(?=\s+(?:the\s+)?(?:correct|right|best|answer)\b))?")
 NO_NOUN = set("and or nor but is as may might could also too not if because".split())
 
 # How a number is written
 NUMBER = re.compile(
     r"(?P<before>[\s(\[{$*_`\"'“‘«「]*)"
-    r"(?P<number>[+-]?(?=\.?\d)(?:\d{1,3}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
+    r"(?P<number>(?:[+-] ?)?(?=\.?\d)(?:\d{1,3}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
     r"(?P<after>[\s)\]}$*_`\"'”’»」.。]*)")
 DASHES = str.maketrans("‐‒–—−", "-----")
 CLOSING = str.maketrans("([{“‘«「", ")]}”’»」", ".。")
@@ -76,12 +78,15 @@ def choice_letter(text, options):
     With the options A. left, B. right, C. a man walks:
 
         B   b   (B)   B.   **B**   $B$   \\boxed{B}   Option B   The answer is B.   Ｂ   is B
+        It is B   Letter B   So, the answer is B   答案：B   选B   B is correct       is B
         B. right   B.right   (B)right   B right   B, right   B: it goes that way     is B
         C. A man              is C, whose text begins so
         B. A lady turns       is B, for an article is no letter
         A or B   A, B   A: b  is None: two letters
         A. left or right      is None: the text of another option, among other words
         B. left               is None: the text of another option
+        C. a man (not right)  is None, and so is "D. A, B and C" where D is "All of the above": what an
+                              answer says of other options is not read
         B turns   A lady      is None: without a mark (. : , ; ! bracket, dash, new line) it may be a word
         right   right, B   D  is None: no letter at the start, or none that is there
     """
@@ -145,7 +150,7 @@ def _found(texts, said):
 
 def _decimal(text):
     """The number that a text is, with the decimals that it is written with; None if it is none."""
-    found = NUMBER.fullmatch(LATEX.sub("", _visible(text)).translate(DASHES))
+    found = NUMBER.fullmatch(LATEX.sub("", _visible(text).replace("{,}", ",")).translate(DASHES))
     if not found or any(unicodedata.category(c) == "No" for c in text):  # 10² is not 102
         return None
     before, after = ("".join(found[side].translate(CLOSING).split()) for side in ("before", "after"))
@@ -156,7 +161,7 @@ def parse_number(text):
     """A number, or None. Read past: brackets, quotes and markup on both sides, commas or spaces
     between thousands, a full stop. Units and words are not.
 
-        5   5.0   5.   5。   (5)   $5$   **5**   \\boxed{5}   1,000   1 000   –3   1e3   ５   numbers
+        5   5.0   5.   5。   (5)   $5$   **5**   \\boxed{5}   1,000   1{,}000   1 000   –3   - 3   1e3   ５   numbers
         5 m   50%   $5   five   4 or 5   1,00   10²   3-5   inf                            None
     """
     number = _decimal(text)
@@ -168,7 +173,8 @@ def normalize_answer(text, sample):
     """What an answer says, in a form that compares with ==: a letter, a number, or text; None if it says nothing valid.
 
     A numerical answer is rounded to as many decimals as the sample's own has, at least 2: 0.0034 is
-    right for 0.003, 0 is not.
+    right for 0.003, 0 is not. A sample's own with more than 6 decimals is a computed float: then to as
+    many as show three of its significant digits, at least 2: 66.67 is right for 66.66666666666667.
     """
     if text is None:
         return None
@@ -177,10 +183,15 @@ def normalize_answer(text, sample):
     if sample.problem_type == "regression":
         return parse_number(text)
     if sample.problem_type == "numerical":
-        number, gold = parse_number(text), _decimal(sample.answer)
-        decimals = 2 if gold is None else max(2, -gold.as_tuple().exponent)
-        return None if number is None else round(number, decimals)
+        number = parse_number(text)
+        return None if number is None else round(number, _decimals(_decimal(sample.answer)))
     return " ".join(_visible(text, "NFC").split()) or None
+
+
+def _decimals(gold):
+    """To how many decimals a numerical answer is compared with the sample's own (a Decimal, or None)."""
+    decimals = -gold.as_tuple().exponent if gold else 0
+    return max(2, 2 - gold.adjusted() if decimals > 6 else decimals)
 
 
 def accuracy_reward(response, sample):
@@ -192,7 +203,7 @@ def grade(answer, sample):
     """How right a normalised answer is, in [0, 1]; 1 if it equals the sample's; 0 for None, which is no answer.
 
         multiple choice  1 or 0, by the letter
-        numerical        1 or 0, after rounding to the decimals of the sample's answer, at least 2
+        numerical        1 or 0, after rounding to the decimals of the sample's answer (normalize_answer)
         regression       1 - relative error
         OCR              1 - word error rate
         free-form        1 for the same words, whatever their case and punctuation; 0 if the words are the same, but not the
