@@ -27,11 +27,11 @@ LATEX = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\
 MARKUP = re.compile(r"""[*_`$"“”„«»「」『』#~|\\]|</?(?:b|i|u|em|strong|code)>|(?<!\w)['‘’]|['‘’](?!\w)""")
 LEAD = re.compile(  # "So, the answer is option", "It is", "答案是", and whatever is no letter or digit
     r"(?:\W*(?:\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice|letter)\b(?:\s+is\b)?"
-    r"|\b(?:so|thus|hence|therefore|(?:it|that|this)\s+is|it['’]s)\b|[答案选選择擇项項是为為应應该該故]))*\W*",
+    r"|\b(?:so|thus|hence|therefore|(?:it|that|this)\s+is|it['’]s)\b|[正确確的答案选選择擇項项是为為应應该該故我这這]))*\W*",
     re.IGNORECASE)
 LETTER = re.compile(  # a letter that is no part of a word, and the mark that tells it from a word; "e.g." has none
     r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s)"
-    r"|\s+is(?=\s+(?:the\s+)?(?:correct|right|best|answer)\b))?")
+    r"|(?=\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b|\s*(?:是\s+)?正\s+[确確]))?")
 NO_NOUN = set("and or nor but is as may might could also too not if because".split())
 
 # How a number is written
@@ -99,7 +99,7 @@ def choice_letter(text, options):
     said, own = _said(rest), texts.get(letter)
     if said in ("", own):
         return letter
-    if own is None or not named["mark"]:
+    if own is None or named["mark"] is None:
         return None
     others = {t for other, t in texts.items() if other != letter and t != own}
     if len(said) > 1 and f"{own} ".startswith(f"{said} "):
