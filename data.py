@@ -371,7 +371,7 @@ def missing_media(samples, data, media_root):
     start = Path(data).absolute().parent
     root = f"--media_root was {media_root}" if media_root else f"--media_root was not set, so paths start from {start}"
     return (f"{data}: the media of {len(missing)} of {len(samples)} records are missing: {counts}{others}; the first: "
-            f"record {missing[0].id}, {missing[0].path}; {root}"), 2 * len(missing) > len(samples)
+            f"{missing[0].name.removeprefix(f'{Path(data)}, ')}, {missing[0].path}; {root}"), 2 * len(missing) > len(samples)
 
 
 # ---- media

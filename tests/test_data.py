@@ -329,6 +329,8 @@ def test_missing_media_are_counted_by_folder(tmp_path):
     )
     message, most = data.missing_media(samples[:2], tmp_path / "r.json", tmp_path)
     assert not most and "1 of 2 records" in message and message.endswith(f"--media_root was {tmp_path}")
+    (named,) = load(tmp_path, RECORD)
+    assert "the first: record 0 (id 3), " in data.missing_media([replace(named, path="y")], tmp_path / "r.json", None)[0]
     assert data.missing_media(samples[:1], tmp_path / "r.json", None) == ("", False)
 
 
