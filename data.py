@@ -51,8 +51,9 @@ BINARY = {b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "c
           b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd",
           b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # the first bytes of files that are not records
 BEGINS = re.compile(  # an option with a letter of its own: "a. x", "(A) x", "[A] x", "A、x", "A - x", "**A.** x", "Option A: x"
-    r"(?P<open>[\W_]*)(?:(?:option|choice)\s+)?(?P<letter>[A-ZＡ-Ｚ])(?P<mark>[*_`]*\s*(?:[.):\]}、．）：］】](?!\w\.)"
-    r"|[-–—](?=\s))[*_`]*|[*_`]+(?=\s*\S)|(?P<space>\s)(?=\s*\S))\s*", re.IGNORECASE)  # "A.M." has none
+    r"[\W_]*?(?P<open>[*_`]*)(?:(?:option|choice)\s+)?(?P<letter>[A-ZＡ-Ｚ])(?P<mark>"
+    r"[*_`]*\s*(?:[.):\]}、．）：］】](?!\w\.)|[-–—](?=\s))[*_`]*"  # "A.M." has none
+    r"|(?P=open)(?<=[*_`])(?=\s*\S)|(?P<space>\s)(?=\s*\S))\s*", re.IGNORECASE)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the frames of a folder
 FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
 
@@ -76,11 +77,11 @@ class Sample:
     fps: float = FOLDER_FPS  # of a folder of frames
     about: dict = field(default_factory=dict)  # what else the record says of itself: those of ABOUT that it has
     segment: tuple[float, float] | None = None  # seconds of the video that the question is about; None: all of it
-    where: str = field(default="", compare=False)  # it came from: "FILE, record 0 (id 3)"
+    where: str = field(default="", compare=False)  # the record stands: "FILE, record 0 (id 3)"
 
     @property
     def name(self):
-        """What errors call it: where it came from, or its id."""
+        """What errors call it: where its record stands or, made by hand, its id."""
         return self.where or f"record {self.id}"
 
 
@@ -219,12 +220,13 @@ def _medium(r, where):
 
     `path` is read first: MVBench's records name their source's file in `video` too. A video and an image are two media.
     """
-    media = {key: text for key in ("path", "video", "videos", "image") if (text := _text_of(r, where, key))}
-    key, medium = next(iter(media.items()), (None, ""))
+    keys = "path", "video", "videos", "image"
+    (key, _), medium = _first(r, *keys), _text_of(r, where, *keys)
     data_type = _text_of(r, where, "data_type") or ("image" if key == "image" else "video")
-    rivals = {k: text for k, text in media.items() if k != "path" or ("image" in media and data_type != "image")}
-    if len(set(rivals.values())) > 1:
-        raise DataError(f"{where}: several media, {', '.join(f'{k!r} {shown(v)}' for k, v in rivals.items())}, expected one")
+    also_image = _first(r, "image")[0] and data_type != "image"
+    media = {k: r[k] for k in keys if _first(r, k)[0] and (k != "path" or also_image)}
+    if any(value != next(iter(media.values())) for value in media.values()):
+        raise DataError(f"{where}: several media, {', '.join(f'{k!r} {shown(v)}' for k, v in media.items())}, expected one")
     return key, medium, data_type
 
 

@@ -256,9 +256,11 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         ({"options": ["A. ", "B. "]}, "options", ["A. ", "B. "]),  # letters that the frames show, as in VideoMMMU
         ({"options": ["B movie", "A man"]}, "options", ["A. B movie", "B. A man"]),
         ({"options": ["A", "B"]}, "options", ["A. A", "B. B"]),
+        ({"options": ["A*x", "B*x"]}, "options", ["A. A*x", "B. B*x"]),
         ({"options": ["$A$", "$B$"]}, "options", ["A. $A$", "B. $B$"]),
         ({"process": "\n<think>\nit turns\n</think>\n"}, "reasoning", "it turns"),
         ({"path": None, "video": "x.jpg", "image": "x.jpg", "data_type": "image"}, "data_type", "image"),
+        ({"video": 1}, "source", "set"),
         ({"video": "1.webm"}, "source", "set"),  # MVBench's records name their source's file too
         ({"options": [str(i) for i in range(26)]}, "options", [f"{chr(65 + i)}. {i}" for i in range(26)]),
         ({"category": "\ud800", "domain": 3, "duration": "short"}, "about", {"data_source": "set", "duration": "short"}),
@@ -271,7 +273,8 @@ def test_a_field_is_read_rightly(tmp_path, change, field, value):
 
 @pytest.mark.parametrize("style", [
     *("{}. {}", "({}) {}", "[{}] {}", "{{{}}} {}", "{} - {}", "{} – {}", "{}、{}", "{}： {}", "【{}】{}", "{} {}"),
-    *("**{}.** {}", "**{}**. {}", "**{}** {}", "**{}. {}**", "__{}.__ {}", "Option {}: {}", "option {} {}", "- {}. {}")])
+    *("**{}.** {}", "**{}**. {}", "**{}** {}", "**{}. {}**", "- **{}. {}**", "**({})** {}", "__{}.__ {}"),
+    *("Option {}: {}", "option {} {}", "- {}. {}")])
 def test_letters_of_any_style_are_the_options_own(tmp_path, style):
     """Written as "A. x"; a second letter before them would leave choice_letter two to read."""
     for letters in ("abc", "ABC", "ＡＢＣ"):
