@@ -51,7 +51,7 @@ BINARY = {b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "c
           b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd",
           b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # the first bytes of files that are not records
 BEGINS = re.compile(  # an option with a letter of its own: "a. x", "(A) x", "[A] x", "A、x", "A - x", "**A.** x", "Option A: x"
-    r"[\W_]*?(?P<open>[*_`]*)(?:(?:option|choice)\s+)?(?P<letter>[A-ZＡ-Ｚ])(?P<mark>"
+    r"[\W_]*?(?P<open>[*_`]*)(?:(?:option|choice|answer)\s+\(?)?(?P<letter>[A-ZＡ-Ｚ])(?P<mark>"
     r"[*_`]*\s*(?:[.):\]}、．）：］】](?!\w\.)|[-–—](?=\s))[*_`]*"  # "A.M." has none
     r"|(?P=open)(?<=[*_`])(?=\s*\S)|(?P<space>\s)(?=\s*\S))\s*", re.IGNORECASE)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the frames of a folder

@@ -51,6 +51,7 @@ SIGN = re.compile(rf"""(
     | (?<=\d),(?=\d)(?!\d{{3}}(?!\d))              # 1,2 but not 1,000
     | (?<!{WORD})[-/](?=\s*[({{$]*\.?\d)           # -5, x - 5, 1/2 but not COVID-19
     | (?<!{WORD})(?<!{WORD}\s(?=[-/]\s))[-/](?=\s*[({{$]*{VARIABLE})  # -x, a/b but not Rome - a city
+    | (?<!{WORD})(?<=\w)-(?!\w)                    # A- but not pre- and post-
     | (?<=\w)\*(?=\w) | (?<=\s)\*(?=\s)            # 2*3, a * b
     )""", re.VERBOSE)
 SPELLINGS = str.maketrans({"≤": "<=", "≥": ">=", "≠": "!=", "×": "*", "÷": "/"})

@@ -274,7 +274,7 @@ def test_a_field_is_read_rightly(tmp_path, change, field, value):
 @pytest.mark.parametrize("style", [
     *("{}. {}", "({}) {}", "[{}] {}", "{{{}}} {}", "{} - {}", "{} – {}", "{}、{}", "{}： {}", "【{}】{}", "{} {}"),
     *("**{}.** {}", "**{}**. {}", "**{}** {}", "**{}. {}**", "- **{}. {}**", "**({})** {}", "__{}.__ {}"),
-    *("Option {}: {}", "option {} {}", "- {}. {}")])
+    *("Option {}: {}", "option {} {}", "Choice ({}) {}", "Answer {}: {}", "- {}. {}")])
 def test_letters_of_any_style_are_the_options_own(tmp_path, style):
     """Written as "A. x"; a second letter before them would leave choice_letter two to read."""
     for letters in ("abc", "ABC", "ＡＢＣ"):

@@ -310,6 +310,7 @@ SAME_WORDS = {  # gold: right answers
     "red apple": ("Red apple.", "red-apple", "Red, apple"),
     "Straße": ("STRASSE",),
     "COVID-19": ("Covid 19",),
+    "pre- and post-war": ("pre and post war",),
     "Rome - a city": ("Rome, a city",),
     "1,000 people": ("1 000 people",),
     "x = -5": ("$x=-5$", "x = −5.", "X=-5"),
@@ -329,6 +330,8 @@ OTHER_SIGNS = {  # gold: wrong answers
     "x² + 1": ("x³ + 1", "x² - 1", "x + 1"),
     "2 * 3": ("2 + 3", "2 3"),
     "C++": ("C",),
+    "A-": ("A", "A+"),
+    "p ∧ q": ("p ∨ q",),
     "-5 and 5": ("5 and -5",),
     "the dog runs -5 m": ("the dogs run 5 m",),  # the same stems
 }
