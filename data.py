@@ -50,6 +50,10 @@ FORM = f"a list of objects with {FIELDS}"
 BINARY = {b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip", b"PK\3\4": "a zip archive",
           b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd",
           b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # the first bytes of files that are not records
+BEGINS = re.compile(  # an option with a letter of its own: "a. x", "(A) x", "[A] x", "A、x", "A - x", "**A.** x", "Option A: x"
+    r"[\W_]*?(?P<open>[*_`]*)(?:(?:option|choice|answer)\s+\(?)?(?P<letter>[A-ZＡ-Ｚ])(?P<mark>"
+    r"[*_`]*\s*(?:[.):\]}、．）：］】](?!\w\.)|[-–—](?=\s))[*_`]*"  # "A.M." has none
+    r"|(?P=open)(?<=[*_`])(?=\s*\S)|(?P<space>\s)(?=\s*\S))\s*", re.IGNORECASE)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the frames of a folder
 FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
 
@@ -73,6 +77,12 @@ class Sample:
     fps: float = FOLDER_FPS  # of a folder of frames
     about: dict = field(default_factory=dict)  # what else the record says of itself: those of ABOUT that it has
     segment: tuple[float, float] | None = None  # seconds of the video that the question is about; None: all of it
+    where: str = field(default="", compare=False)  # the record stands: "FILE, record 0 (id 3)"
+
+    @property
+    def name(self):
+        """What errors call it: where its record stands or, made by hand, its id."""
+        return self.where or f"record {self.id}"
 
 
 # ---- records
@@ -153,16 +163,15 @@ def _sample(r, number, where, root, stem):
     if not isinstance(r, dict):
         raise DataError(f"{where}: a {type(r).__name__}, expected an object with {FIELDS}")
     _, name = _first(r, "problem_id", "qid", "question_id", "id")
-    where = where if name is None else f"{where} (id {shown(name)})"
-    if isinstance(name, bool | list | dict):
+    if name is not None and not where.endswith(f"record {name}"):
+        where = f"{where} (id {shown(name)})"
+    if isinstance(name, bool | list | dict) or _not_finite(name):
         raise DataError(f"{where}: expected text or a number as its id")
     question = _text_of(r, where, "problem", "question")
-    key, _ = _first(r, "path", "video", "videos", "image")
-    medium = _text_of(r, where, "path", "video", "videos", "image")
+    key, medium, data_type = _medium(r, where)
     for what, value in (("question ('problem')", question), ("medium ('path', 'video', 'videos' or 'image')", medium)):
         if not value:
             raise DataError(f"{where}: no {what}; it has {', '.join(map(shown, r)) or 'no fields'}; expected {FORM}")
-    data_type = _text_of(r, where, "data_type") or ("image" if key == "image" else "video")
     if data_type not in ("video", "image", "frame"):
         raise DataError(f"{where}: data type {shown(data_type)}, expected video, image or frame")
 
@@ -188,7 +197,7 @@ def _sample(r, number, where, root, stem):
     sample = Sample(id=str(number if name is None else name), question=question.strip(), options=options, problem_type=kind,
                     data_type=data_type, path=str(root / medium), answer=answer,
                     source=_text_of(r, where, "data_source") or stem, fps=FOLDER_FPS if fps is None else fps, about=about(r),
-                    segment=_segment(r, where))
+                    segment=_segment(r, where), where=where)
     sample = replace(sample, reasoning=_reasoning(r, sample, where))
     for text in (sample.id, sample.question, sample.path, answer, sample.reasoning, sample.source, *options):
         if not _is_unicode(text):
@@ -196,9 +205,29 @@ def _sample(r, number, where, root, stem):
     return sample
 
 
+def _not_finite(value):
+    """Is this NaN (how pandas writes null) or infinite?"""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def _first(r, *keys):
     """(key, value) of the first of these fields that a record has: null and "" are none. (None, None) without any."""
     return next(((k, r[k]) for k in keys if r.get(k) is not None and r[k] != ""), (None, None))
+
+
+def _medium(r, where):
+    """(the field that names the medium, None without any; its path; the data type) of a record.
+
+    `path` is read first: MVBench's records name their source's file in `video` too. A video and an image are two media.
+    """
+    keys = "path", "video", "videos", "image"
+    (key, _), medium = _first(r, *keys), _text_of(r, where, *keys)
+    data_type = _text_of(r, where, "data_type") or ("image" if key == "image" else "video")
+    also_image = _first(r, "image")[0] and data_type != "image"
+    media = {k: r[k] for k in keys if _first(r, k)[0] and (k != "path" or also_image)}
+    if any(value != next(iter(media.values())) for value in media.values()):
+        raise DataError(f"{where}: several media, {', '.join(f'{k!r} {shown(v)}' for k, v in media.items())}, expected one")
+    return key, medium, data_type
 
 
 def _text_of(r, where, *keys):
@@ -238,7 +267,7 @@ def _answer(r, where):
     key, solution = _first(r, "solution", "answer")
     if key is None:
         raise DataError(f"{where}: no 'solution'")
-    if isinstance(solution, bool) or not isinstance(solution, (str, int, float)):
+    if isinstance(solution, bool) or not isinstance(solution, (str, int, float)) or _not_finite(solution):
         raise DataError(f"{where}: {key!r} is {shown(solution)}, expected text or a number")
     answer = extract_answer(str(solution))
     answer = str(solution).strip() if answer is None else answer
@@ -248,18 +277,19 @@ def _answer(r, where):
 
 
 def _reasoning(r, sample, where):
-    """The reasoning that leads to the answer; "" without any. `process` is that text, with <think> </think> or without, or a
-    whole response, whose answer must be the record's."""
+    """The reasoning that leads to the answer; "" without any. `process` is that text, all of it in <think> </think> or without
+    these tags, or a whole response, whose answer must be the record's."""
     process = _text_of(r, where, "process", "reasoning")
     if process.endswith("</answer>"):
         given = extract_answer(process)
         if given is None or normalize_answer(given, sample) != normalize_answer(sample.answer, sample):
             raise DataError(f"{where}: the reasoning answers {shown(given)}, the solution is {shown(sample.answer)}")
-        process = process[: process.rindex("<answer>")]
-    reasoning = re.sub(r"</?think>", "", process).strip()
+        process = process[: process.rindex("<answer>")].strip()
+    whole = re.fullmatch("<think>(.*)</think>", process, re.DOTALL)
+    reasoning = (whole[1] if whole else process).strip()
     if not format_reward(supervised_response(reasoning, sample.answer)):
-        raise DataError(f"{where}: a tag within the reasoning or the solution {shown(sample.answer)}, expected the response to "
-                        "learn from to be <think>...</think> <answer>...</answer>")
+        raise DataError(f"{where}: a tag within the reasoning {shown(process)} or the solution {shown(sample.answer)}, expected "
+                        "one <think>...</think> around all of the reasoning, or no tags")
     return reasoning
 
 
@@ -291,6 +321,8 @@ def problem_type(record):
 def _lettered(options, where):
     """The options with their letters A, B, C ... in order, which they have or get.
 
+    "A. x", "A) x", "(A) x" and "A: x" stay as they are. Letters in another style (BEGINS) are written as "A. x", and so the
+    prompt shows them. "A left", "B right" are letters only if all options begin so, in order.
     Where some begin with a letter of these, but not all with their own, it could be meant either way ("A. left", "right"), so
     the record is refused. "J. Smith", "K. Brown" and "A.M.", "P.M." are text, which gets letters.
     """
@@ -299,14 +331,17 @@ def _lettered(options, where):
     if len(options) > 26 or not all(o.strip() for o in options):
         raise DataError(f"{where}: {len(options)} options, expected at most 26, none of them empty")
     options, letters = [o.lstrip() for o in options], [chr(65 + i) for i in range(len(options))]
-    plain = [unicodedata.normalize("NFKC", o) for o in options]  # full-width forms
-    begins = [re.match(r"\W*([A-Za-z])[.):\]、](?!\w\.)", o) for o in plain]  # "A.M." is no letter with its text
-    found = [m[1].upper() if m else None for m in begins]
-    if found != letters and not set(found).isdisjoint(letters):
-        raise DataError(f"{where}: the options {', '.join(map(shown, options))}, expected the letters A, B, C ... in order "
-                        "before all of them, or before none")
     if all(re.match(rf"\(?{letter}[.):]", o) for letter, o in zip(letters, options)):
         return options
+    begins = [BEGINS.match(o) for o in options]
+    found = [unicodedata.normalize("NFKC", m["letter"]).upper() if m else None for m in begins]
+    if found == letters:
+        around = ["" if m["open"] in m["mark"] else m["open"] for m in begins]  # of "**A. x**", but not of "**A.** x"
+        return [f"{letter}. {o[m.end():].removesuffix(a)}" for letter, o, m, a in zip(letters, options, begins, around)]
+    marked = {letter for letter, m in zip(found, begins) if m and not m["space"]}
+    if not marked.isdisjoint(letters):
+        raise DataError(f"{where}: the options {', '.join(map(shown, options))}, expected the letters A, B, C ... in order "
+                        "before all of them, or before none")
     return [f"{letter}. {o}" for letter, o in zip(letters, options)]
 
 
@@ -338,7 +373,7 @@ def missing_media(samples, data, media_root):
     start = Path(data).absolute().parent
     root = f"--media_root was {media_root}" if media_root else f"--media_root was not set, so paths start from {start}"
     return (f"{data}: the media of {len(missing)} of {len(samples)} records are missing: {counts}{others}; the first: "
-            f"record {missing[0].id}, {missing[0].path}; {root}"), 2 * len(missing) > len(samples)
+            f"{missing[0].name.removeprefix(f'{Path(data)}, ')}, {missing[0].path}; {root}"), 2 * len(missing) > len(samples)
 
 
 # ---- media
@@ -389,7 +424,7 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
             clip = _read_folder(sample, counts, pixels, decode_timeout)
     except (ValueError, OSError) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
         where = "" if sample.path in str(e) else f"{sample.path}: "
-        raise DataError(f"record {sample.id}: {where}{e}") from e
+        raise DataError(f"{sample.name}: {where}{e}") from e
     frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip.frames, 3, 1)))
     return Media(frames, "image" if sample.data_type == "image" else "video", 2 * clip.seconds, clip.available,
                  repr((file, reader, clip.keys, tuple(frames.shape[2:]))))
@@ -541,11 +576,11 @@ class PromptBuilder:
         counts = {self.pad[kind]: [m.tokens for m in media if m.kind == kind] for kind in self.pad}
         for token, wanted in counts.items():
             if ids.count(token) != len(wanted):  # a template for text only
-                raise DataError(f"record {sample.id}: {ids.count(token)} places for media in the prompt, expected {len(wanted)}")
+                raise DataError(f"{sample.name}: {ids.count(token)} places for media in the prompt, expected {len(wanted)}")
         counts = {token: iter(wanted) for token, wanted in counts.items()}
         ids = [x for i in ids for x in ([i] * next(counts[i]) if i in counts else [i])]
         if len(ids) > self.max_prompt:
-            raise DataError(f"record {sample.id}: {sample.path}: a prompt of {len(ids)} tokens "
+            raise DataError(f"{sample.name}: {sample.path}: a prompt of {len(ids)} tokens "
                             f"({sum(m.tokens for m in media)} visual), more than --max_prompt {self.max_prompt}")
         return Prompt(sample, torch.tensor(ids), media)
 
@@ -557,7 +592,7 @@ class PromptBuilder:
     def target(self, sample):
         """Token ids (R,) of a supervised response: reasoning, answer, end of turn. Raises DataError without reasoning."""
         if not sample.reasoning:
-            raise DataError(f"record {sample.id}: no reasoning ('process') to learn from")
+            raise DataError(f"{sample.name}: no reasoning ('process') to learn from")
         text = supervised_response(sample.reasoning, sample.answer)
         ids = self._refuse_special(sample, "reasoning or solution", text)
         return torch.tensor([*ids, self.tokenizer.eos_token_id])
@@ -567,7 +602,7 @@ class PromptBuilder:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if special := set(ids) & set(self.tokenizer.all_special_ids):
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
-            raise DataError(f"record {sample.id}: its {what} spells out {names}, expected text without special tokens")
+            raise DataError(f"{sample.name}: its {what} spells out {names}, expected text without special tokens")
         return ids
 
     def decode(self, ids):

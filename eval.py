@@ -373,7 +373,7 @@ def evaluate(args, device, at_end):
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     say(table(summary))
     if not any(r["rounds"] for answered in lines.values() for r in answered.values()):
-        first = next(iter(lines[asked[0]].values()))["failure"]
+        first = next(iter(lines[asked[0]].values()))["failure"].removeprefix(f"{Path(args.data)}, ")
         raise DataError(f"{args.data}: none of the {len(records)} questions could be asked; the first: {first}")
     if args.filter:
         say(write_filtered([*lines[asked[0]].values()], samples, args.data, args.filter))

@@ -25,20 +25,36 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression
 OPTION = re.compile(r"\s*\(?([A-Z])[.):]")  # the letter of an option in a record
 LATEX = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\],])")  # leaves {5} of \boxed{5}, (5) of \(5\)
 MARKUP = re.compile(r"""[*_`$"“”„«»「」『』#~|\\]|</?(?:b|i|u|em|strong|code)>|(?<!\w)['‘’]|['‘’](?!\w)""")
-LEAD = re.compile(  # "The answer is option", and whatever is no letter or digit
-    r"(?:\W*\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice)\b(?:\s+is\b)?)*\W*",
+LEAD = re.compile(  # "So, the answer is option", "It is", "答案是", and whatever is no letter or digit
+    r"(?:\W*(?:\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice|letter)\b(?:\s+is\b)?"
+    r"|\b(?:so|thus|hence|therefore|(?:it|that|this)\s+is|it['’]s)\b|[正确確的答案选選择擇項项是为為应應该該故我这這]))*\W*",
     re.IGNORECASE)
 LETTER = re.compile(  # a letter that is no part of a word, and the mark that tells it from a word; "e.g." has none
-    r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s))?")
+    r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s)"
+    r"|(?=\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b|\s*(?:是\s+)?正\s+[确確]))?")
 NO_NOUN = set("and or nor but is as may might could also too not if because".split())
 
 # How a number is written
 NUMBER = re.compile(
     r"(?P<before>[\s(\[{$*_`\"'“‘«「]*)"
-    r"(?P<number>[+-]?(?=\.?\d)(?:\d{1,3}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
+    r"(?P<number>(?:[+-] ?)?(?=\.?\d)(?:\d{1,3}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
     r"(?P<after>[\s)\]}$*_`\"'”’»」.。]*)")
 DASHES = str.maketrans("‐‒–—−", "-----")
 CLOSING = str.maketrans("([{“‘«「", ")]}”’»」", ".。")
+
+# What tells apart texts of the same words: symbols, and marks beside numbers (3.5 is not 3 5) and variables (a/b, -x)
+SYMBOLS = "".join(c for c in map(chr, range(0x3000)) if unicodedata.category(c) in ("Sm", "Sc", "No") and c not in "|~$")
+WORD, VARIABLE = r"[^\W\d_]{2}", r"[^\W\d_]\b"
+SIGN = re.compile(rf"""(
+    [{re.escape(SYMBOLS)}^%] | !(?==)              # a < b, 50%, €5, x², a != b; $, ~ and | are markup
+    | (?<=\d)[.:](?=\d) | (?<![\w.])\.(?=\d)       # 3.5, 10:30, .5
+    | (?<=\d),(?=\d)(?!\d{{3}}(?!\d))              # 1,2 but not 1,000
+    | (?<!{WORD})[-/](?=\s*[({{$]*\.?\d)           # -5, x - 5, 1/2 but not COVID-19
+    | (?<!{WORD})(?<!{WORD}\s(?=[-/]\s))[-/](?=\s*[({{$]*{VARIABLE})  # -x, a/b but not Rome - a city
+    | (?<!{WORD})(?<=\w)-(?!\w)                    # A- but not pre- and post-
+    | (?<=\w)\*(?=\w) | (?<=\s)\*(?=\s)            # 2*3, a * b
+    )""", re.VERBOSE)
+SPELLINGS = str.maketrans({"≤": "<=", "≥": ">=", "≠": "!=", "×": "*", "÷": "/"})
 
 # Thai, Lao, Burmese, Khmer, kana, ideographs: scripts without spaces, of which every character counts as a word
 SPACELESS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u9fff"
@@ -63,12 +79,15 @@ def choice_letter(text, options):
     With the options A. left, B. right, C. a man walks:
 
         B   b   (B)   B.   **B**   $B$   \\boxed{B}   Option B   The answer is B.   Ｂ   is B
+        It is B   Letter B   So, the answer is B   答案：B   选B   B is correct       is B
         B. right   B.right   (B)right   B right   B, right   B: it goes that way     is B
         C. A man              is C, whose text begins so
         B. A lady turns       is B, for an article is no letter
         A or B   A, B   A: b  is None: two letters
         A. left or right      is None: the text of another option, among other words
         B. left               is None: the text of another option
+        C. a man (not right)  is None, and so is "D. A, B and C" where D is "All of the above": what an
+                              answer says of other options is not read
         B turns   A lady      is None: without a mark (. : , ; ! bracket, dash, new line) it may be a word
         right   right, B   D  is None: no letter at the start, or none that is there
     """
@@ -81,7 +100,7 @@ def choice_letter(text, options):
     said, own = _said(rest), texts.get(letter)
     if said in ("", own):
         return letter
-    if own is None or not named["mark"]:
+    if own is None or named["mark"] is None:
         return None
     others = {t for other, t in texts.items() if other != letter and t != own}
     if len(said) > 1 and f"{own} ".startswith(f"{said} "):
@@ -132,7 +151,7 @@ def _found(texts, said):
 
 def _decimal(text):
     """The number that a text is, with the decimals that it is written with; None if it is none."""
-    found = NUMBER.fullmatch(LATEX.sub("", _visible(text)).translate(DASHES))
+    found = NUMBER.fullmatch(LATEX.sub("", _visible(text).replace("{,}", ",")).translate(DASHES))
     if not found or any(unicodedata.category(c) == "No" for c in text):  # 10² is not 102
         return None
     before, after = ("".join(found[side].translate(CLOSING).split()) for side in ("before", "after"))
@@ -143,7 +162,7 @@ def parse_number(text):
     """A number, or None. Read past: brackets, quotes and markup on both sides, commas or spaces
     between thousands, a full stop. Units and words are not.
 
-        5   5.0   5.   5。   (5)   $5$   **5**   \\boxed{5}   1,000   1 000   –3   1e3   ５   numbers
+        5   5.0   5.   5。   (5)   $5$   **5**   \\boxed{5}   1,000   1{,}000   1 000   –3   - 3   1e3   ５   numbers
         5 m   50%   $5   five   4 or 5   1,00   10²   3-5   inf                            None
     """
     number = _decimal(text)
@@ -155,7 +174,8 @@ def normalize_answer(text, sample):
     """What an answer says, in a form that compares with ==: a letter, a number, or text; None if it says nothing valid.
 
     A numerical answer is rounded to as many decimals as the sample's own has, at least 2: 0.0034 is
-    right for 0.003, 0 is not.
+    right for 0.003, 0 is not. A sample's own with more than 6 decimals is a computed float: then to as
+    many as show three of its significant digits, at least 2: 66.67 is right for 66.66666666666667.
     """
     if text is None:
         return None
@@ -164,10 +184,15 @@ def normalize_answer(text, sample):
     if sample.problem_type == "regression":
         return parse_number(text)
     if sample.problem_type == "numerical":
-        number, gold = parse_number(text), _decimal(sample.answer)
-        decimals = 2 if gold is None else max(2, -gold.as_tuple().exponent)
-        return None if number is None else round(number, decimals)
+        number = parse_number(text)
+        return None if number is None else round(number, _decimals(_decimal(sample.answer)))
     return " ".join(_visible(text, "NFC").split()) or None
+
+
+def _decimals(gold):
+    """To how many decimals a numerical answer is compared with the sample's own (a Decimal, or None)."""
+    decimals = -gold.as_tuple().exponent if gold else 0
+    return max(2, 2 - gold.adjusted() if decimals > 6 else decimals)
 
 
 def accuracy_reward(response, sample):
@@ -179,10 +204,12 @@ def grade(answer, sample):
     """How right a normalised answer is, in [0, 1]; 1 if it equals the sample's; 0 for None, which is no answer.
 
         multiple choice  1 or 0, by the letter
-        numerical        1 or 0, after rounding to the decimals of the sample's answer, at least 2
+        numerical        1 or 0, after rounding to the decimals of the sample's answer (normalize_answer)
         regression       1 - relative error
         OCR              1 - word error rate
-        free-form        mean F1 of ROUGE-1, -2 and -L (one word, if not exactly right: at most 2/3, ROUGE-2 compares pairs)
+        free-form        1 for the same words, whatever their case and punctuation; 0 if the words are the same, but not the
+                         numbers, signs or operators (-0.5 for 0.5, a < b for a > b, 1/2 for 1.2, 50 for 50%); otherwise the
+                         mean F1 of ROUGE-1, -2 and -L (of one word at most 2/3: ROUGE-2 compares pairs)
     Numbers have no unit and no %. Texts are compared by words, by characters in scripts without spaces; a text of symbols
     only ("+") is right or wrong.
     """
@@ -196,7 +223,7 @@ def grade(answer, sample):
     if sample.problem_type == "OCR":
         return max(0.0, 1.0 - word_error_rate(answer, target))
     if sample.problem_type == "free-form":
-        return rouge(answer, target)
+        return free_form(answer, target)
     return 0.0
 
 
@@ -245,6 +272,21 @@ def word_error_rate(text, reference):
     return row[-1] / len(b) if b else float(bool(a))
 
 
+def free_form(text, reference):
+    """How right a free answer is: 1 or 0 where the words are the same, by the signs between them; else ROUGE."""
+    if _stems(text) == _stems(reference) and _signed(text) != _signed(reference):
+        return 0.0
+    words = _words(text)
+    return 1.0 if words and words == _words(reference) else rouge(text, reference)
+
+
+def _signed(text):
+    """The stemmed words of a text as lists, and between these its signs: "x = -5" is [x], =, [], -, [5]."""
+    plain = "".join(c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKC", c) for c in text)
+    parts = SIGN.split(LATEX.sub("", plain).translate(DASHES).translate(SPELLINGS))
+    return [part if i % 2 else _stems(part) for i, part in enumerate(parts)]
+
+
 def rouge(text, reference):
     """The mean F1 of ROUGE-1, -2 and -L (Lin 2004) over stemmed words: shared words, word pairs, longest common subsequence."""
     a, b = _stems(text), _stems(reference)
@@ -266,7 +308,7 @@ def _lcs(a, b):
 
 def _words(text):
     """Lower case, letters and digits only: "It's 5 m" is it, s, 5, m. A character is a word in scripts without spaces."""
-    kept = (c if unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text.lower())
+    kept = (c if unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text.casefold())
     return TOKEN.findall("".join(kept))
 
 

@@ -263,7 +263,7 @@ def read_data(args):
     samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
     bad = list(bad.values())
     if args.algo == "sft":
-        bad += [f"{args.data}: record {s.id}: no reasoning ('process') to learn from" for s in samples if not s.reasoning]
+        bad += [f"{s.name}: no reasoning ('process') to learn from" for s in samples if not s.reasoning]
         samples = [s for s in samples if s.reasoning]
     if not samples:
         raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")

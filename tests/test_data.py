@@ -12,6 +12,7 @@ from conftest import SHARED, needs_shared
 from PIL import Image
 
 import data
+import rewards
 import toy
 import video
 from data import DataError, Sample
@@ -110,6 +111,28 @@ def test_a_longvideo_reason_record(tmp_path):
     assert (sample.answer, sample.reasoning, sample.options) == ("A", "because", ["A. so", "B. thus"])
 
 
+def test_errors_after_loading_name_the_record_as_those_before(tmp_path, builder):
+    """By its number in the file, and by its id where that is another; a Sample made by hand by its id."""
+    records = [RECORD | {"problem_id": 3}, RECORD | {"problem_id": 1}]
+    first, second = load(tmp_path, *records)
+    for sample, name in ((first, f"{tmp_path}/r.json, record 0 (id 3)"), (second, f"{tmp_path}/r.json, record 1"),
+                         (replace(first, where=""), "record 3")):
+        with pytest.raises(DataError, match=f"^{re.escape(f'{name}: {tmp_path}/v/x.mp4')}"):
+            builder(sample)
+        with pytest.raises(DataError, match=f"^{re.escape(name)}: no reasoning"):
+            builder.target(sample)
+        with pytest.raises(DataError, match=f"^{re.escape(name)}: its question"):
+            builder.build(replace(sample, question="<|im_end|>"), [])
+    (line,) = load(tmp_path, RECORD | {"problem_id": 1}, name="r.jsonl")
+    assert line.name == f"{tmp_path}/r.jsonl, line 1 (id 1)" and line == replace(line, where="")
+
+
+@pytest.mark.parametrize("name", [float("nan"), float("inf")])
+def test_an_id_that_is_no_number_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match=rf"record 0 \(id {name}\): expected text or a number as its id"):
+        load(tmp_path, RECORD | {"problem_id": name})
+
+
 def test_solution_is_read_before_answer(tmp_path):
     assert load(tmp_path, RECORD | {"solution": "A", "answer": "left"})[0].answer == "A"
 
@@ -179,10 +202,24 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"options": ["A. x", "B. y", "D. z"]}, "expected the letters"),
         ({"options": ["**B.** x", "**A.** y"]}, "expected the letters"),
         ({"options": ["Ｂ．x", "Ａ．y"]}, "expected the letters"),
+        ({"options": ["A - x", "y"]}, "expected the letters"),
+        ({"options": ["Option A: x", "Option C: y"]}, "expected the letters"),
+        ({"options": ["**A** x", "y"]}, "expected the letters"),
         ({"options": None, "problem": "A. x\nB. y"}, "no question beside the options"),
         ({"options": None, "problem": "Why?\nA. x\nA. y\nB. z"}, "without options"),
         ({"options": None, "problem": "Why?\nB. y"}, "without options"),
         ({"problem_id": [3]}, "expected text or a number as its id"),
+        ({"solution": float("nan"), "problem_type": "free-form"}, "'solution' is nan, expected text or a number"),
+        ({"solution": float("-inf"), "problem_type": "OCR"}, "'solution' is -inf"),
+        ({"process": "So. <think>a</think> It is B."}, "a tag within the reasoning 'So. <think>a.*It is B.'"),
+        ({"process": "</think>a<think>"}, "a tag within the reasoning"),
+        ({"process": "<think>a<think>b</think>"}, "a tag within .* expected one <think>...</think> around all of the reasoning"),
+        ({"process": "<think>a</think><think>b</think>"}, "a tag within"),
+        ({"process": "<think>a"}, "a tag within"),
+        ({"process": "<think>a</think> so <answer>B</answer>"}, "a tag within"),
+        ({"path": None, "video": "x.mp4", "image": "x.jpg"}, "several media, 'video' 'x.mp4', 'image' 'x.jpg', expected one"),
+        ({"image": "x.jpg"}, "several media, 'path' './v/x.mp4', 'image' 'x.jpg', expected one"),
+        ({"path": None, "video": "x.mp4", "videos": "y.mp4"}, "several media"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, change, message):
@@ -217,9 +254,14 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         ({"options": [" (A) x", "(B) y"]}, "options", ["(A) x", "(B) y"]),
         ({"options": ["A: x", "B: y"]}, "options", ["A: x", "B: y"]),
         ({"options": ["A. ", "B. "]}, "options", ["A. ", "B. "]),  # letters that the frames show, as in VideoMMMU
-        ({"options": ["a. x", "b. y"]}, "options", ["A. a. x", "B. b. y"]),
+        ({"options": ["B movie", "A man"]}, "options", ["A. B movie", "B. A man"]),
         ({"options": ["A", "B"]}, "options", ["A. A", "B. B"]),
-        ({"options": ["A、左", "B、右"]}, "options", ["A. A、左", "B. B、右"]),
+        ({"options": ["A*x", "B*x"]}, "options", ["A. A*x", "B. B*x"]),
+        ({"options": ["$A$", "$B$"]}, "options", ["A. $A$", "B. $B$"]),
+        ({"process": "\n<think>\nit turns\n</think>\n"}, "reasoning", "it turns"),
+        ({"path": None, "video": "x.jpg", "image": "x.jpg", "data_type": "image"}, "data_type", "image"),
+        ({"video": 1}, "source", "set"),
+        ({"video": "1.webm"}, "source", "set"),  # MVBench's records name their source's file too
         ({"options": [str(i) for i in range(26)]}, "options", [f"{chr(65 + i)}. {i}" for i in range(26)]),
         ({"category": "\ud800", "domain": 3, "duration": "short"}, "about", {"data_source": "set", "duration": "short"}),
     ],
@@ -227,6 +269,21 @@ def test_a_bad_record_is_named(tmp_path, change, message):
 def test_a_field_is_read_rightly(tmp_path, change, field, value):
     (sample,) = load(tmp_path, RECORD | change)
     assert getattr(sample, field) == value
+
+
+@pytest.mark.parametrize("style", [
+    *("{}. {}", "({}) {}", "[{}] {}", "{{{}}} {}", "{} - {}", "{} – {}", "{}、{}", "{}： {}", "【{}】{}", "{} {}"),
+    *("**{}.** {}", "**{}**. {}", "**{}** {}", "**{}. {}**", "- **{}. {}**", "**({})** {}", "__{}.__ {}"),
+    *("Option {}: {}", "option {} {}", "Choice ({}) {}", "Answer {}: {}", "- {}. {}")])
+def test_letters_of_any_style_are_the_options_own(tmp_path, style):
+    """Written as "A. x"; a second letter before them would leave choice_letter two to read."""
+    for letters in ("abc", "ABC", "ＡＢＣ"):
+        options = [style.format(letter, text) for letter, text in zip(letters, ("left", "2² m", "B-roll"))]
+        (sample,) = load(tmp_path, RECORD | {"options": options})
+        if options != sample.options:  # they stay where they are "A. x" or "(A) x"
+            assert sample.options == ["A. left", "B. 2² m", "C. B-roll"]
+        assert options != sample.options or style in ("{}. {}", "({}) {}")
+        assert [rewards.accuracy_reward(f"<answer>{said}</answer>", sample) for said in ("B", "A. 2² m", "B. left")] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
@@ -275,6 +332,8 @@ def test_missing_media_are_counted_by_folder(tmp_path):
     )
     message, most = data.missing_media(samples[:2], tmp_path / "r.json", tmp_path)
     assert not most and "1 of 2 records" in message and message.endswith(f"--media_root was {tmp_path}")
+    (named,) = load(tmp_path, RECORD)
+    assert "the first: record 0 (id 3), " in data.missing_media([replace(named, path="y")], tmp_path / "r.json", None)[0]
     assert data.missing_media(samples[:1], tmp_path / "r.json", None) == ("", False)
 
 
@@ -462,8 +521,6 @@ def test_prompt_layout(world, builder):
 
 
 def test_target_is_what_the_rewards_ask_for(world, builder):
-    import rewards
-
     sample = data.load_samples(world / "cot.json")[0]
     target = builder.target(sample)
     assert target[-1] == builder.tokenizer.eos_token_id

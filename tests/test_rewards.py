@@ -74,6 +74,9 @@ def test_choice_letter(text, letter):
         *("Ｂ", "（B）", "Ｂ．right", "Answer:\nB", "\ufeffB", "B\u200b", "\u200b(\u200dB\u2060)", "\u00a0B\u3000"),
         *("B. it's at 9 a.m.", "B. I'm sure", "B. a U-turn", "B: a lady in a T-shirt", "B. righteous"),
         *("B\n\nBecause it turns.", "B. right, plan B", "B. at 20 °C", "(B) is the answer", "B. all in all"),
+        *("B is correct", "Option B is correct.", "B is right", "**B** is the best option", "B is the answer: it turns"),
+        *("So, the answer is B", "Thus B", "It is B", "It's (b).", "Letter B", "The correct answer is letter B: right"),
+        *("答案：B", "正确答案是 **B**。", "选B", "故选B。", "选项B正确", "B是正确的", "我选B"),
     ],
 )
 def test_a_letter_is_read_past_its_markup(text):
@@ -87,6 +90,9 @@ def test_a_letter_is_read_past_its_markup(text):
         *("A or B", "**A** or **B**", "A / B", "A&B", "A-B", "A, or C", "A. A or B", "(A)(B)", "A! B?", "Ａ，Ｂ", "A. B"),
         *("The answer is A or B", "Option A, option B", "A: not B", "A. left. B. right", "A. or a right turn", r"\boxed{A,B}"),
         *("right", "**right**", "The answer is right", "right. B", "not B", "The answer is not B", "answer", "E", "Option E"),
+        *("A is right", "B is correct, not A", "B is incorrect", "B is not correct", "It is A or B", "So it is A. right"),
+        *("B is up", "It is a man", "It is a right turn", "选A或B", "答案不是B", "不选B", "A正确，B错误"),
+        *("C. up (not down)", "C. up, then A"),  # what is said of other options is not read
         *("A man walks", "a man", "a right turn", "B turns", "A.M.", "e.g. right", "D-day", "C'mon", "Bé", "B12", "()", "**"),
     ],
 )
@@ -108,6 +114,7 @@ def test_what_hedges_or_has_no_letter_is_no_answer(text):
         ("A. red and blue", None),
         ("A man", None),
         ("E. A and B", "E"),
+        ("D. A, B and C", None),
         ("E", "E"),
         ("F. A and B", None),
         ("F.", "F"),
@@ -187,6 +194,9 @@ def test_choice_letter_with_closing_brackets_and_many_options():
         *((text, 5) for text in ("**5**", "`5`.", "**5.**", "_5_", "「5」", "5\u200b", "\ufeff5")),
         *((text, -3) for text in ("–3", "—3", "\u20113", "－3", "(–3)", "$-3$")),
         *((text, 1000) for text in ("1 000", "1\u2009000", "1\u00a0000", "1\u202f000", "１，０００", "1 000.0", r"1\,000")),
+        *((text, 1000) for text in ("1{,}000", "$1{,}000$")),
+        *((text, -3) for text in ("- 3", "− 3", "$- 3$", "-\u00a03.0")),
+        *((text, None) for text in ("- -3", "10 - 3", "1{,}00", "{,}", "-", "- ")),
         ("12 345 678,5", None),
         *((text, None) for text in ("$5", "5$", '5"', "5'", "50 %", "５％", "10²", "½", "①", "5!", "5)", "3–5", "x = 5")),
         *((text, None) for text in ("1 00", "1 0000", "1,000 000", r"\sqrt{5}", r"\frac{1}{2}", "()", "$$", "The answer is 5")),
@@ -230,6 +240,16 @@ def test_extract_answer(response, answer):
         ("numerical", "0.003", "0.0034", 1),
         ("numerical", "1e-5", "0", 0),
         ("numerical", "1e-5", "0.00001", 1),
+        ("numerical", "66.66666666666667", "66.67", 1),  # more than 6 decimals: three digits, at least 2 decimals
+        ("numerical", "66.66666666666667", "66.666667", 1),
+        ("numerical", "66.66666666666667", "66.7", 0),
+        ("numerical", "0.30000000000000004", "0.3", 1),
+        ("numerical", "0.00012345678", "0.000123", 1),
+        ("numerical", "0.00012345678", "0.00012", 0),
+        ("numerical", "-1.23456789e-9", "-0.00000000123", 1),
+        ("numerical", "1e-7", "0", 0),
+        ("numerical", "0.0000000", "0.004", 1),
+        ("numerical", "3.141593", "3.14", 0),  # 6 decimals
         ("numerical", "5", "5.004", 1),
         ("numerical", "5", "5.01", 0),
         ("numerical", "1,500.5", r"$\boxed{1500.50}$", 1),
@@ -283,6 +303,45 @@ def test_extract_answer(response, answer):
 def test_accuracy_by_problem_type(kind, gold, said, reward):
     assert rewards.accuracy_reward(f"<think>t</think><answer>{said}</answer>", sample(kind, gold)) == pytest.approx(reward)
     assert rewards.accuracy_reward(said, sample(kind, gold)) == 0  # no tags, no answer
+
+
+SAME_WORDS = {  # gold: right answers
+    "yes": ("Yes", "YES.", "“yes”!", "**Yes**"),
+    "red apple": ("Red apple.", "red-apple", "Red, apple"),
+    "Straße": ("STRASSE",),
+    "COVID-19": ("Covid 19",),
+    "pre- and post-war": ("pre and post war",),
+    "Rome - a city": ("Rome, a city",),
+    "1,000 people": ("1 000 people",),
+    "x = -5": ("$x=-5$", "x = −5.", "X=-5"),
+    "a ≤ b": ("a <= b",),
+    "2 * 3": ("2*3", "2 × 3"),
+    "3-5 dogs": ("3–5 dogs", "3 - 5 dogs"),
+}
+OTHER_SIGNS = {  # gold: wrong answers
+    "-0.5": ("0.5", "0,5", "0/5"),
+    "$x=-5$": ("$x=5$", "x = 5", "x-5", "-x = 5"),
+    "a < b": ("a > b", "a = b", "a b", "a <= b"),
+    "a = b": ("a != b", "a ≠ b"),
+    "1.2": ("1/2", "1:2", "1-2", "1 2", "1,2"),
+    "3.5": ("3 5", "3, 5"),
+    ".5": ("5", "-5"),
+    "50%": ("50",),
+    "x² + 1": ("x³ + 1", "x² - 1", "x + 1"),
+    "2 * 3": ("2 + 3", "2 3"),
+    "C++": ("C",),
+    "A-": ("A", "A+"),
+    "p ∧ q": ("p ∨ q",),
+    "-5 and 5": ("5 and -5",),
+    "the dog runs -5 m": ("the dogs run 5 m",),  # the same stems
+}
+
+
+@pytest.mark.parametrize("gold, said, reward", [
+    *((gold, said, 1) for gold, right in SAME_WORDS.items() for said in right),
+    *((gold, said, 0) for gold, wrong in OTHER_SIGNS.items() for said in wrong)])
+def test_the_same_words_are_right_unless_their_signs_differ(gold, said, reward):
+    assert rewards.accuracy_reward(f"<answer>{said}</answer>", sample("free-form", gold)) == reward
 
 
 @pytest.mark.parametrize(
