@@ -70,6 +70,8 @@ class AvVideo:
         self.seeks = self.checks = False  # checks: the stamps of frames against self.keys
         self._open()
         self.packets, self.key_frames, shown = self._scan()
+        if not self.packets:
+            raise VideoError("cannot be decoded: it holds no whole frame")
         self.places = {packet.place: i for i, packet in enumerate(self.packets)}
         self._open()
         first = next(self.frames, None)

@@ -254,6 +254,9 @@ def test_what_is_no_video_is_refused(tmp_path):
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(VideoError, match="empty.mp4: cannot be decoded: no video, or a damaged one"):
         shown(tmp_path / "empty.mp4")
+    (tmp_path / "begun.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
+    with pytest.raises(VideoError, match="begun.y4m: cannot be decoded: it holds no whole frame"):
+        shown(tmp_path / "begun.y4m")
     with av.open(str(tmp_path / "sound.mkv"), "w") as container:
         sound = container.add_stream("aac", rate=8000)
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
