@@ -33,12 +33,13 @@ import rewards
 import toy
 import tts
 from data import DataError, Prompt, PromptBuilder, Sample, about, load_samples, missing_media, problem_type, read_records
-from model import Policy, fingerprint, local_folder
+from model import Policy, fingerprint, local_folder, text_fingerprint
 from rollout import generate
 from run import (
     MEDIA,
     RANK,
     WORLD,
+    by_name,
     claimed,
     commit,
     digest,
@@ -49,6 +50,7 @@ from run import (
     ordered,
     peek,
     ranks,
+    read_config,
     refuse_changes,
     say,
     seed,
@@ -100,6 +102,10 @@ def parse_args(argv=None):
     for name, least in dict(frames=2, start=2, cap=args.start).items():
         if getattr(args, name) < least or getattr(args, name) % 2:
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}, even")
+    if args.filter and Path(args.filter).resolve() == Path(args.data or "").resolve():
+        p.error(f"--filter {args.filter}: is the file of --data, which it would overwrite; expected another file")
+    if args.filter and Path(args.filter).is_dir():
+        p.error(f"--filter {args.filter}: is a folder, expected a file to write")
     if args.filter and (args.tts or args.m < 2 or not Path(args.filter).absolute().parent.is_dir()):
         p.error(f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a folder that exists")
     return args
@@ -309,14 +315,20 @@ def write_filtered(lines, samples, source, target):
 
 def open_answers(args, folder, at_end):
     """Opens the folder of answers, claimed until at_end, an ExitStack, closes -> the folder. Ends the program where other
-    processes are still writing to it, or where it holds the answers of other weights, records or flags."""
+    processes are still writing to it, or where it holds the answers of another model, other records or flags, or answers of
+    which config.txt does not say what they were made with."""
     out = Path(args.out or f"out/eval-{str(args.model).strip('./').replace('/', '-')}-{Path(args.data).stem}")
     at_end.enter_context(claimed(out))
     if RANK == 0:
-        lines = [f"# weights {fingerprint(folder)}, records {digest(args.data)}", f"# commit {commit()}", *flag_lines(args)]
-        if (out / "config.txt").exists() and any(f.stat().st_size for f in out.glob("*.rank*.jsonl")):
-            refuse_changes(out / "config.txt", lines, SAME)
-        write_whole(out / "config.txt", "\n".join(lines) + "\n")
+        model = f"{fingerprint(folder)}, texts {text_fingerprint(folder)}"
+        lines = [f"# weights {model}, records {digest(args.data)}", f"# commit {commit()}", *flag_lines(args)]
+        config = out / "config.txt"
+        if any(f.stat().st_size for f in out.glob("*.rank*.jsonl")):
+            if not config.exists() or "# weights" not in by_name(read_config(config).splitlines()):
+                raise DataError(f"{config}: missing, or without its line '# weights': nothing says which model and flags gave "
+                                "the answers beside it. Another --out starts anew, and so does deleting that folder")
+            refuse_changes(config, lines, SAME)
+        write_whole(config, "\n".join(lines) + "\n")
     gather(None)
     return out
 

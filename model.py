@@ -29,6 +29,9 @@ from data import Prompt, load_tokenizer, normalize, patchify
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}  # safetensors' names
+# the text files of a model folder that change answers, besides its weights
+TEXTS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json",
+         "special_tokens_map.json", "chat_template*", "additional_chat_templates/*")
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
 
 
@@ -48,11 +51,14 @@ def newest_checkpoint(run):
 
 
 def local_folder(name):
-    """A model folder for a folder, a run folder (its newest checkpoint) or a hub name.
+    """A model folder for a folder, a run folder (its newest checkpoint) or a hub name. A folder with config.json and weights
+    is the model itself, also where checkpoints of its training lie inside.
 
     Raises ModelError when it is none of them or holds no weights.
     """
-    folder = newest_checkpoint(name) or Path(name)
+    folder = Path(name)
+    if not ((folder / "config.json").exists() and weight_files(folder)):
+        folder = newest_checkpoint(name) or folder
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
             raise ModelError(f"{name}: no such model folder")
@@ -106,6 +112,15 @@ def fingerprint(folder):
             for i in range(64):
                 f.seek(i * max(0, size - 2**16) // 63)
                 digest.update(f.read(2**16))
+    return digest.hexdigest()
+
+
+def text_fingerprint(folder):
+    """Hex digits that tell the text files of a model folder that change answers (TEXTS) from others, by their whole content."""
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted({file for pattern in TEXTS for file in Path(folder).glob(pattern) if file.is_file()}):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()
 
 

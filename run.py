@@ -148,15 +148,25 @@ def flag_lines(args):
 
 def by_name(lines):
     """The lines of a flag file, or comments such as "# records 1234", by name: "prompts", "# records"."""
-    words = {line: line.removeprefix("--").split() for line in lines if line.strip()}
-    return {" ".join(w[:2]) if w[0] == "#" else w[0]: line for line, w in words.items()}
+    words = {line: line.removeprefix("--").split() for line in lines}
+    return {" ".join(w[:2]) if w[0] == "#" else w[0]: line for line, w in words.items() if w}
+
+
+def read_config(file):
+    """The text of a flag file, in UTF-8 with or without a byte order mark. Raises DataError, which names the file."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file}: not UTF-8 text, expected flags, one a line ({e})") from e
+    except OSError as e:
+        raise DataError(f"{file}: cannot be read: {e.strerror}") from e
 
 
 def refuse_changes(config, lines, names, defaults=()):
     """Ends the program if a flag or comment that is named differs between the file of an earlier run and `lines`.
     defaults: the lines of flags that the file may not have, as it is older than they are; comments it need not have."""
     now = by_name(lines)
-    before = by_name(defaults) | by_name(config.read_text(encoding="utf-8").splitlines())
+    before = by_name(defaults) | by_name(read_config(config).splitlines())
     was, now = ([line for name, line in a.items() if b.get(name) != line and name in names and (name in b or name[0] != "#")]
                 for a, b in ((before, now), (now, before)))
     if was or now:

@@ -1,9 +1,11 @@
 """eval.py from files to files: every question once whatever happens, failures are wrong answers, scores by hand."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -371,6 +373,40 @@ def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(tmp
     run(*command)
     records.write_text(json.dumps(json.loads(records.read_text())[::-1]))  # other records under the same name
     assert "was run otherwise" in run(*command, expect=1)
+
+
+@pytest.mark.parametrize("config", [None, "", "--seed 0\n--\n"])
+def test_answers_without_what_they_were_made_with_are_refused(tmp_path, world, config):
+    """As if config.txt had been deleted, emptied or edited; and answers of the same weights with another chat template."""
+    shutil.copytree(world / "model", tmp_path / "m")
+    args = evaluation.parse_args([str(x) for x in flags(world, tmp_path / "m", tmp_path / "out")[1:]])
+    with contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    (tmp_path / "out" / "greedy-16.rank0.jsonl").write_text('{"record": 0}\n')
+    with contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    kept = (tmp_path / "out" / "config.txt").read_text()
+    template = tmp_path / "m" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(SystemExit, match="was run otherwise.* # weights"), contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    (tmp_path / "out" / "config.txt").unlink() if config is None else (tmp_path / "out" / "config.txt").write_text(config)
+    with pytest.raises(data.DataError, match="out/config.txt: missing, or without its line"), contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    (tmp_path / "out" / "config.txt").write_text(kept + "--\n\n")  # a line that is no flag
+    template.write_text(template.read_text()[:-1])
+    with contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+
+
+def test_the_filter_writes_over_no_records_and_no_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.json").write_text("[]")
+    (tmp_path / "link.json").symlink_to(tmp_path / "r.json")
+    monkeypatch.chdir(tmp_path)
+    for target, message in (("r.json", "is the file of --data"), ("./link.json", "is the file of --data"), (".", "is a folder")):
+        with pytest.raises(SystemExit):
+            evaluation.parse_args(["--model", "m", "--data", str(tmp_path / "r.json"), "--filter", target])
+        assert f"error: --filter {target}: {message}" in capsys.readouterr().err
 
 
 def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(tmp_path, world, cold_start):

@@ -395,6 +395,33 @@ def test_a_run_without_a_checkpoint_yet_says_so(tmp_path):
         model.local_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "at_the_root, found",
+    [
+        (("config.json", "model.safetensors"), "."),  # a trainer's last model, with checkpoints of its training inside
+        (("config.json",), "checkpoint-10"),
+        ((), "checkpoint-10"),
+    ],
+)
+def test_a_model_folder_is_itself_and_a_run_folder_its_newest_checkpoint(tmp_path, at_the_root, found):
+    for folder in (".", "checkpoint-9", "checkpoint-10"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in at_the_root if folder == "." else ("config.json", "model.safetensors"):
+            (tmp_path / folder / name).write_text("{}")
+    assert model.local_folder(str(tmp_path)) == tmp_path / found
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"])
+def test_the_texts_of_a_model_tell_it_from_others_by_their_whole_content(tmp_path, name):
+    content = b"a" * 200_000
+    (tmp_path / name).write_bytes(content)
+    before = model.text_fingerprint(tmp_path)
+    (tmp_path / "config.txt").write_text("of a run, as other files beside the model")
+    assert model.text_fingerprint(tmp_path) == before
+    (tmp_path / name).write_bytes(content[:100_001] + b"b" + content[100_002:])
+    assert model.text_fingerprint(tmp_path) != before
+
+
 def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys):
     shutil.copytree(world / "model", tmp_path / "m")
     rewrite(tmp_path / "m" / "model.safetensors", lambda w: w | {"model.layers.9.extra": torch.ones(2)})
