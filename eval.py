@@ -39,6 +39,7 @@ from run import (
     MEDIA,
     RANK,
     WORLD,
+    append,
     by_name,
     claimed,
     commit,
@@ -225,21 +226,20 @@ def run_method(policy, builder, left, samples, bad, method, out, pool, args):
     """Answers this rank's share of the records `left`, appending to the method's file."""
     left = left[RANK::WORLD]
     bar = tqdm(total=len(left), desc=method.name, unit="question", disable=None if RANK == 0 else True)
-    with open(out / f"{method.name}.rank{RANK}.jsonl", "a", encoding="utf-8") as f:
-        for i in (i for i in left if i in bad):
-            f.write(json.dumps(bad[i] | dict(record=i, score=0.0, rounds=[])) + "\n")
-            bar.update()
-        questions = (Question(i, samples[i], method) for i in left if i in samples)
-        total = 0.0
-        asked = answer(policy, builder, questions, method, pool=pool, max_new=args.max_new, run_seed=args.seed, batch=args.batch)
-        for n, q in enumerate(asked, 1):
-            f.write(json.dumps(line(q)) + "\n")
-            f.flush()
-            if q.prompt is None:
-                tqdm.write(f"failed: {q.failure}")
-            total += q.score
-            bar.update()
-            bar.set_postfix(accuracy=f"{total / n:.3f}")
+    file = out / f"{method.name}.rank{RANK}.jsonl"
+    for i in (i for i in left if i in bad):
+        append(file, [bad[i] | dict(record=i, score=0.0, rounds=[])])
+        bar.update()
+    questions = (Question(i, samples[i], method) for i in left if i in samples)
+    total = 0.0
+    asked = answer(policy, builder, questions, method, pool=pool, max_new=args.max_new, run_seed=args.seed, batch=args.batch)
+    for n, q in enumerate(asked, 1):
+        append(file, [line(q)])
+        if q.prompt is None:
+            tqdm.write(f"failed: {q.failure}")
+        total += q.score
+        bar.update()
+        bar.set_postfix(accuracy=f"{total / n:.3f}")
     bar.close()
 
 

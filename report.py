@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data import DataError, Sample, load_media
 from rewards import choice_letter
+from run import write_whole
 from scores import natural, summarize
 from video import close_workers
 
@@ -288,7 +289,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.run) / "report.html")
     try:
-        out.write_text(page(args.run), encoding="utf-8", errors="replace")
+        write_whole(out, page(args.run), errors="replace")
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

@@ -182,11 +182,27 @@ def digest(path):
         raise DataError(f"{path}: cannot be read: {e}") from e
 
 
-def write_whole(path, text):
-    """Writes a file under another name and moves it into place: a file that has its name is whole."""
+@contextlib.contextmanager
+def naming(path):
+    """Around the writing of a file: an OSError that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def write_whole(path, text, errors="strict"):
+    """Writes a file under another name and moves it into place: a file that has its name is whole. errors: as in open, for
+    what UTF-8 does not have. Raises OSError, which names the file; nothing is left under the other name."""
     partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with naming(path):
+            partial.write_text(text, encoding="utf-8", errors=errors)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # ---- ranks, clock, log
@@ -285,10 +301,9 @@ def timed(phase):
 
 
 def append(path, objects):
-    """Appends objects to a .jsonl file, on rank 0."""
-    if RANK == 0:
-        with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(_finite(o)) + "\n" for o in objects)
+    """Appends objects to a .jsonl file. Raises OSError, which names the file."""
+    with naming(path), open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(_finite(o)) + "\n" for o in objects)
 
 
 def _finite(o):
@@ -452,6 +467,21 @@ def resume_command():
     return f"{launcher} {shlex.join(sys.argv)}" + ("" if "--resume" in sys.argv else " --resume")
 
 
+@contextlib.contextmanager
+def resumable():
+    """Inside, an OSError ends the program with one line: the error, and the command that resumes."""
+    try:
+        yield
+    except OSError as e:
+        raise SystemExit(f"error: {e}; to resume: {resume_command()}") from e
+
+
+def _disk_is_full(folder):
+    """Words for an error if less than 1 MB is free, else "": torch and safetensors do not always say why a write failed."""
+    free = shutil.disk_usage(folder).free
+    return f" (no space left: {free} bytes are free)" if free < 1e6 else ""
+
+
 def _sync(path):
     """Brings a file, or a folder's list of names, to the disk."""
     if path.is_dir() and os.name == "nt":  # which opens no folders
@@ -488,9 +518,10 @@ def save(policy, optimizer, step, args):
         partial.rename(folder)
         _sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk is a RuntimeError in torch, the third in safetensors
+        full = _disk_is_full(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
         before = "The checkpoint before it is whole; --resume resumes from there"
         rest = before if checkpoints(folder.parent) else "The run has no checkpoint before it"
-        raise SystemExit(f"error: {folder} could not be written: {e}. {rest}") from e
+        raise SystemExit(f"error: {folder} could not be written: {e}{full}. {rest}") from e
     for old in checkpoints(folder.parent)[: -args.keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -56,6 +56,7 @@ from run import (
     ordered,
     peek,
     ranks,
+    resumable,
     resume_command,
     save,
     say,
@@ -319,7 +320,8 @@ def report(out, bar, step, entry, args, skipped=0):
     were skipped since the run began or was resumed."""
     if torch.cuda.is_available():
         entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
+    if RANK == 0:
+        append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
     figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
     bar.set_postfix(figures)
     if step and step % args.log_every == 0:
@@ -355,6 +357,7 @@ def train(args, device, at_end):
     bar = at_end.enter_context(tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo,
                                     unit="step"))
     noted = at_end.enter_context(stop_signals())
+    at_end.enter_context(resumable())
 
     def held_out_accuracy():
         policy.group = mrsp.ALONE  # every rank answers its own questions
@@ -407,7 +410,8 @@ def train(args, device, at_end):
             idle_steps = idle_steps + 1 if entry["skipped_update"] or entry.get("zero_std_groups") == 1 else 0
             if idle_steps == IDLE_STEPS:
                 say(f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}")
-        append(out / "samples.jsonl", some)
+        if RANK == 0:
+            append(out / "samples.jsonl", some)
         stop = max(gather(max(noted, default=0)))  # of any rank: all stop after the same step
         if done % args.save_every == 0 or done == args.steps or stop:
             policy.group = mrsp.ALONE

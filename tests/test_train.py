@@ -1,5 +1,6 @@
 """Whole runs, from files to files: several ranks, a kill in the middle, bad data, a full disk, the real tokenizer and video."""
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import data
 import eval
 import grpo
 import model
+import report
 import run as runs
 import step
 import toy
@@ -820,6 +822,33 @@ def test_unwritable_run_folder_and_full_disk(tmp_path, world):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
         assert done.returncode and "checkpoint-000002 could not be written" in done.stderr and message in done.stderr
         assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == before
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Inside, a write beyond this size of a file fails, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_what_was_there(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("")
+    page, log = tmp_path / "report.html", tmp_path / "log.jsonl"
+    report.main([str(tmp_path)])
+    whole = page.read_text()
+    with files_of_at_most(1000):
+        with pytest.raises(SystemExit, match=f"error: .*File too large: '{page}'"):
+            report.main([str(tmp_path)])
+        message = f"error: .*File too large: '{log}'; to resume: python .* --resume"
+        with pytest.raises(SystemExit, match=message), runs.resumable():
+            runs.append(log, [{"step": i} for i in range(1000)])
+    assert page.read_text() == whole and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        runs.append("/dev/full", [{"step": 1}])
 
 
 FILES = ["--model", "m", "--data", "d"]
