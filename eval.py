@@ -57,7 +57,7 @@ from run import (
     seed,
     write_whole,
 )
-from scores import constant_answer, mean, natural, score, summarize, table
+from scores import answer_misfit, constant_answer, mean, natural, score, summarize, table
 from video import close_workers
 
 # what all the answers of a folder have in common, besides the model's weights and the records
@@ -243,18 +243,25 @@ def run_method(policy, builder, left, samples, bad, method, out, pool, args):
     bar.close()
 
 
-def read(out, name):
-    """{record: line} of a method, of all ranks. Raises DataError for a line that cannot be read, unless it is a file's last."""
-    lines = {}
+def read(out, name, form=True):
+    """{record: line} of a method, of all ranks. Raises DataError for a line that cannot be read, unless it is a file's last, or,
+    with `form`, holds other values than eval.py writes."""
+    lines, wrong = {}, None
     for file in sorted(out.glob(f"{name}.rank*.jsonl")):
-        *whole, _ = file.read_text(encoding="utf-8").split("\n")
+        *whole, _ = file.read_bytes().split(b"\n")
         for i, text in enumerate(whole, 1):
             try:
                 r = json.loads(text)
-                lines[r["record"]] = r
+                if type(r["record"]) is not int:
+                    raise TypeError("'record' is no whole number")
             except (ValueError, TypeError, KeyError) as e:
                 raise DataError(f"{file}, line {i}: not JSON with the number of a 'record'; delete the line, and its question is "
                                 f"asked again ({e})") from e
+            lines[r["record"]] = r
+            if wrong is None and (why := answer_misfit(r)):
+                wrong = f"{file}, line {i}: {why}; delete the line, and its question is asked again"
+    if form and wrong:
+        raise DataError(wrong)
     return dict(sorted(lines.items()))
 
 
@@ -274,9 +281,9 @@ def earlier_methods(out, asked, records):
     left out."""
     found, names = [], {file.name.split(".rank")[0] for file in out.glob("*.rank*.jsonl")}
     for name in sorted(names - {method.name for method in asked}, key=natural):
-        lines = read(out, name)
+        lines = read(out, name, form=False)
         if lines.keys() == set(records):
-            found.append(summarize([*lines.values()], name))
+            found.append(summarize([*read(out, name).values()], name))
         else:
             say(f"{name}: has answers to {len(lines)} of {len(records)} questions, so it is not in summary.json")
     return found

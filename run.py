@@ -71,17 +71,57 @@ def number(parser, name, default, within, text):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error is one line, of rank 0, without the usage."""
+    """An ArgumentParser whose error is one line, of rank 0, without the usage. @FILE stands for the words of a flag file."""
+
+    def __init__(self, *a, **kw):
+        super().__init__(*a, **kw)
+        self.places = {}  # {word: [(file and line, or "" for the command line; the word after it), ...]}
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n" if RANK == 0 else None)
+        words = (word.strip(":,'").split("=")[0] for word in message.split())
+        found = next((self.places[word] for word in words if word in self.places), [("", "")])
+        place = next((place for place, value in reversed(found) if value in message), found[-1][0])
+        self.exit(2, f"error: {place}{message}\n" if RANK == 0 else None)
 
-    def convert_arg_line_to_args(self, line):
-        """The words of one line of a flag file."""
+    def parse_known_args(self, args=None, namespace=None):
+        self.places.clear()
+        return super().parse_known_args(self._expand(sys.argv[1:] if args is None else args, "", ()), namespace)
+
+    def _expand(self, words, place, inside):
+        """The words with those of the flag files that they name. place: where they stand; inside: the files around them."""
+        out = []
+        for word, following in zip(words, [*words[1:], ""]):
+            if not word.startswith("@"):
+                flag, equals, value = word.partition("=")
+                self.places.setdefault(flag, []).append((place, value if equals else following))
+                out.append(word)
+                continue
+            file = Path(word[1:])
+            if file.resolve() in inside:
+                self.error(f"{place}{word}: a flag file that includes itself")
+            try:
+                lines = flag_words(file)
+            except DataError as e:
+                self.error(f"{place}{e}")
+            for i, more in lines.items():
+                out += self._expand(more, f"{file}, line {i}: ", (*inside, file.resolve()))
+        return out
+
+
+def flag_words(file):
+    """The lines of a flag file -> {number, from 1: its words}. Quotes are those of a shell, # begins a comment, and a backslash
+    is itself, as in a path of Windows. Raises DataError, which names the file and the line."""
+    found = {}
+    for i, line in enumerate(read_config(file).splitlines(), 1):
+        lexer = shlex.shlex(line, posix=True)
+        lexer.whitespace_split, lexer.escape = True, ""
         try:
-            return shlex.split(line, comments=True)
+            found[i] = list(lexer)
         except ValueError as e:
-            self.error(f"a line of a flag file cannot be read: {e}: {line[:80]!r}")
+            raise DataError(f"{file}, line {i}: cannot be read: {e}: {line[:80]!r}") from e
+        if "--" in found[i]:
+            raise DataError(f"{file}, line {i}: -- is no flag: {line[:80]!r}")
+    return found
 
 
 def flag_parser(doc, **kw):
@@ -90,8 +130,7 @@ def flag_parser(doc, **kw):
 
     The default tells the type. within: the bounds of a number (see number), or of each number of a list.
     """
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@",
-               allow_abbrev=False, **kw)
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw)
     p._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")  # -1e-3 is a value too, which argparse takes for a flag
 
     def add(group, name, default, help, within="at least 0", **kw):
@@ -357,14 +396,23 @@ def claimed(out):
 
 
 def _rewind(path, step):
-    """Drops the entries after `step`, and a half-written last line."""
+    """Drops the entries after `step`, and a half-written last line. Lines that cannot be read are dropped, too, and counted on
+    the console; so is a file that should be there, as the step is not the first."""
     if not path.exists():
+        if step >= 0:
+            say(f"{path}: no such file, so what was logged up to step {step} is lost; the log begins again")
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # no entry of a step
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    kept, unreadable = [], 0
+    *lines, _ = path.read_bytes().split(b"\n")
+    for line in lines:
+        try:
+            text = line.decode()
+            if json.loads(text)["step"] <= step:
+                kept.append(text + "\n")
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+    if unreadable:
+        say(f"{path}: {unreadable} of {len(lines)} lines hold no entry of a step; they are dropped")
     write_whole(path, "".join(kept))
 
 

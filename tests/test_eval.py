@@ -22,6 +22,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import model
+import report
 import rewards
 import scores
 from data import Sample
@@ -428,6 +429,30 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, text):
     (tmp_path / "greedy-4.rank0.jsonl").write_text('{"record": 0}\n' + text + "\n")
     with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: not JSON with the number of a 'record'"):
         evaluation.read(tmp_path, "greedy-4")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(score=None), "'score' is null, expected a whole number or a number"),
+        (dict(score="1.0"), "'score' is \"1.0\", expected a whole number or a number"),
+        (dict(score=5.0), "'score' is 5.0, expected a number from 0 to 1"),
+        (dict(score=float("nan")), "'score' is nan, expected a number from 0 to 1"),
+        (dict(record="0"), "not JSON with the number of a 'record'"),
+        (dict(rounds=None), "'rounds' is null, expected a list of an object"),
+        (dict(rounds=[3]), r"'rounds' is \[3\], expected a list of an object"),
+        (dict(rounds=[{}]), "'path' is null, expected text"),
+        (dict(failure=7), "'failure' is 7, expected text or null"),
+        (dict(about=None), "'about' is null, expected an object"),
+    ],
+)
+def test_an_answer_that_was_edited_is_named_by_eval_and_report(tmp_path, change, message):
+    whole = dict(record=0, score=0.0, failure="a.mp4: no such file", rounds=[], about={})
+    (tmp_path / "greedy-4.rank0.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole | {"record": 1} | change) + "\n")
+    with pytest.raises(data.DataError, match=f"greedy-4.rank0.jsonl, line 2: {message}"):
+        evaluation.read(tmp_path, "greedy-4")
+    with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: '"):
+        report.page(tmp_path)
 
 
 def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):

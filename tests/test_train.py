@@ -423,12 +423,72 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change
     assert "usage:" not in out and out.count("Traceback") <= 1 and 'train.py", line' not in out
 
 
-def test_flag_files_that_cannot_be_read(tmp_path, capsys):
-    (tmp_path / "f.txt").write_text("--data 'no end\n")
-    for argv, message in ((["@nowhere.txt"], "nowhere.txt"), ([f"@{tmp_path}/f.txt"], "a line of a flag file cannot be read")):
-        assert here("train.py", *argv) == 2
-        printed = capsys.readouterr().err
-        assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("--data 'no end\n", "f.txt, line 1: cannot be read: No closing quotation"),
+        ("--lr 1\n@f.txt\n", "f.txt, line 2: @f.txt: a flag file that includes itself"),
+        ("--lr 1\n@nowhere.txt\n", "f.txt, line 2: nowhere.txt: cannot be read: No such file or directory"),
+        ("--lr 1\n--\n", "f.txt, line 2: -- is no flag"),
+        ("--lr 1\n\n--lr abc # no number\n--seed 3\n", "f.txt, line 3: --lr abc: expected a finite number"),
+        ("--lrr=3\n", "f.txt, line 1: unrecognized arguments: --lrr=3"),
+        ("--lr 1 extra\n", "f.txt, line 1: unrecognized arguments: extra"),
+        ("--algo max\n", "f.txt, line 1: argument --algo: invalid choice: 'max'"),
+        ("--group 1\n", "f.txt, line 1: --group 1: expected at least 2"),
+        ("--seed\n", "f.txt, line 1: argument --seed: expected one argument"),
+        ("--lr 1\n".encode("utf-16"), "f.txt: not UTF-8 text"),
+        (None, "f.txt: cannot be read: No such file or directory"),
+    ],
+)
+def test_an_error_of_a_flag_file_names_file_and_line(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "f.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "m", "--data", "d", "@f.txt"])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}") and printed.count("\n") == 1
+
+
+def test_an_error_of_the_command_line_names_no_flag_file(tmp_path, capsys):
+    (tmp_path / "f.txt").write_text("--lr 1\n")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "m", "--data", "d", f"@{tmp_path}/f.txt", "--lr", "abc"])
+    assert capsys.readouterr().err.startswith("error: --lr abc: ")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["without a mark", "with a byte order mark"])
+@pytest.mark.parametrize(
+    "text, out",
+    [
+        (r"--out C:\runs\a", r"C:\runs\a"),
+        (r'--out "C:\my runs\a"  # a comment', r"C:\my runs\a"),
+        ("--out=läufe", "läufe"),
+        ("--out ''", ""),
+    ],
+)
+def test_a_flag_file_is_read_as_it_is_written(tmp_path, mark, text, out):
+    """A backslash is a backslash; and what a run writes down of its flags is read back as it was."""
+    (tmp_path / "f.txt").write_bytes(mark + f"{text}\n--model 'a \"b\" # c'\n--data d\n".encode())
+    args = train.parse_args([f"@{tmp_path}/f.txt"])
+    assert (args.out, args.model) == (out, 'a "b" # c')
+    args.model = "it's a\\ \"b\" #1"
+    (tmp_path / "again.txt").write_text("\n".join(runs.flag_lines(args)), encoding="utf-8")
+    assert train.parse_args([f"@{tmp_path}/again.txt"]) == args
+
+
+def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 1}\ngarbled\n{"step": null}\n\xff\xfe\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    runs._rewind(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert capsys.readouterr().out == f"{log}: 3 of 6 lines hold no entry of a step; they are dropped\n"
+    runs._rewind(log, 2)
+    log.unlink()
+    runs._rewind(log, -1)  # a run that begins
+    assert capsys.readouterr().out == ""
+    runs._rewind(log, 2)
+    assert capsys.readouterr().out == f"{log}: no such file, so what was logged up to step 2 is lost; the log begins again\n"
 
 
 def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
