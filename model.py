@@ -414,6 +414,12 @@ def _load_network(folder, dtype):
         raise ModelError(f"{folder}: model type {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}")
     if "quantization_config" in config:
         raise ModelError(f"{folder}: quantised weights, expected the checkpoint that they were made from, in bf16 or fp32")
+    for file in weight_files(folder):
+        if not file.exists():
+            raise ModelError(f"{folder}: cannot be loaded: its index names {file.name}, which is not there")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not isinstance(_read_object(index).get("metadata"), dict):
+        raise ModelError(f"{index}: no object 'metadata', which transformers expects beside 'weight_map'")
     net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True,
                                                             ignore_mismatched_sizes=True)  # they are an error here, not there
     for name, found, expected in sorted(info["mismatched_keys"], key=str):
@@ -426,6 +432,11 @@ def _load_network(folder, dtype):
     if (extra := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{folder}: {len(extra)} weights have no place in this architecture and are not used, first {extra[0]}",
               file=sys.stderr)
+    text = net.config.text_config
+    sections, half = (text.rope_parameters or {}).get("mrope_section"), text.hidden_size // text.num_attention_heads // 2
+    if not isinstance(sections, (list, tuple)) or len(sections) != 3 or sum(sections) != half:
+        raise ModelError(f"{folder / 'config.json'}: 'mrope_section' of the rotary embedding is {sections}, expected three "
+                         f"numbers with the sum {half}, half a head")
     return net, weights_dtype(folder)
 
 

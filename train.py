@@ -268,13 +268,24 @@ def read_data(args):
         samples = [s for s in samples if s.reasoning]
     if not samples:
         raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
-    for message in bad[:5]:
+    for message in bad:
         say(f"skipped: {message}")
     held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
     say(f"{args.data}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped")
     look_for_media(samples, args.data, args.media_root)
     look_for_media(held_out, args.eval_data, args.media_root)
     return samples, held_out
+
+
+def warn(args):
+    """Prints a line for every flag that keeps the run from learning, or from its learning rate."""
+    if args.lr == 0:
+        say("--lr 0: no step changes the weights")
+    if args.algo != "sft" and not (args.w_accuracy or args.w_format or args.len_bonus):
+        say("--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0" + (
+            " but for the temporal bonus" if args.algo == "tgrpo" and args.alpha else ", so nothing is learned"))
+    if args.warmup >= args.steps:
+        say(f"--warmup {args.warmup}: the run has {args.steps} steps, so the learning rate rises until its end")
 
 
 def load(args, checkpoint, device, samples):
@@ -338,6 +349,7 @@ def train(args, device, at_end):
     """Runs args.steps steps of args.algo; see the module's first lines for what a step does. at_end: an ExitStack of what is to
     be let go of, however it ends. Ends the program, after a step and its checkpoint, on SIGTERM (exit 0) or ctrl-C (130)."""
     samples, held_out = read_data(args)  # before a folder is opened or a model loaded: a wrong path costs nothing
+    warn(args)
     out = Path(args.out)
     at_end.enter_context(claimed(out))
     checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
@@ -350,6 +362,8 @@ def train(args, device, at_end):
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
+        if start >= args.steps:
+            say(f"{checkpoint}: {start} steps are done and --steps is {args.steps}, so there is nothing left to do")
     wrapped = policy
     if WORLD > 1 and not args.fsdp:
         wrapped = DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import bench
 import data
 import eval
+import fsdp
 import grpo
 import model
 import report
@@ -329,6 +330,9 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path, world, cold_st
     command = flags(world, out, "sft", steps=3, save_every=1, keep=9, model=cold_start)
     assert here(*command, "--resume") is None
     printed = capsys.readouterr().out
+    assert "nothing left to do" not in printed and here(*command, "--resume") is None
+    done = f"{out}/checkpoint-000003: 3 steps are done and --steps is 3, so there is nothing left to do"
+    assert done in capsys.readouterr().out
     for n, file in ((3, "optimizer.pt"), (2, "state.json")):
         assert f"{out}/checkpoint-00000{n}: {file}: " in printed
         assert f"moved to checkpoint-00000{n}.torn; the run resumes from checkpoint-000001" in printed
@@ -489,6 +493,54 @@ def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     runs._rewind(log, 2)
     assert capsys.readouterr().out == f"{log}: no such file, so what was logged up to step 2 is lost; the log begins again\n"
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda state: state.clear(), "KeyError: 'state'"),
+        (lambda state: state.pop("param_groups"), "KeyError: 'param_groups'"),
+        (lambda state: state["state"].update({99: {"step": torch.tensor(1.0)}}), "IndexError: list index out of range"),
+        (lambda state: state["param_groups"].pop(), "ValueError: loaded state dict has a different number of parameter groups"),
+        (lambda state: state.update(weights=[]), "ValueError: zip"),
+    ],
+)
+def test_a_file_that_is_no_state_of_the_optimizer_is_named(tmp_path, change, error):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}])
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    change(state)
+    torch.save(state, tmp_path / "optimizer.pt")
+    with pytest.raises(model.ModelError, match=f"optimizer.pt: not the state of this run's optimizer: {error}"):
+        fsdp.load_optimizer(optimizer, tmp_path / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--lr", "0"], ["--lr 0: no step changes the weights"]),
+        (["--w_accuracy", "0", "--w_format", "0"], ["--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0, so"]),
+        (["--w_accuracy", "0", "--w_format", "0", "--algo", "tgrpo"], ["every reward is 0 but for the temporal bonus"]),
+        (["--w_accuracy", "0", "--w_format", "0", "--algo", "sft"], []),
+        (["--w_accuracy", "0"], []),
+        (["--warmup", "10", "--steps", "10"], ["--warmup 10: the run has 10 steps, so the learning rate rises until its end"]),
+        (["--warmup", "9", "--steps", "10"], []),
+    ],
+)
+def test_flags_that_keep_a_run_from_learning_are_named_before_it(capsys, given, said):
+    train.warn(train.parse_args(["--model", "m", "--data", "d", *given]))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(said) and all(text in line for text, line in zip(said, printed))
+
+
+def test_every_bad_record_is_named(tmp_path, world, capsys):
+    records = json.loads((world / "train.json").read_text())[:1]
+    (tmp_path / "bad.json").write_text(json.dumps(records + [records[0] | {"solution": None}] * 12))
+    train.read_data(train.parse_args(["--model", "m", "--data", str(tmp_path / "bad.json"), "--media_root", str(world)]))
+    printed = capsys.readouterr().out
+    assert all(f"skipped: {tmp_path}/bad.json, record {i}" in printed for i in range(1, 13))
 
 
 def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
