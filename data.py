@@ -527,6 +527,14 @@ def load_tokenizer(folder):
         raise DataError(f"{folder}: the tokenizer cannot be read: {type(e).__name__}: {reason}") from e
 
 
+def _read_json(file):
+    """What a JSON file of a model folder holds. Raises DataError, which names the file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{file}: not JSON in UTF-8, or cut off: {e}") from e
+
+
 class PromptBuilder:
     """Sample -> Prompt with a checkpoint's own tokenizer and chat template: medium first, then the text, one user turn.
 
@@ -538,7 +546,7 @@ class PromptBuilder:
         self.tokenizer = load_tokenizer(folder)
         template = Path(folder) / "chat_template.json"  # older checkpoints keep the multimodal template apart
         if template.exists() and not template.with_suffix(".jinja").exists():  # the newer file wins, as in transformers
-            content = _json(template.read_text(encoding="utf-8"), template)
+            content = _read_json(template)
             if not isinstance(content, dict) or not isinstance(content.get("chat_template"), str):
                 raise DataError(f"{template}: expected an object with a 'chat_template'")
             self.tokenizer.chat_template = content["chat_template"]
@@ -546,7 +554,7 @@ class PromptBuilder:
             raise DataError(f"{folder}: the tokenizer has no chat template")
         self.max_prompt, self.media = max_prompt, media
         self.pad = {kind: self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("video", "image")}
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = _read_json(Path(folder) / "config.json")
         if self.pad != (expected := {kind: config.get(f"{kind}_token_id") for kind in self.pad}):
             raise DataError(f"{folder}: the tokenizer has the vision tokens {self.pad}, the model {expected}")
         for kind in self.pad:

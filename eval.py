@@ -33,12 +33,14 @@ import rewards
 import toy
 import tts
 from data import DataError, Prompt, PromptBuilder, Sample, about, load_samples, missing_media, problem_type, read_records
-from model import Policy, fingerprint, local_folder
+from model import Policy, fingerprint, local_folder, text_fingerprint
 from rollout import generate
 from run import (
     MEDIA,
     RANK,
     WORLD,
+    append,
+    by_name,
     claimed,
     commit,
     digest,
@@ -49,12 +51,13 @@ from run import (
     ordered,
     peek,
     ranks,
+    read_config,
     refuse_changes,
     say,
     seed,
     write_whole,
 )
-from scores import constant_answer, mean, natural, score, summarize, table
+from scores import answer_misfit, constant_answer, mean, natural, score, summarize, table
 from video import close_workers
 
 # what all the answers of a folder have in common, besides the model's weights and the records
@@ -100,6 +103,10 @@ def parse_args(argv=None):
     for name, least in dict(frames=2, start=2, cap=args.start).items():
         if getattr(args, name) < least or getattr(args, name) % 2:
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}, even")
+    if args.filter and Path(args.filter).resolve() == Path(args.data or "").resolve():
+        p.error(f"--filter {args.filter}: is the file of --data, which it would overwrite; expected another file")
+    if args.filter and Path(args.filter).is_dir():
+        p.error(f"--filter {args.filter}: is a folder, expected a file to write")
     if args.filter and (args.tts or args.m < 2 or not Path(args.filter).absolute().parent.is_dir()):
         p.error(f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a folder that exists")
     return args
@@ -219,36 +226,42 @@ def run_method(policy, builder, left, samples, bad, method, out, pool, args):
     """Answers this rank's share of the records `left`, appending to the method's file."""
     left = left[RANK::WORLD]
     bar = tqdm(total=len(left), desc=method.name, unit="question", disable=None if RANK == 0 else True)
-    with open(out / f"{method.name}.rank{RANK}.jsonl", "a", encoding="utf-8") as f:
-        for i in (i for i in left if i in bad):
-            f.write(json.dumps(bad[i] | dict(record=i, score=0.0, rounds=[])) + "\n")
-            bar.update()
-        questions = (Question(i, samples[i], method) for i in left if i in samples)
-        total = 0.0
-        asked = answer(policy, builder, questions, method, pool=pool, max_new=args.max_new, run_seed=args.seed, batch=args.batch)
-        for n, q in enumerate(asked, 1):
-            f.write(json.dumps(line(q)) + "\n")
-            f.flush()
-            if q.prompt is None:
-                tqdm.write(f"failed: {q.failure}")
-            total += q.score
-            bar.update()
-            bar.set_postfix(accuracy=f"{total / n:.3f}")
+    file = out / f"{method.name}.rank{RANK}.jsonl"
+    for i in (i for i in left if i in bad):
+        append(file, [bad[i] | dict(record=i, score=0.0, rounds=[])])
+        bar.update()
+    questions = (Question(i, samples[i], method) for i in left if i in samples)
+    total = 0.0
+    asked = answer(policy, builder, questions, method, pool=pool, max_new=args.max_new, run_seed=args.seed, batch=args.batch)
+    for n, q in enumerate(asked, 1):
+        append(file, [line(q)])
+        if q.prompt is None:
+            tqdm.write(f"failed: {q.failure}")
+        total += q.score
+        bar.update()
+        bar.set_postfix(accuracy=f"{total / n:.3f}")
     bar.close()
 
 
-def read(out, name):
-    """{record: line} of a method, of all ranks. Raises DataError for a line that cannot be read, unless it is a file's last."""
-    lines = {}
+def read(out, name, form=True):
+    """{record: line} of a method, of all ranks. Raises DataError for a line that cannot be read, unless it is a file's last, or,
+    with `form`, holds other values than eval.py writes."""
+    lines, wrong = {}, None
     for file in sorted(out.glob(f"{name}.rank*.jsonl")):
-        *whole, _ = file.read_text(encoding="utf-8").split("\n")
+        *whole, _ = file.read_bytes().split(b"\n")
         for i, text in enumerate(whole, 1):
             try:
                 r = json.loads(text)
-                lines[r["record"]] = r
+                if type(r["record"]) is not int:
+                    raise TypeError("'record' is no whole number")
             except (ValueError, TypeError, KeyError) as e:
                 raise DataError(f"{file}, line {i}: not JSON with the number of a 'record'; delete the line, and its question is "
                                 f"asked again ({e})") from e
+            lines[r["record"]] = r
+            if wrong is None and (why := answer_misfit(r)):
+                wrong = f"{file}, line {i}: {why}; delete the line, and its question is asked again"
+    if form and wrong:
+        raise DataError(wrong)
     return dict(sorted(lines.items()))
 
 
@@ -268,9 +281,9 @@ def earlier_methods(out, asked, records):
     left out."""
     found, names = [], {file.name.split(".rank")[0] for file in out.glob("*.rank*.jsonl")}
     for name in sorted(names - {method.name for method in asked}, key=natural):
-        lines = read(out, name)
+        lines = read(out, name, form=False)
         if lines.keys() == set(records):
-            found.append(summarize([*lines.values()], name))
+            found.append(summarize([*read(out, name).values()], name))
         else:
             say(f"{name}: has answers to {len(lines)} of {len(records)} questions, so it is not in summary.json")
     return found
@@ -309,14 +322,20 @@ def write_filtered(lines, samples, source, target):
 
 def open_answers(args, folder, at_end):
     """Opens the folder of answers, claimed until at_end, an ExitStack, closes -> the folder. Ends the program where other
-    processes are still writing to it, or where it holds the answers of other weights, records or flags."""
+    processes are still writing to it, or where it holds the answers of another model, other records or flags, or answers of
+    which config.txt does not say what they were made with."""
     out = Path(args.out or f"out/eval-{str(args.model).strip('./').replace('/', '-')}-{Path(args.data).stem}")
     at_end.enter_context(claimed(out))
     if RANK == 0:
-        lines = [f"# weights {fingerprint(folder)}, records {digest(args.data)}", f"# commit {commit()}", *flag_lines(args)]
-        if (out / "config.txt").exists() and any(f.stat().st_size for f in out.glob("*.rank*.jsonl")):
-            refuse_changes(out / "config.txt", lines, SAME)
-        write_whole(out / "config.txt", "\n".join(lines) + "\n")
+        model = f"{fingerprint(folder)}, texts {text_fingerprint(folder)}"
+        lines = [f"# weights {model}, records {digest(args.data)}", f"# commit {commit()}", *flag_lines(args)]
+        config = out / "config.txt"
+        if any(f.stat().st_size for f in out.glob("*.rank*.jsonl")):
+            if not config.exists() or "# weights" not in by_name(read_config(config).splitlines()):
+                raise DataError(f"{config}: missing, or without its line '# weights': nothing says which model and flags gave "
+                                "the answers beside it. Another --out starts anew, and so does deleting that folder")
+            refuse_changes(config, lines, SAME)
+        write_whole(config, "\n".join(lines) + "\n")
     gather(None)
     return out
 

@@ -8,11 +8,14 @@ In a training pass all ranks must do the same number of forwards and backwards: 
 """
 
 import contextlib
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model import ModelError
 
 
 def shard(policy):
@@ -72,8 +75,7 @@ def full_state(policy, optimizer):
 
 def load_optimizer(optimizer, file):
     """Loads the optimizer's state, and the trained weights where they are beside it, from a checkpoint's file; of a parameter
-    that is sharded, this rank's part."""
-    state = torch.load(file, map_location="cpu", mmap=True)
+    that is sharded, this rank's part. Raises ModelError for a file that holds something else."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def part(x, p):
@@ -81,9 +83,15 @@ def load_optimizer(optimizer, file):
             return x
         return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).clone()  # not a view of the whole
 
-    if "weights" in state:
-        with torch.no_grad():
-            for p, x in zip(trained, state.pop("weights"), strict=True):
-                p.copy_(part(x, p))
-    state["state"] = {i: {name: part(x, trained[i]) for name, x in s.items()} for i, s in state["state"].items()}
-    optimizer.load_state_dict(state)
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True)
+        if "weights" in state:
+            with torch.no_grad():
+                for p, x in zip(trained, state.pop("weights"), strict=True):
+                    p.copy_(part(x, p))
+        state["state"] = {i: {name: part(x, trained[i]) for name, x in s.items()} for i, s in state["state"].items()}
+        optimizer.load_state_dict(state)
+    except torch.OutOfMemoryError:  # the file is not to blame
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError, UnpicklingError) as e:
+        raise ModelError(f"{file}: not the state of this run's optimizer: {type(e).__name__}: {' '.join(str(e).split())}") from e

@@ -29,6 +29,9 @@ from data import Prompt, load_tokenizer, normalize, patchify
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}  # safetensors' names
+# the text files of a model folder that change answers, besides its weights
+TEXTS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json",
+         "special_tokens_map.json", "chat_template*", "additional_chat_templates/*")
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
 
 
@@ -48,11 +51,14 @@ def newest_checkpoint(run):
 
 
 def local_folder(name):
-    """A model folder for a folder, a run folder (its newest checkpoint) or a hub name.
+    """A model folder for a folder, a run folder (its newest checkpoint) or a hub name. A folder with config.json and weights
+    is the model itself, also where checkpoints of its training lie inside.
 
     Raises ModelError when it is none of them or holds no weights.
     """
-    folder = newest_checkpoint(name) or Path(name)
+    folder = Path(name)
+    if not ((folder / "config.json").exists() and weight_files(folder)):
+        folder = newest_checkpoint(name) or folder
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
             raise ModelError(f"{name}: no such model folder")
@@ -106,6 +112,15 @@ def fingerprint(folder):
             for i in range(64):
                 f.seek(i * max(0, size - 2**16) // 63)
                 digest.update(f.read(2**16))
+    return digest.hexdigest()
+
+
+def text_fingerprint(folder):
+    """Hex digits that tell the text files of a model folder that change answers (TEXTS) from others, by their whole content."""
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted({file for pattern in TEXTS for file in Path(folder).glob(pattern) if file.is_file()}):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()
 
 
@@ -399,6 +414,12 @@ def _load_network(folder, dtype):
         raise ModelError(f"{folder}: model type {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}")
     if "quantization_config" in config:
         raise ModelError(f"{folder}: quantised weights, expected the checkpoint that they were made from, in bf16 or fp32")
+    for file in weight_files(folder):
+        if not file.exists():
+            raise ModelError(f"{folder}: cannot be loaded: its index names {file.name}, which is not there")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not isinstance(_read_object(index).get("metadata"), dict):
+        raise ModelError(f"{index}: no object 'metadata', which transformers expects beside 'weight_map'")
     net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True,
                                                             ignore_mismatched_sizes=True)  # they are an error here, not there
     for name, found, expected in sorted(info["mismatched_keys"], key=str):
@@ -411,6 +432,11 @@ def _load_network(folder, dtype):
     if (extra := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{folder}: {len(extra)} weights have no place in this architecture and are not used, first {extra[0]}",
               file=sys.stderr)
+    text = net.config.text_config
+    sections, half = (text.rope_parameters or {}).get("mrope_section"), text.hidden_size // text.num_attention_heads // 2
+    if not isinstance(sections, (list, tuple)) or len(sections) != 3 or sum(sections) != half:
+        raise ModelError(f"{folder / 'config.json'}: 'mrope_section' of the rotary embedding is {sections}, expected three "
+                         f"numbers with the sum {half}, half a head")
     return net, weights_dtype(folder)
 
 

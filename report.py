@@ -13,12 +13,12 @@ import io
 import json
 import math
 import os
-import shlex
 import time
 import webbrowser
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from data import DataError, Sample, load_media
 from rewards import choice_letter
-from scores import natural, summarize
+from run import flag_words, read_config, write_whole
+from scores import ANSWER, MEDIUM, NONE, answer_misfit, misfit, natural, summarize
 from video import close_workers
 
 IMAGES, TEXT = 6_500_000, 1_500_000  # bytes of all frames and of all responses of a page
@@ -38,21 +39,45 @@ GROUPS = 100  # of a training run of each kind (all right, all wrong, mixed): th
 SAME = ("step", "position", "id", "path", "question")  # of the responses to one prompt
 PARTS = ("reward", "accuracy", "format", "length_bonus", "temporal_bonus", "advantage")  # of a response
 GRADIENT = ("loss", "kl", "entropy", "clipped", "ratio", "mismatch", "grad_norm")  # computed with the gradient, if there is one
+COUNTS = {"fps": float, "min_frames": int, "max_frames": int}  # the flags that say how many frames were shown
 SHEETS = ((16, 112, 85), (16, 84, 70), (12, 64, 50), (12, 48, 40), (8, 48, 35), (4, 40, 30))  # frames, height, JPEG quality
 
 
-def read_lines(path, keys, notes):
+def read_lines(path, keys, wrong, notes):
     """The objects of a .jsonl file, NaN as None; [] without the file. A last line without its end is one that is being written
-    and is left out; any other that cannot be read, or lacks one of the keys, is too, and counted in `notes`."""
+    and is left out; any other that cannot be read, or lacks one of the keys, is too, and counted in `notes`.
+    Raises DataError for a line with values that cannot be: wrong(object) says what is wrong, or None."""
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
     objects = []
-    for line in lines:
-        with suppress(ValueError, TypeError):
-            found = dict(json.loads(line, parse_constant=lambda _: None))
-            objects += [found] if found.keys() >= set(keys) else []
+    for i, line in enumerate(lines, 1):
+        try:
+            found = dict(json.loads(line, parse_constant=lambda _: None, parse_float=partial(finite, float),
+                                    parse_int=partial(finite, int)))
+        except OverflowError as e:
+            raise DataError(f"{path}, line {i}: {e}") from e
+        except (ValueError, TypeError):
+            continue
+        if found.keys() >= set(keys):
+            if why := wrong(found):
+                raise DataError(f"{path}, line {i}: {why}")
+            objects.append(found)
     if len(objects) < len(lines):
         notes.append(f"{path.name}: {len(lines) - len(objects)} lines that cannot be read are left out")
     return objects
+
+
+def finite(kind, text):
+    """A number from its text. Raises OverflowError for one beyond all floats."""
+    number = kind(text)
+    if not math.isfinite(float(number)):
+        raise OverflowError(f"holds the number {text[:20]}, expected one that is finite")
+    return number
+
+
+def sample_misfit(line):
+    """What is wrong with a line of samples.jsonl, an object, as words, or None."""
+    form = {"step": (int,), "response": (str,), "options": (NONE, [str]), "answer": (str, NONE)}
+    return misfit(line, form | MEDIUM if "data_type" in line else form)
 
 
 def largest(cost, budget, top):
@@ -138,7 +163,7 @@ def _sheets(item):
 
 def training(run, flags, frames, notes):
     """log.jsonl and samples.jsonl -> what the page shows of them. `frames` is asked for those of the groups."""
-    log, curves = read_lines(run / "log.jsonl", ["step"], notes), {}
+    log, curves = read_lines(run / "log.jsonl", ["step"], partial(misfit, form={"step": (int,)}), notes), {}
     for entry in log:
         parts = {f"{key}.{name}": x for key, value in entry.items() if isinstance(value, dict) for name, x in value.items()}
         without = GRADIENT if entry.get("skipped_update") and entry.get("grad_norm") == 0 else ()
@@ -147,7 +172,7 @@ def training(run, flags, frames, notes):
                 curve = curves.setdefault(key, ([], []))  # steps, values
                 curve[0].append(entry["step"])
                 curve[1].append(float(f"{x:.6g}"))
-    lines = read_lines(run / "samples.jsonl", ["step", "response"], notes)
+    lines = read_lines(run / "samples.jsonl", ["step", "response"], sample_misfit, notes)
     lines.sort(key=lambda s: -s["step"])  # the newest first; within a step as they were written
     groups = [list(group) for _, group in groupby(lines, key=lambda s: [s.get(key) for key in SAME])]
     kinds, shown = Counter(), []
@@ -156,8 +181,8 @@ def training(run, flags, frames, notes):
         kinds[card["kind"]] += 1
         if kinds[card["kind"]] <= GROUPS:
             shown.append(card)
-            if "fps" in flags and "data_type" in group[0]:
-                card["sheet"] = frames.want(group[0], (float(flags["fps"]), int(flags["min_frames"]), int(flags["max_frames"])))
+            if flags.keys() >= set(COUNTS) and "data_type" in group[0]:
+                card["sheet"] = frames.want(group[0], tuple(flags[name] for name in COUNTS))
     shorten(shown, notes)
     return {"figures": figures(curves, log, flags), "curves": curves, "groups": shown, "left_out": len(groups) - len(shown)}
 
@@ -223,15 +248,16 @@ def clock(seconds):
 
 def evaluation(run, frames, notes):
     """METHOD.rankN.jsonl and summary.json -> what the page shows of them. `frames` is asked for those of the questions."""
-    summary, lines, questions, interesting = {}, {}, {}, set()
-    with suppress(OSError, ValueError, TypeError):
-        summary = dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+    summary, order, lines, questions, interesting = {}, [], {}, {}, set()
+    with suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
+        text = (run / "summary.json").read_text(encoding="utf-8")
+        summary = dict(json.loads(text, parse_constant=lambda _: None, parse_float=partial(finite, float)))
+        order = [m["method"] for m in summary["methods"]]
     if not summary:
         notes.append("No summary.json yet: these are the questions answered so far")
     for file in sorted(run.glob("*.rank*.jsonl")):
-        read = read_lines(file, ("record", "score", "failure", "rounds"), notes)
+        read = read_lines(file, ANSWER, answer_misfit, notes)
         lines.setdefault(file.name.split(".rank")[0], {}).update((r["record"], r) for r in read)
-    order = [m.get("method") for m in summary.get("methods", [])]
     names = sorted(filter(lines.get, lines), key=lambda x: (order.index(x) if x in order else len(order), natural(x)))
     everything = [r for name in names for r in lines[name].values()]
     for r in everything:
@@ -266,8 +292,14 @@ def page(run):
     trained, evaluated = (run / "log.jsonl").exists(), any(run.glob("*.rank*.jsonl"))
     if not trained and not evaluated:
         raise ValueError(f"{run}: neither a training log (log.jsonl) nor answers of an evaluation (METHOD.rankN.jsonl)")
-    config = (run / "config.txt").read_text(encoding="utf-8") if (run / "config.txt").exists() else ""
-    flags = dict(words for line in config.splitlines() if len(words := shlex.split(line.removeprefix("--"))) == 2)
+    config = read_config(run / "config.txt") if (run / "config.txt").exists() else ""
+    flags = dict(words for words in flag_words(run / "config.txt").values() if len(words) == 2) if config else {}
+    flags = {name.removeprefix("--"): value for name, value in flags.items()}
+    for name in COUNTS.keys() & flags.keys():
+        try:
+            flags[name] = COUNTS[name](flags[name])
+        except ValueError:
+            raise DataError(f"{run / 'config.txt'}: --{name} {flags[name]}: expected a number") from None
     frames, notes = Frames(), []
     D = {"run": str(run), "written": time.strftime("%Y-%m-%d %H:%M"), "config": config, "algo": flags.get("algo"), "notes": notes,
          "training": training(run, flags, frames, notes) if trained else None,
@@ -288,7 +320,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.run) / "report.html")
     try:
-        out.write_text(page(args.run), encoding="utf-8", errors="replace")
+        write_whole(out, page(args.run), errors="replace")
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

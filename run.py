@@ -71,17 +71,57 @@ def number(parser, name, default, within, text):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error is one line, of rank 0, without the usage."""
+    """An ArgumentParser whose error is one line, of rank 0, without the usage. @FILE stands for the words of a flag file."""
+
+    def __init__(self, *a, **kw):
+        super().__init__(*a, **kw)
+        self.places = {}  # {word: [(file and line, or "" for the command line; the word after it), ...]}
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n" if RANK == 0 else None)
+        words = (word.strip(":,'").split("=")[0] for word in message.split())
+        found = next((self.places[word] for word in words if word in self.places), [("", "")])
+        place = next((place for place, value in reversed(found) if value in message), found[-1][0])
+        self.exit(2, f"error: {place}{message}\n" if RANK == 0 else None)
 
-    def convert_arg_line_to_args(self, line):
-        """The words of one line of a flag file."""
+    def parse_known_args(self, args=None, namespace=None):
+        self.places.clear()
+        return super().parse_known_args(self._expand(sys.argv[1:] if args is None else args, "", ()), namespace)
+
+    def _expand(self, words, place, inside):
+        """The words with those of the flag files that they name. place: where they stand; inside: the files around them."""
+        out = []
+        for word, following in zip(words, [*words[1:], ""]):
+            if not word.startswith("@"):
+                flag, equals, value = word.partition("=")
+                self.places.setdefault(flag, []).append((place, value if equals else following))
+                out.append(word)
+                continue
+            file = Path(word[1:])
+            if file.resolve() in inside:
+                self.error(f"{place}{word}: a flag file that includes itself")
+            try:
+                lines = flag_words(file)
+            except DataError as e:
+                self.error(f"{place}{e}")
+            for i, more in lines.items():
+                out += self._expand(more, f"{file}, line {i}: ", (*inside, file.resolve()))
+        return out
+
+
+def flag_words(file):
+    """The lines of a flag file -> {number, from 1: its words}. Quotes are those of a shell, # begins a comment, and a backslash
+    is itself, as in a path of Windows. Raises DataError, which names the file and the line."""
+    found = {}
+    for i, line in enumerate(read_config(file).splitlines(), 1):
+        lexer = shlex.shlex(line, posix=True)
+        lexer.whitespace_split, lexer.escape = True, ""
         try:
-            return shlex.split(line, comments=True)
+            found[i] = list(lexer)
         except ValueError as e:
-            self.error(f"a line of a flag file cannot be read: {e}: {line[:80]!r}")
+            raise DataError(f"{file}, line {i}: cannot be read: {e}: {line[:80]!r}") from e
+        if "--" in found[i]:
+            raise DataError(f"{file}, line {i}: -- is no flag: {line[:80]!r}")
+    return found
 
 
 def flag_parser(doc, **kw):
@@ -90,8 +130,7 @@ def flag_parser(doc, **kw):
 
     The default tells the type. within: the bounds of a number (see number), or of each number of a list.
     """
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@",
-               allow_abbrev=False, **kw)
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw)
     p._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")  # -1e-3 is a value too, which argparse takes for a flag
 
     def add(group, name, default, help, within="at least 0", **kw):
@@ -148,15 +187,25 @@ def flag_lines(args):
 
 def by_name(lines):
     """The lines of a flag file, or comments such as "# records 1234", by name: "prompts", "# records"."""
-    words = {line: line.removeprefix("--").split() for line in lines if line.strip()}
-    return {" ".join(w[:2]) if w[0] == "#" else w[0]: line for line, w in words.items()}
+    words = {line: line.removeprefix("--").split() for line in lines}
+    return {" ".join(w[:2]) if w[0] == "#" else w[0]: line for line, w in words.items() if w}
+
+
+def read_config(file):
+    """The text of a flag file, in UTF-8 with or without a byte order mark. Raises DataError, which names the file."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file}: not UTF-8 text, expected flags, one a line ({e})") from e
+    except OSError as e:
+        raise DataError(f"{file}: cannot be read: {e.strerror}") from e
 
 
 def refuse_changes(config, lines, names, defaults=()):
     """Ends the program if a flag or comment that is named differs between the file of an earlier run and `lines`.
     defaults: the lines of flags that the file may not have, as it is older than they are; comments it need not have."""
     now = by_name(lines)
-    before = by_name(defaults) | by_name(config.read_text(encoding="utf-8").splitlines())
+    before = by_name(defaults) | by_name(read_config(config).splitlines())
     was, now = ([line for name, line in a.items() if b.get(name) != line and name in names and (name in b or name[0] != "#")]
                 for a, b in ((before, now), (now, before)))
     if was or now:
@@ -172,11 +221,27 @@ def digest(path):
         raise DataError(f"{path}: cannot be read: {e}") from e
 
 
-def write_whole(path, text):
-    """Writes a file under another name and moves it into place: a file that has its name is whole."""
+@contextlib.contextmanager
+def naming(path):
+    """Around the writing of a file: an OSError that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def write_whole(path, text, errors="strict"):
+    """Writes a file under another name and moves it into place: a file that has its name is whole. errors: as in open, for
+    what UTF-8 does not have. Raises OSError, which names the file; nothing is left under the other name."""
     partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with naming(path):
+            partial.write_text(text, encoding="utf-8", errors=errors)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # ---- ranks, clock, log
@@ -275,10 +340,9 @@ def timed(phase):
 
 
 def append(path, objects):
-    """Appends objects to a .jsonl file, on rank 0."""
-    if RANK == 0:
-        with open(path, "a", encoding="utf-8") as f:
-            f.writelines(json.dumps(_finite(o)) + "\n" for o in objects)
+    """Appends objects to a .jsonl file. Raises OSError, which names the file."""
+    with naming(path), open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(_finite(o)) + "\n" for o in objects)
 
 
 def _finite(o):
@@ -332,14 +396,23 @@ def claimed(out):
 
 
 def _rewind(path, step):
-    """Drops the entries after `step`, and a half-written last line."""
+    """Drops the entries after `step`, and a half-written last line. Lines that cannot be read are dropped, too, and counted on
+    the console; so is a file that should be there, as the step is not the first."""
     if not path.exists():
+        if step >= 0:
+            say(f"{path}: no such file, so what was logged up to step {step} is lost; the log begins again")
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # no entry of a step
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    kept, unreadable = [], 0
+    *lines, _ = path.read_bytes().split(b"\n")
+    for line in lines:
+        try:
+            text = line.decode()
+            if json.loads(text)["step"] <= step:
+                kept.append(text + "\n")
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+    if unreadable:
+        say(f"{path}: {unreadable} of {len(lines)} lines hold no entry of a step; they are dropped")
     write_whole(path, "".join(kept))
 
 
@@ -442,6 +515,21 @@ def resume_command():
     return f"{launcher} {shlex.join(sys.argv)}" + ("" if "--resume" in sys.argv else " --resume")
 
 
+@contextlib.contextmanager
+def resumable():
+    """Inside, an OSError ends the program with one line: the error, and the command that resumes."""
+    try:
+        yield
+    except OSError as e:
+        raise SystemExit(f"error: {e}; to resume: {resume_command()}") from e
+
+
+def _disk_is_full(folder):
+    """Words for an error if less than 1 MB is free, else "": torch and safetensors do not always say why a write failed."""
+    free = shutil.disk_usage(folder).free
+    return f" (no space left: {free} bytes are free)" if free < 1e6 else ""
+
+
 def _sync(path):
     """Brings a file, or a folder's list of names, to the disk."""
     if path.is_dir() and os.name == "nt":  # which opens no folders
@@ -478,9 +566,10 @@ def save(policy, optimizer, step, args):
         partial.rename(folder)
         _sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk is a RuntimeError in torch, the third in safetensors
+        full = _disk_is_full(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
         before = "The checkpoint before it is whole; --resume resumes from there"
         rest = before if checkpoints(folder.parent) else "The run has no checkpoint before it"
-        raise SystemExit(f"error: {folder} could not be written: {e}. {rest}") from e
+        raise SystemExit(f"error: {folder} could not be written: {e}{full}. {rest}") from e
     for old in checkpoints(folder.parent)[: -args.keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -4,11 +4,49 @@ An answer scores as it is rewarded in training (rewards.py), but for numbers to 
 relative accuracy (arXiv 2412.14171). A line is what eval.py writes of a question; failures are lines too, and score 0.
 """
 
+import json
 import re
 from collections import Counter
 
 import rewards
 
+# ---- the form of a line
+
+NONE, NUMBER = type(None), (int, float)
+NAMES = {int: "a whole number", float: "a number", str: "text", dict: "an object", NONE: "null"}
+# {key: the types that its value may have, [types] of the items of a list}
+ANSWER = {"record": (int,), "score": NUMBER, "failure": (str, NONE), "rounds": ([dict],)}  # of every line
+MEDIUM = {"path": (str,), "data_type": (str,), "fps": NUMBER, "segment": (NONE, [int, float])}
+SHOWN = {**MEDIUM, "answer": (str,), "frames": NUMBER, "pixels": NUMBER, "visual_tokens": NUMBER}  # of one with rounds
+ROUND = {"frames": (int,), "votes": ([str, int, float, NONE],), "logps": ([int, float, NONE],), "responses": ([str],)}
+OPTIONAL = {"about": (dict,), "options": ([str],), "seconds": NUMBER, "given": (str, int, float, NONE)}
+
+
+def misfit(found, form):
+    """What is wrong with an object of which the values should have the types of a form, as words, or None. A key that is
+    missing counts as null."""
+    for key, kinds in form.items():
+        value = found.get(key)
+        fits = [type(value) is list and all(type(x) in kind for x in value) if isinstance(kind, list) else type(value) is kind
+                for kind in kinds]
+        if not any(fits):
+            names = [f"a list of {' or '.join(map(NAMES.get, k))}" if isinstance(k, list) else NAMES[k] for k in kinds]
+            return f"{key!r} is {json.dumps(value)[:60]}, expected {' or '.join(names)}"
+    return None
+
+
+def answer_misfit(line):
+    """What is wrong with a line of answers, an object, as words, or None."""
+    wrong = misfit(line, ANSWER) or misfit(line, {key: kinds for key, kinds in OPTIONAL.items() if key in line})
+    if wrong is None and not 0 <= line["score"] <= 1:
+        return f"'score' is {line['score']}, expected a number from 0 to 1"
+    if wrong is None and line["rounds"]:
+        wrong = misfit(line, SHOWN)
+        wrong = wrong or next((f"a round: {w}" for part in line["rounds"] if (w := misfit(part, ROUND))), None)
+    return wrong
+
+
+# ---- the score of an answer
 
 def score(answer, sample):
     """Of a normalised answer, in [0, 1]: mean relative accuracy for regression, else as in training."""

@@ -56,6 +56,7 @@ from run import (
     ordered,
     peek,
     ranks,
+    resumable,
     resume_command,
     save,
     say,
@@ -267,13 +268,24 @@ def read_data(args):
         samples = [s for s in samples if s.reasoning]
     if not samples:
         raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
-    for message in bad[:5]:
+    for message in bad:
         say(f"skipped: {message}")
     held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
     say(f"{args.data}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped")
     look_for_media(samples, args.data, args.media_root)
     look_for_media(held_out, args.eval_data, args.media_root)
     return samples, held_out
+
+
+def warn(args):
+    """Prints a line for every flag that keeps the run from learning, or from its learning rate."""
+    if args.lr == 0:
+        say("--lr 0: no step changes the weights")
+    if args.algo != "sft" and not (args.w_accuracy or args.w_format or args.len_bonus):
+        say("--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0" + (
+            " but for the temporal bonus" if args.algo == "tgrpo" and args.alpha else ", so nothing is learned"))
+    if args.warmup >= args.steps:
+        say(f"--warmup {args.warmup}: the run has {args.steps} steps, so the learning rate rises until its end")
 
 
 def load(args, checkpoint, device, samples):
@@ -319,7 +331,8 @@ def report(out, bar, step, entry, args, skipped=0):
     were skipped since the run began or was resumed."""
     if torch.cuda.is_available():
         entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
+    if RANK == 0:
+        append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
     figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
     bar.set_postfix(figures)
     if step and step % args.log_every == 0:
@@ -336,6 +349,7 @@ def train(args, device, at_end):
     """Runs args.steps steps of args.algo; see the module's first lines for what a step does. at_end: an ExitStack of what is to
     be let go of, however it ends. Ends the program, after a step and its checkpoint, on SIGTERM (exit 0) or ctrl-C (130)."""
     samples, held_out = read_data(args)  # before a folder is opened or a model loaded: a wrong path costs nothing
+    warn(args)
     out = Path(args.out)
     at_end.enter_context(claimed(out))
     checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
@@ -348,6 +362,8 @@ def train(args, device, at_end):
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
+        if start >= args.steps:
+            say(f"{checkpoint}: {start} steps are done and --steps is {args.steps}, so there is nothing left to do")
     wrapped = policy
     if WORLD > 1 and not args.fsdp:
         wrapped = DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -355,6 +371,7 @@ def train(args, device, at_end):
     bar = at_end.enter_context(tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo,
                                     unit="step"))
     noted = at_end.enter_context(stop_signals())
+    at_end.enter_context(resumable())
 
     def held_out_accuracy():
         policy.group = mrsp.ALONE  # every rank answers its own questions
@@ -407,7 +424,8 @@ def train(args, device, at_end):
             idle_steps = idle_steps + 1 if entry["skipped_update"] or entry.get("zero_std_groups") == 1 else 0
             if idle_steps == IDLE_STEPS:
                 say(f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}")
-        append(out / "samples.jsonl", some)
+        if RANK == 0:
+            append(out / "samples.jsonl", some)
         stop = max(gather(max(noted, default=0)))  # of any rank: all stop after the same step
         if done % args.save_every == 0 or done == args.steps or stop:
             policy.group = mrsp.ALONE

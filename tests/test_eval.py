@@ -1,9 +1,11 @@
 """eval.py from files to files: every question once whatever happens, failures are wrong answers, scores by hand."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import model
+import report
 import rewards
 import scores
 from data import Sample
@@ -373,6 +376,40 @@ def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(tmp
     assert "was run otherwise" in run(*command, expect=1)
 
 
+@pytest.mark.parametrize("config", [None, "", "--seed 0\n--\n"])
+def test_answers_without_what_they_were_made_with_are_refused(tmp_path, world, config):
+    """As if config.txt had been deleted, emptied or edited; and answers of the same weights with another chat template."""
+    shutil.copytree(world / "model", tmp_path / "m")
+    args = evaluation.parse_args([str(x) for x in flags(world, tmp_path / "m", tmp_path / "out")[1:]])
+    with contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    (tmp_path / "out" / "greedy-16.rank0.jsonl").write_text('{"record": 0}\n')
+    with contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    kept = (tmp_path / "out" / "config.txt").read_text()
+    template = tmp_path / "m" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(SystemExit, match="was run otherwise.* # weights"), contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    (tmp_path / "out" / "config.txt").unlink() if config is None else (tmp_path / "out" / "config.txt").write_text(config)
+    with pytest.raises(data.DataError, match="out/config.txt: missing, or without its line"), contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+    (tmp_path / "out" / "config.txt").write_text(kept + "--\n\n")  # a line that is no flag
+    template.write_text(template.read_text()[:-1])
+    with contextlib.ExitStack() as at_end:
+        evaluation.open_answers(args, tmp_path / "m", at_end)
+
+
+def test_the_filter_writes_over_no_records_and_no_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.json").write_text("[]")
+    (tmp_path / "link.json").symlink_to(tmp_path / "r.json")
+    monkeypatch.chdir(tmp_path)
+    for target, message in (("r.json", "is the file of --data"), ("./link.json", "is the file of --data"), (".", "is a folder")):
+        with pytest.raises(SystemExit):
+            evaluation.parse_args(["--model", "m", "--data", str(tmp_path / "r.json"), "--filter", target])
+        assert f"error: --filter {target}: {message}" in capsys.readouterr().err
+
+
 def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(tmp_path, world, cold_start):
     out = tmp_path / "out"
     command = flags(world, cold_start, out, "--frames", 4)
@@ -392,6 +429,30 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, text):
     (tmp_path / "greedy-4.rank0.jsonl").write_text('{"record": 0}\n' + text + "\n")
     with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: not JSON with the number of a 'record'"):
         evaluation.read(tmp_path, "greedy-4")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(score=None), "'score' is null, expected a whole number or a number"),
+        (dict(score="1.0"), "'score' is \"1.0\", expected a whole number or a number"),
+        (dict(score=5.0), "'score' is 5.0, expected a number from 0 to 1"),
+        (dict(score=float("nan")), "'score' is nan, expected a number from 0 to 1"),
+        (dict(record="0"), "not JSON with the number of a 'record'"),
+        (dict(rounds=None), "'rounds' is null, expected a list of an object"),
+        (dict(rounds=[3]), r"'rounds' is \[3\], expected a list of an object"),
+        (dict(rounds=[{}]), "'path' is null, expected text"),
+        (dict(failure=7), "'failure' is 7, expected text or null"),
+        (dict(about=None), "'about' is null, expected an object"),
+    ],
+)
+def test_an_answer_that_was_edited_is_named_by_eval_and_report(tmp_path, change, message):
+    whole = dict(record=0, score=0.0, failure="a.mp4: no such file", rounds=[], about={})
+    (tmp_path / "greedy-4.rank0.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole | {"record": 1} | change) + "\n")
+    with pytest.raises(data.DataError, match=f"greedy-4.rank0.jsonl, line 2: {message}"):
+        evaluation.read(tmp_path, "greedy-4")
+    with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: '"):
+        report.page(tmp_path)
 
 
 def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):

@@ -334,7 +334,13 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         ("generation_config.json", '{"eos_token_id": ["2"]}', r"'eos_token_id' is \['2'\], expected token ids"),
         ("model.safetensors.index.json", "[]", "expected an object with a 'weight_map'"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}', "cannot be loaded.*model-1.safetensors"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}', "index.json: no object 'metadata'"),
         ("config.json", lambda c: c | {"text_config": 5}, "cannot be loaded"),
+        (
+            "config.json",
+            lambda c: c | {"text_config": {k: v for k, v in c["text_config"].items() if k != "rope_parameters"}},
+            "config.json: 'mrope_section' of the rotary embedding is None, expected three numbers with the sum",
+        ),
         ("config.json", lambda c: c | {"vision_config": None}, "cannot be loaded|has the shape|are missing"),
         ("model.safetensors", None, "no weights"),
         ("model.safetensors", b"0123456789", "cannot be loaded"),
@@ -348,6 +354,7 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         ("tokenizer.json", "{}", "the tokenizer cannot be read|has the vision tokens"),
         ("tokenizer_config.json", "garbage", "the tokenizer cannot be read"),
         ("chat_template.jinja", None, "the tokenizer has no chat template"),
+        ("chat_template.jinja", b"\xff\xfe{", "the tokenizer cannot be read"),
         ("chat_template.jinja", "{% for m in messages %}", "the chat template is broken"),
         ("chat_template.jinja", "{{ raise_exception('no') }}", "the chat template is broken"),
         ("chat_template.jinja", "{% for m in messages %}{{ 'a' + m['content'] }}{% endfor %}", "made for text only"),
@@ -369,6 +376,15 @@ def test_a_broken_model_folder_is_one_error_that_names_it(tmp_path, world, file,
         model.Policy.load(folder)
         data.PromptBuilder(folder)
     assert str(folder) in str(e.value)
+
+
+def test_an_older_chat_template_that_cannot_be_read_is_named(tmp_path, world):
+    shutil.copytree(world / "model", tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").unlink()
+    for content in (b'{"chat_template": "\xff"}', b'{"chat_template"', b"[]"):
+        (tmp_path / "m" / "chat_template.json").write_bytes(content)
+        with pytest.raises(data.DataError, match="m/chat_template.json: "):
+            data.PromptBuilder(tmp_path / "m")
 
 
 @pytest.mark.parametrize(
@@ -393,6 +409,33 @@ def test_a_run_without_a_checkpoint_yet_says_so(tmp_path):
     (tmp_path / "checkpoint-backup").mkdir()  # no number, so no checkpoint
     with pytest.raises(model.ModelError, match="a run folder that holds no checkpoint yet"):
         model.local_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "at_the_root, found",
+    [
+        (("config.json", "model.safetensors"), "."),  # a trainer's last model, with checkpoints of its training inside
+        (("config.json",), "checkpoint-10"),
+        ((), "checkpoint-10"),
+    ],
+)
+def test_a_model_folder_is_itself_and_a_run_folder_its_newest_checkpoint(tmp_path, at_the_root, found):
+    for folder in (".", "checkpoint-9", "checkpoint-10"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in at_the_root if folder == "." else ("config.json", "model.safetensors"):
+            (tmp_path / folder / name).write_text("{}")
+    assert model.local_folder(str(tmp_path)) == tmp_path / found
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"])
+def test_the_texts_of_a_model_tell_it_from_others_by_their_whole_content(tmp_path, name):
+    content = b"a" * 200_000
+    (tmp_path / name).write_bytes(content)
+    before = model.text_fingerprint(tmp_path)
+    (tmp_path / "config.txt").write_text("of a run, as other files beside the model")
+    assert model.text_fingerprint(tmp_path) == before
+    (tmp_path / name).write_bytes(content[:100_001] + b"b" + content[100_002:])
+    assert model.text_fingerprint(tmp_path) != before
 
 
 def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys):

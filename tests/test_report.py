@@ -350,6 +350,26 @@ def test_errors_are_one_line(tmp_path):
         report.main([str(tmp_path), "--out", str(tmp_path / "no/such/page.html")])
 
 
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.txt", b'--model "x\n', "config.txt, line 1: cannot be read: No closing quotation"),
+        ("config.txt", b"--fps abc\n", "config.txt: --fps abc: expected a number"),
+        ("config.txt", "--fps 2\n".encode("utf-16"), "config.txt: not UTF-8 text"),
+        ("log.jsonl", b'{"step": 1}\n{"step": 2, "loss": 1e999}\n', "log.jsonl, line 2: holds the number 1e999, expected"),
+        ("log.jsonl", b'{"step": "1"}\n', "log.jsonl, line 1: 'step' is \"1\", expected a whole number"),
+        ("samples.jsonl", b'{"step": null, "response": "a"}\n', "samples.jsonl, line 1: 'step' is null, expected a whole"),
+        ("samples.jsonl", b'{"step": 1, "response": 3}\n', "samples.jsonl, line 1: 'response' is 3, expected text"),
+    ],
+)
+def test_a_file_that_was_edited_is_named_with_its_line(tmp_path, file, content, message):
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}/{message}"):
+        report.main([str(tmp_path)])
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_no_decoder_is_left_behind(answers):
     """The pool's threads own decoder processes; these end with the threads."""
 

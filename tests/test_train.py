@@ -1,5 +1,6 @@
 """Whole runs, from files to files: several ranks, a kill in the middle, bad data, a full disk, the real tokenizer and video."""
 
+import contextlib
 import json
 import math
 import os
@@ -20,8 +21,10 @@ from safetensors.torch import load_file, save_file
 import bench
 import data
 import eval
+import fsdp
 import grpo
 import model
+import report
 import run as runs
 import step
 import toy
@@ -327,6 +330,9 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path, world, cold_st
     command = flags(world, out, "sft", steps=3, save_every=1, keep=9, model=cold_start)
     assert here(*command, "--resume") is None
     printed = capsys.readouterr().out
+    assert "nothing left to do" not in printed and here(*command, "--resume") is None
+    done = f"{out}/checkpoint-000003: 3 steps are done and --steps is 3, so there is nothing left to do"
+    assert done in capsys.readouterr().out
     for n, file in ((3, "optimizer.pt"), (2, "state.json")):
         assert f"{out}/checkpoint-00000{n}: {file}: " in printed
         assert f"moved to checkpoint-00000{n}.torn; the run resumes from checkpoint-000001" in printed
@@ -421,12 +427,120 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change
     assert "usage:" not in out and out.count("Traceback") <= 1 and 'train.py", line' not in out
 
 
-def test_flag_files_that_cannot_be_read(tmp_path, capsys):
-    (tmp_path / "f.txt").write_text("--data 'no end\n")
-    for argv, message in ((["@nowhere.txt"], "nowhere.txt"), ([f"@{tmp_path}/f.txt"], "a line of a flag file cannot be read")):
-        assert here("train.py", *argv) == 2
-        printed = capsys.readouterr().err
-        assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("--data 'no end\n", "f.txt, line 1: cannot be read: No closing quotation"),
+        ("--lr 1\n@f.txt\n", "f.txt, line 2: @f.txt: a flag file that includes itself"),
+        ("--lr 1\n@nowhere.txt\n", "f.txt, line 2: nowhere.txt: cannot be read: No such file or directory"),
+        ("--lr 1\n--\n", "f.txt, line 2: -- is no flag"),
+        ("--lr 1\n\n--lr abc # no number\n--seed 3\n", "f.txt, line 3: --lr abc: expected a finite number"),
+        ("--lrr=3\n", "f.txt, line 1: unrecognized arguments: --lrr=3"),
+        ("--lr 1 extra\n", "f.txt, line 1: unrecognized arguments: extra"),
+        ("--algo max\n", "f.txt, line 1: argument --algo: invalid choice: 'max'"),
+        ("--group 1\n", "f.txt, line 1: --group 1: expected at least 2"),
+        ("--seed\n", "f.txt, line 1: argument --seed: expected one argument"),
+        ("--lr 1\n".encode("utf-16"), "f.txt: not UTF-8 text"),
+        (None, "f.txt: cannot be read: No such file or directory"),
+    ],
+)
+def test_an_error_of_a_flag_file_names_file_and_line(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "f.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "m", "--data", "d", "@f.txt"])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}") and printed.count("\n") == 1
+
+
+def test_an_error_of_the_command_line_names_no_flag_file(tmp_path, capsys):
+    (tmp_path / "f.txt").write_text("--lr 1\n")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "m", "--data", "d", f"@{tmp_path}/f.txt", "--lr", "abc"])
+    assert capsys.readouterr().err.startswith("error: --lr abc: ")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["without a mark", "with a byte order mark"])
+@pytest.mark.parametrize(
+    "text, out",
+    [
+        (r"--out C:\runs\a", r"C:\runs\a"),
+        (r'--out "C:\my runs\a"  # a comment', r"C:\my runs\a"),
+        ("--out=läufe", "läufe"),
+        ("--out ''", ""),
+    ],
+)
+def test_a_flag_file_is_read_as_it_is_written(tmp_path, mark, text, out):
+    """A backslash is a backslash; and what a run writes down of its flags is read back as it was."""
+    (tmp_path / "f.txt").write_bytes(mark + f"{text}\n--model 'a \"b\" # c'\n--data d\n".encode())
+    args = train.parse_args([f"@{tmp_path}/f.txt"])
+    assert (args.out, args.model) == (out, 'a "b" # c')
+    args.model = "it's a\\ \"b\" #1"
+    (tmp_path / "again.txt").write_text("\n".join(runs.flag_lines(args)), encoding="utf-8")
+    assert train.parse_args([f"@{tmp_path}/again.txt"]) == args
+
+
+def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 1}\ngarbled\n{"step": null}\n\xff\xfe\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    runs._rewind(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert capsys.readouterr().out == f"{log}: 3 of 6 lines hold no entry of a step; they are dropped\n"
+    runs._rewind(log, 2)
+    log.unlink()
+    runs._rewind(log, -1)  # a run that begins
+    assert capsys.readouterr().out == ""
+    runs._rewind(log, 2)
+    assert capsys.readouterr().out == f"{log}: no such file, so what was logged up to step 2 is lost; the log begins again\n"
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda state: state.clear(), "KeyError: 'state'"),
+        (lambda state: state.pop("param_groups"), "KeyError: 'param_groups'"),
+        (lambda state: state["state"].update({99: {"step": torch.tensor(1.0)}}), "IndexError: list index out of range"),
+        (lambda state: state["param_groups"].pop(), "ValueError: loaded state dict has a different number of parameter groups"),
+        (lambda state: state.update(weights=[]), "ValueError: zip"),
+    ],
+)
+def test_a_file_that_is_no_state_of_the_optimizer_is_named(tmp_path, change, error):
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}])
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    change(state)
+    torch.save(state, tmp_path / "optimizer.pt")
+    with pytest.raises(model.ModelError, match=f"optimizer.pt: not the state of this run's optimizer: {error}"):
+        fsdp.load_optimizer(optimizer, tmp_path / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--lr", "0"], ["--lr 0: no step changes the weights"]),
+        (["--w_accuracy", "0", "--w_format", "0"], ["--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0, so"]),
+        (["--w_accuracy", "0", "--w_format", "0", "--algo", "tgrpo"], ["every reward is 0 but for the temporal bonus"]),
+        (["--w_accuracy", "0", "--w_format", "0", "--algo", "sft"], []),
+        (["--w_accuracy", "0"], []),
+        (["--warmup", "10", "--steps", "10"], ["--warmup 10: the run has 10 steps, so the learning rate rises until its end"]),
+        (["--warmup", "9", "--steps", "10"], []),
+    ],
+)
+def test_flags_that_keep_a_run_from_learning_are_named_before_it(capsys, given, said):
+    train.warn(train.parse_args(["--model", "m", "--data", "d", *given]))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(said) and all(text in line for text, line in zip(said, printed))
+
+
+def test_every_bad_record_is_named(tmp_path, world, capsys):
+    records = json.loads((world / "train.json").read_text())[:1]
+    (tmp_path / "bad.json").write_text(json.dumps(records + [records[0] | {"solution": None}] * 12))
+    train.read_data(train.parse_args(["--model", "m", "--data", str(tmp_path / "bad.json"), "--media_root", str(world)]))
+    printed = capsys.readouterr().out
+    assert all(f"skipped: {tmp_path}/bad.json, record {i}" in printed for i in range(1, 13))
 
 
 def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
@@ -820,6 +934,33 @@ def test_unwritable_run_folder_and_full_disk(tmp_path, world):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
         assert done.returncode and "checkpoint-000002 could not be written" in done.stderr and message in done.stderr
         assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == before
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Inside, a write beyond this size of a file fails, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_what_was_there(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("")
+    page, log = tmp_path / "report.html", tmp_path / "log.jsonl"
+    report.main([str(tmp_path)])
+    whole = page.read_text()
+    with files_of_at_most(1000):
+        with pytest.raises(SystemExit, match=f"error: .*File too large: '{page}'"):
+            report.main([str(tmp_path)])
+        message = f"error: .*File too large: '{log}'; to resume: python .* --resume"
+        with pytest.raises(SystemExit, match=message), runs.resumable():
+            runs.append(log, [{"step": i} for i in range(1000)])
+    assert page.read_text() == whole and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        runs.append("/dev/full", [{"step": 1}])
 
 
 FILES = ["--model", "m", "--data", "d"]
