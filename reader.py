@@ -202,10 +202,8 @@ class AvVideo:
         start = self.packets[first].pts if first else None
         for packet in itertools.chain(packets, [None]):
             if packet:
-                known = self.packets[self.position]
-                if first and (packet.pos, packet.size) != known.place:
+                if first and (packet.pos, packet.size) != self.packets[self.position].place:
                     raise StampsDisagree
-                packet.pts, packet.dts = known.pts, known.dts  # AVI: after a seek they may differ
                 self.position += 1
             try:
                 frames = self.decoder.decode(packet)
