@@ -14,15 +14,19 @@ transformers calls a registered attention function with K and V after RoPE, not 
 no mask for it, and hands every extra keyword of the model call down to it. The keyword `plan` is all we need.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from infra.flash import BlockAttention, _flash, blocks
+
 NAME = "shared_prefix"
-SEGMENTS = "segments_flash"  # "flash" in its name has transformers hand over the whole row and its bounds
-CACHE_TOKENS = 2**19  # prompts are decoded together up to so many tokens of keys and values: 28 GB for a 7B in bf16
+SEGMENTS = (
+    "segments_flash"  # "flash" in its name has transformers hand over the whole row and its bounds
+)
+CACHE_TOKENS = (
+    2**19
+)  # prompts are decoded together up to so many tokens of keys and values: 28 GB for a 7B in bf16
 LOGITS_PER_CHUNK = 2**27  # fp32 numbers of one chunk of log-softmax: 512 MB
 
 
@@ -32,7 +36,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, 
     query (1 or N, Hq, S, d), key and value (1 or N, Hkv, S, d) -> output (1 or N, S, Hq, d), and no weights.
     `plan` is required: without one, transformers would silently attend across packed sequences.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves q and k in fp32 after the fp32 RoPE
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # autocast leaves q and k in fp32 after the fp32 RoPE
     last = module.layer_idx + 1 == module.config.num_hidden_layers
     return plan.attend(module.layer_idx, query, key, value, scaling, last), None
 
@@ -40,7 +47,9 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, 
 AttentionInterface.register(NAME, shared_prefix_attention)
 
 
-def segment_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q=None, **_):
+def segment_attention(
+    module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q=None, **_
+):
     """The vision tower's: each segment of the row (a window, or a 2-frame grid) attends to itself. Segments of equal length go
     together, where transformers' own SDPA path takes them one by one.
 
@@ -48,56 +57,32 @@ def segment_attention(module, query, key, value, attention_mask, *, scaling, cu_
     weights.
     """
     if cu_seq_lens_q is None:
-        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
-    if not hasattr(cu_seq_lens_q, "tokens"):  # one look at the bounds for all layers: they are on the GPU
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(
+            1, 2
+        ), None
+    if not hasattr(
+        cu_seq_lens_q, "tokens"
+    ):  # one look at the bounds for all layers: they are on the GPU
         bounds, by_length = cu_seq_lens_q.tolist(), {}
         for a, b in zip(bounds, bounds[1:]):
             by_length.setdefault(b - a, []).append(a)
-        cu_seq_lens_q.tokens = [(torch.tensor(starts)[:, None] + torch.arange(n)).to(query.device)
-                                for n, starts in by_length.items() if n]  # (segments of this length, length)
+        cu_seq_lens_q.tokens = [
+            (torch.tensor(starts)[:, None] + torch.arange(n)).to(query.device)
+            for n, starts in by_length.items()
+            if n
+        ]  # (segments of this length, length)
     out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
     for tokens in cu_seq_lens_q.tokens:
-        q, k, v = (x[0][:, tokens].transpose(0, 1) for x in (query, key, value))  # (segments, H, length, d)
-        out = out.index_put((tokens,), F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2))
+        q, k, v = (
+            x[0][:, tokens].transpose(0, 1) for x in (query, key, value)
+        )  # (segments, H, length, d)
+        out = out.index_put(
+            (tokens,), F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+        )
     return out[None], None
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)
-
-
-class Blocks(NamedTuple):
-    """Blocks of the attention matrix, of one shape, computed together: n times `a` queries against `b` keys.
-
-    q (n, a), k (n, b): which tokens. causal: query j of a block sees its keys up to j (a = b); otherwise all of them.
-    A block of fewer queries is padded with any token: `real` (m,) are the queries, of n * a, that count, `tokens` (m,) whose
-    they are, and `padding` (n, a) is true where there is none.
-    """
-    q: torch.Tensor
-    k: torch.Tensor
-    causal: bool
-    real: torch.Tensor
-    tokens: torch.Tensor
-    padding: torch.Tensor
-
-
-def blocks(spans, causal, device):
-    """spans: [(first query, queries, first key, keys), ...] -> [Blocks, ...] for all of them, few calls for many spans.
-
-    A query must stand in one span only. Spans go together when less than a third is padding, causal ones of any length (a padded
-    key is seen by padded queries only), the others of equally many keys.
-    """
-    out, spans = [], sorted((s for s in spans if s[1] and s[3]), key=lambda s: (s[3], s[1]))
-    while spans:
-        _, most, _, longest = spans[-1]
-        together = [s for s in spans if (causal or s[3] == longest) and 4 * s[1] >= 3 * most]
-        spans = spans[: -len(together)]
-        first_q, queries, first_k, keys = torch.tensor(together).T[..., None]  # (n, 1) each
-        real = torch.arange(most) < queries  # (n, a)
-        q = (first_q + torch.arange(most)).where(real, first_q)
-        k = first_k + torch.arange(longest).clamp(max=keys - 1)  # (n, b)
-        parts = (x.to(device) for x in (real.flatten().nonzero()[:, 0], q[real], ~real))
-        out.append(Blocks(q.to(device), k.to(device), causal, *parts))
-    return out
 
 
 def layer_blocks(squares, rectangles, read, device):
@@ -105,6 +90,7 @@ def layer_blocks(squares, rectangles, read, device):
 
     squares: causal spans.  rectangles: lists of other spans; in each list a query stands once.  read: bool of every token.
     """
+
     def unread(q, n):
         return int(read[q : q + n].to(torch.uint8).argmax()) if read[q : q + n].any() else n
 
@@ -113,73 +99,14 @@ def layer_blocks(squares, rectangles, read, device):
         skip = unread(q, n)
         trimmed.append((q + skip, n - skip, k + skip, n - skip))
         before.append((q + skip, n - skip, k, skip))
-    after = [[(q + unread(q, n), n - unread(q, n), k, keys) for q, n, k, keys in spans] for spans in rectangles]
-    every = lambda squares, others: blocks(squares, True, device) + sum((blocks(spans, False, device) for spans in others), [])
+    after = [
+        [(q + unread(q, n), n - unread(q, n), k, keys) for q, n, k, keys in spans]
+        for spans in rectangles
+    ]
+    every = lambda squares, others: (
+        blocks(squares, True, device) + sum((blocks(spans, False, device) for spans in others), [])
+    )
     return every(squares, rectangles), every(trimmed, [before, *after])
-
-
-class BlockAttention(torch.autograd.Function):
-    """Attention of a row whose queries each see one or more blocks of keys: flash attention on every block, joined exactly.
-
-    A block gives an output o and the log of its softmax's denominator, lse. With L = log sum exp lse over the blocks of a query,
-    the whole is sum exp(lse - L) o. Backward, each block's own flash kernel gets the whole output and L, and so recomputes the
-    probabilities exp(score - L) of the whole softmax: gradients of the blocks add up. No mask, no copy of K and V for each
-    response or query head, no score ever stored. (Hydragen does the forward half; arXiv 2402.05099, section 3.1.)
-
-    q (S, Hq, d), k and v (S', Hkv, d) -> (S, Hq, d); zeros for a query without any block. Half precision on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, blocks, scale):
-        exact = torch.promote_types(q.dtype, torch.float32)
-        out, total = torch.zeros_like(q, dtype=exact), q.new_full(q.shape[:2], float("-inf"), dtype=exact)  # total: L, (S, Hq)
-        ctx.states = []
-        for b in blocks:
-            o, lse, state = _flash(*(x[i].transpose(1, 2) for x, i in ((q, b.q), (k, b.k), (v, b.k))), b.causal, scale)
-            o, lse = (x.transpose(1, 2).flatten(0, 1)[b.real].to(exact) for x in (o, lse))
-            ctx.states.append(state)
-            if not b.causal:  # a token's causal block is its first
-                before, block = total[b.tokens], lse
-                lse = torch.logaddexp(before, block)
-                o = o * (block - lse).exp()[..., None] + out[b.tokens] * (before - lse).exp()[..., None]
-            total[b.tokens], out[b.tokens] = lse, o
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, total)
-        ctx.blocks, ctx.scale = blocks, scale
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, total = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        for b, state in zip(ctx.blocks, ctx.states):  # of padding: no gradient, and probabilities of 0
-            g = grad[b.q].masked_fill(b.padding[..., None, None], 0)
-            lse = total[b.q].masked_fill(b.padding[..., None], float("inf"))
-            g, q_b, k_b, v_b, o, lse = (x.transpose(1, 2) for x in (g, q[b.q], k[b.k], v[b.k], out[b.q], lse))
-            gradients = _flash_backward(g, q_b, k_b, v_b, o, lse.contiguous(), b.causal, ctx.scale, state)
-            dq_b, dk_b, dv_b = (x.transpose(1, 2).flatten(0, 1) for x in gradients)
-            dq.index_add_(0, b.tokens, dq_b[b.real])
-            dk.index_add_(0, b.k.flatten(), dk_b)
-            dv.index_add_(0, b.k.flatten(), dv_b)
-        return dq, dk, dv, None, None
-
-
-def _flash(q, k, v, causal, scale):
-    """Flash attention that also gives its denominators: out (n, Hq, a, d), their logs (n, Hq, a), and what the backward pass
-    wants besides."""
-    if q.device.type == "cpu":
-        return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal, scale=scale), ()
-    out, lse, *state = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)
-    return out, lse, state[:6]
-
-
-def _flash_backward(grad, q, k, v, out, lse, causal, scale, state):
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, scale=scale)
-    first_q, first_k, max_q, max_k, seed, offset = state
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale)
 
 
 class PackedRow:
@@ -190,6 +117,7 @@ class PackedRow:
     reads: the tokens whose last hidden state predicts another token; the last layer computes no others (model.last_layer).
     `own`, `find` and `collect` matter where a row is dealt over ranks (mrsp.ShardedRow); here all tokens are at hand.
     """
+
     own = slice(None)
 
     def __init__(self, lengths, device, cache=None, first_slot=0):
@@ -199,9 +127,13 @@ class PackedRow:
         for P, responses in lengths:
             first, others = sum(responses[:1]), responses[1:]
             self.prompts.append((start, start + P))
-            squares.append((start, P + first, start, P + first))  # the prompt and o_1: an ordinary causal sequence
+            squares.append(
+                (start, P + first, start, P + first)
+            )  # the prompt and o_1: an ordinary causal sequence
             across.append((start + P + first, sum(others), start, P))
-            read[start + P - 1 : start + P + max(0, first - 1)] = True  # a response's last token predicts none
+            read[start + P - 1 : start + P + max(0, first - 1)] = (
+                True  # a response's last token predicts none
+            )
             start += P + first
             for R in others:
                 squares.append((start, R, start, R))
@@ -217,7 +149,9 @@ class PackedRow:
         """q (n, Hq, d) of the tokens that are here, k and v (S, Hkv, d) of all -> (1, n, Hq, d)."""
         if self.cache is not None:
             for i, (a, b) in enumerate(self.prompts):
-                self.cache.store_prompt(layer, self.first_slot + i, k[a:b].transpose(0, 1), v[a:b].transpose(0, 1))
+                self.cache.store_prompt(
+                    layer, self.first_slot + i, k[a:b].transpose(0, 1), v[a:b].transpose(0, 1)
+                )
         return BlockAttention.apply(q, k, v, self.blocks[last], scale)[None]
 
     def find(self, tokens):
@@ -239,15 +173,24 @@ class DecodeCache:
     no shape that depends on it: responses are attended to up to `width` tokens, what is not there yet masked.
     Sizes: prompts 2 * L * sum(P) * Hkv * d, responses 2 * L * B * G * Hkv * max_new * d numbers.
     """
+
     reads = slice(None)  # every token's hidden state predicts the next
 
     def __init__(self, config, lengths, G, max_new, *, device, dtype):
-        L, heads, d = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        new = lambda *shape: torch.zeros(*shape, device=device, dtype=dtype)  # zeros: a masked NaN would still be a NaN
+        L, heads, d = (
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.hidden_size // config.num_attention_heads,
+        )
+        new = lambda *shape: torch.zeros(
+            *shape, device=device, dtype=dtype
+        )  # zeros: a masked NaN would still be a NaN
         pair = lambda *shape: (new(*shape), new(*shape))
         self.G, self.width, self.t = G, max_new, torch.zeros(1, dtype=torch.long, device=device)
         self.sizes = [(P, lengths.count(P)) for P in dict.fromkeys(lengths)]
-        self.slots = [(i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)]  # of each prompt: which buffer, where
+        self.slots = [
+            (i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)
+        ]  # of each prompt: which buffer, where
         self.prompt_kv = [[pair(n, heads, P, d) for P, n in self.sizes] for _ in range(L)]
         self.own_kv = [pair(len(lengths) * G, heads, max_new, d) for _ in range(L)]
         self.tokens = torch.arange(max_new, device=device)
@@ -266,14 +209,25 @@ class DecodeCache:
         exact = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             read, of_length = [], q.view(N, H, -1, d).split([n * self.G for _, n in self.sizes])
-            for q_p, (k_p, v_p) in zip(of_length, self.prompt_kv[layer]):  # all query heads of a K/V head, and all rows, together
+            for q_p, (k_p, v_p) in zip(
+                of_length, self.prompt_kv[layer]
+            ):  # all query heads of a K/V head, and all rows, together
                 q_p = q_p.unflatten(0, (-1, self.G)).transpose(1, 2)  # (n, Hkv, G, Hq / Hkv, d)
                 out, lse, _ = _flash(q_p.flatten(2, 3), k_p, v_p, False, scale)
-                read.append([x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2) for x in (out, lse)])
+                read.append(
+                    [
+                        x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+                        for x in (out, lse)
+                    ]
+                )
             out, lse = (torch.cat(part).to(exact) for part in zip(*read))  # (N, Hq, d), (N, Hq)
             k_o, v_o = (x[:, :, : self.width] for x in self.own_kv[layer])  # (N, Hkv, width, d)
-            scores = (q.view(N, H, -1, d).to(exact) * scale) @ k_o.to(exact).mT  # query heads that share a K/V head side by side
-            scores = scores.masked_fill(self.tokens[: self.width] > self.t, float("-inf")).flatten(1, 2)  # (N, Hq, width)
+            scores = (q.view(N, H, -1, d).to(exact) * scale) @ k_o.to(
+                exact
+            ).mT  # query heads that share a K/V head side by side
+            scores = scores.masked_fill(self.tokens[: self.width] > self.t, float("-inf")).flatten(
+                1, 2
+            )  # (N, Hq, width)
             total = torch.logaddexp(lse, scores.logsumexp(2))[..., None]  # (N, Hq, 1)
             own = (scores - total).exp().view(N, H, -1, self.width).to(v.dtype) @ v_o
             out = out * (lse[..., None] - total).exp() + own.flatten(1, 2)
@@ -286,8 +240,12 @@ class DecodeCache:
         if len(kept) < len(self.slots):
             which = [[j for i, j in kept if i == n] for n in range(len(self.sizes))]
             some = lambda x, w: x if len(w) == len(x) else x[w]
-            for layer, of_length in enumerate(self.prompt_kv):  # one after the other: old and new stand in memory for a layer
-                self.prompt_kv[layer] = [(some(k, w), some(v, w)) for (k, v), w in zip(of_length, which) if w]
+            for layer, of_length in enumerate(
+                self.prompt_kv
+            ):  # one after the other: old and new stand in memory for a layer
+                self.prompt_kv[layer] = [
+                    (some(k, w), some(v, w)) for (k, v), w in zip(of_length, which) if w
+                ]
             self.sizes = [(P, len(w)) for (P, _), w in zip(self.sizes, which) if w]
             self.slots = [(i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)]
         for layer, kv in enumerate(self.own_kv):

@@ -25,49 +25,66 @@ from reprlib import repr as shown  # of whatever a record holds: short, on one l
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
-from rewards import PROBLEM_TYPES, choice_letter, extract_answer, format_reward, normalize_answer, parse_number
-from video import (
-    MERGE,
-    PATCH,
-    Clip,
-    VideoError,
-    choose_frames,
-    frame_indices,
-    read_clip,
-    read_image,
-    read_video,
-    smart_resize,
+from infra.errors import DataError, VideoError
+from infra.frames import MERGE, PATCH, choose_frames, frame_indices, smart_resize
+from infra.model_folder import load_tokenizer
+from infra.records import FIELDS, FORM, read_records
+from infra.video import Clip, read_clip, read_image, read_video
+from rewards import (
+    PROBLEM_TYPES,
+    choice_letter,
+    extract_answer,
+    format_reward,
+    normalize_answer,
+    parse_number,
 )
 
-__all__ = ["DataError", "Sample", "load_samples", "missing_media", "Media", "load_media", "Prompt", "PromptBuilder", "Loader",
-           "patchify", "normalize", "frame_indices", "read_video", "smart_resize"]
+__all__ = [
+    "DataError",
+    "Sample",
+    "load_samples",
+    "missing_media",
+    "Media",
+    "load_media",
+    "Prompt",
+    "PromptBuilder",
+    "Loader",
+    "patchify",
+    "normalize",
+    "frame_indices",
+    "read_video",
+    "smart_resize",
+]
 
-ABOUT = ("data_source", "original_question_type", "task_type", "category", "duration", "domain", "sub_category")
-FIELDS = "problem, options, problem_type, data_type, solution, path"
-FORM = f"a list of objects with {FIELDS}"
-BINARY = {b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed by gzip", b"PK\3\4": "a zip archive",
-          b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz", b"\x28\xb5\x2f\xfd": "compressed by zstd",
-          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # the first bytes of files that are not records
+ABOUT = (
+    "data_source",
+    "original_question_type",
+    "task_type",
+    "category",
+    "duration",
+    "domain",
+    "sub_category",
+)
 BEGINS = re.compile(  # an option with a letter of its own: "a. x", "(A) x", "[A] x", "A、x", "A - x", "**A.** x", "Option A: x"
     r"[\W_]*?(?P<open>[*_`]*)(?:(?:option|choice|answer)\s+\(?)?(?P<letter>[A-ZＡ-Ｚ])(?P<mark>"
     r"[*_`]*\s*(?:[.):\]}、．）：］】](?!\w\.)|[-–—](?=\s))[*_`]*"  # "A.M." has none
-    r"|(?P=open)(?<=[*_`])(?=\s*\S)|(?P<space>\s)(?=\s*\S))\s*", re.IGNORECASE)
+    r"|(?P=open)(?<=[*_`])(?=\s*\S)|(?P<space>\s)(?=\s*\S))\s*",
+    re.IGNORECASE,
+)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the frames of a folder
 FOLDER_FPS = 3.0  # of a folder of frames whose record has no "fps": the rate of MVBench's TVQA frames, the one such set
-
-
-class DataError(ValueError):
-    """A record or medium that cannot be used: names the file, the record, what was found and what was expected."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One question about one medium. `answer` is the text inside <answer>; `reasoning` that inside <think>, "" if none."""
+
     id: str  # the record's number in its file, from 0, where it has none
     question: str
-    options: list[str]  # with their letters in order, "A. text", "A) text", "(A) text" or "A: text"; [] if there are none
+    options: list[
+        str
+    ]  # with their letters in order, "A. text", "A) text", "(A) text" or "A: text"; [] if there are none
     problem_type: str  # one of rewards.PROBLEM_TYPES
     data_type: str  # "video", "image" or "frame", a folder of frames
     path: str
@@ -75,8 +92,12 @@ class Sample:
     reasoning: str = ""
     source: str = ""
     fps: float = FOLDER_FPS  # of a folder of frames
-    about: dict = field(default_factory=dict)  # what else the record says of itself: those of ABOUT that it has
-    segment: tuple[float, float] | None = None  # seconds of the video that the question is about; None: all of it
+    about: dict = field(
+        default_factory=dict
+    )  # what else the record says of itself: those of ABOUT that it has
+    segment: tuple[float, float] | None = (
+        None  # seconds of the video that the question is about; None: all of it
+    )
     where: str = field(default="", compare=False)  # the record stands: "FILE, record 0 (id 3)"
 
     @property
@@ -86,6 +107,7 @@ class Sample:
 
 
 # ---- records
+
 
 def load_samples(path, *, media_root=None, skipped=None):
     """Reads a .json or .jsonl file -> list[Sample], in the file's order.
@@ -106,56 +128,11 @@ def load_samples(path, *, media_root=None, skipped=None):
                 raise
             skipped[i] = str(e)
     if not samples:
-        first = f", first problem: {next(iter(skipped.values()))}" if skipped else f", expected {FORM}"
+        first = (
+            f", first problem: {next(iter(skipped.values()))}" if skipped else f", expected {FORM}"
+        )
         raise DataError(f"{path}: holds no usable record{first}")
     return samples
-
-
-def read_records(path):
-    """The records of a file as they are -> [(where, a function that gives the record), ...]; `where` names file and record.
-
-    By content, whatever the file is called: a JSON list, or else JSON lines. Raises DataError for any other file.
-    """
-    path = Path(path)
-    text = _text(path)
-    try:
-        whole = _json(text, path)
-    except DataError:
-        if text.lstrip().startswith("[") and path.suffix != ".jsonl":  # there it is a line that is no record
-            raise
-        whole = None
-    if isinstance(whole, list):
-        return [(f"{path}, record {i}", lambda r=r: r) for i, r in enumerate(whole)]
-    lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if whole and len(lines) > 1:
-        raise DataError(f"{path}: holds one JSON {type(whole).__name__}, expected {FORM}")
-    return [(where, partial(_json, line, where)) for where, line in lines]
-
-
-def _text(path):
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read: {e}") from e
-    kind = next((kind for magic, kind in BINARY.items() if content.startswith(magic)), None)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        kind = kind or "not UTF-8 text"
-    if kind is None and "\0" in text[:100]:
-        kind = "binary, or UTF-16 text"
-    if kind:
-        raise DataError(f"{path}: is {kind}, expected JSON in UTF-8: {FORM}")
-    if not text.strip():
-        raise DataError(f"{path}: is empty, expected {FORM}")
-    return text
-
-
-def _json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where}: not JSON, or cut off: {e}; expected {FORM}") from e
 
 
 def _sample(r, number, where, root, stem):
@@ -169,18 +146,27 @@ def _sample(r, number, where, root, stem):
         raise DataError(f"{where}: expected text or a number as its id")
     question = _text_of(r, where, "problem", "question")
     key, medium, data_type = _medium(r, where)
-    for what, value in (("question ('problem')", question), ("medium ('path', 'video', 'videos' or 'image')", medium)):
+    for what, value in (
+        ("question ('problem')", question),
+        ("medium ('path', 'video', 'videos' or 'image')", medium),
+    ):
         if not value:
-            raise DataError(f"{where}: no {what}; it has {', '.join(map(shown, r)) or 'no fields'}; expected {FORM}")
+            raise DataError(
+                f"{where}: no {what}; it has {', '.join(map(shown, r)) or 'no fields'}; expected {FORM}"
+            )
     if data_type not in ("video", "image", "frame"):
         raise DataError(f"{where}: data type {shown(data_type)}, expected video, image or frame")
 
     kind = problem_type(r)
     if kind is None:
-        raise DataError(f"{where}: unknown problem type {shown(r['problem_type'])}, expected one of {', '.join(PROBLEM_TYPES)}")
+        raise DataError(
+            f"{where}: unknown problem type {shown(r['problem_type'])}, expected one of {', '.join(PROBLEM_TYPES)}"
+        )
     options = r.get("options")
     if options in (None, "", []):
-        question, options = _split_options(question) if kind == "multiple choice" else (question, [])
+        question, options = (
+            _split_options(question) if kind == "multiple choice" else (question, [])
+        )
     options = _lettered(options, where)
     if not question:
         raise DataError(f"{where}: no question beside the options in 'problem'")
@@ -189,17 +175,37 @@ def _sample(r, number, where, root, stem):
         if not options:
             raise DataError(f"{where}: multiple choice without options")
         if choice_letter(answer, options) is None:
-            raise DataError(f"{where}: the answer {shown(answer)} is not among the options {', '.join(map(shown, options))}")
+            raise DataError(
+                f"{where}: the answer {shown(answer)} is not among the options {', '.join(map(shown, options))}"
+            )
     elif kind in ("numerical", "regression") and parse_number(answer) is None:
         raise DataError(f"{where}: the answer {shown(answer)} of a {kind} question is not a number")
 
     fps = _number(r, "fps", where, least=1e-6, most=1e6)
-    sample = Sample(id=str(number if name is None else name), question=question.strip(), options=options, problem_type=kind,
-                    data_type=data_type, path=str(root / medium), answer=answer,
-                    source=_text_of(r, where, "data_source") or stem, fps=FOLDER_FPS if fps is None else fps, about=about(r),
-                    segment=_segment(r, where), where=where)
+    sample = Sample(
+        id=str(number if name is None else name),
+        question=question.strip(),
+        options=options,
+        problem_type=kind,
+        data_type=data_type,
+        path=str(root / medium),
+        answer=answer,
+        source=_text_of(r, where, "data_source") or stem,
+        fps=FOLDER_FPS if fps is None else fps,
+        about=about(r),
+        segment=_segment(r, where),
+        where=where,
+    )
     sample = replace(sample, reasoning=_reasoning(r, sample, where))
-    for text in (sample.id, sample.question, sample.path, answer, sample.reasoning, sample.source, *options):
+    for text in (
+        sample.id,
+        sample.question,
+        sample.path,
+        answer,
+        sample.reasoning,
+        sample.source,
+        *options,
+    ):
         if not _is_unicode(text):
             raise DataError(f"{where}: a text that is not valid Unicode: {shown(text)}")
     return sample
@@ -226,7 +232,9 @@ def _medium(r, where):
     also_image = _first(r, "image")[0] and data_type != "image"
     media = {k: r[k] for k in keys if _first(r, k)[0] and (k != "path" or also_image)}
     if any(value != next(iter(media.values())) for value in media.values()):
-        raise DataError(f"{where}: several media, {', '.join(f'{k!r} {shown(v)}' for k, v in media.items())}, expected one")
+        raise DataError(
+            f"{where}: several media, {', '.join(f'{k!r} {shown(v)}' for k, v in media.items())}, expected one"
+        )
     return key, medium, data_type
 
 
@@ -248,7 +256,9 @@ def _number(r, key, where, *, least, most):
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not least <= number <= most:
-        raise DataError(f"{where}: {key!r} is {shown(value)}, expected a number from {least:g} to {most:g}")
+        raise DataError(
+            f"{where}: {key!r} is {shown(value)}, expected a number from {least:g} to {most:g}"
+        )
     return number
 
 
@@ -256,7 +266,9 @@ def _segment(r, where):
     """(start, end) in seconds, as in MVBench; None for a record of the whole video."""
     start, end = (_number(r, key, where, least=0, most=1e9) for key in ("start", "end"))
     if (start is None) != (end is None):
-        raise DataError(f"{where}: only one of 'start' ({start}) and 'end' ({end}), expected both, in seconds, or none")
+        raise DataError(
+            f"{where}: only one of 'start' ({start}) and 'end' ({end}), expected both, in seconds, or none"
+        )
     if start is not None and start >= end:
         raise DataError(f"{where}: a segment from {start:g} to {end:g} seconds")
     return None if start is None else (start, end)
@@ -267,7 +279,11 @@ def _answer(r, where):
     key, solution = _first(r, "solution", "answer")
     if key is None:
         raise DataError(f"{where}: no 'solution'")
-    if isinstance(solution, bool) or not isinstance(solution, (str, int, float)) or _not_finite(solution):
+    if (
+        isinstance(solution, bool)
+        or not isinstance(solution, (str, int, float))
+        or _not_finite(solution)
+    ):
         raise DataError(f"{where}: {key!r} is {shown(solution)}, expected text or a number")
     answer = extract_answer(str(solution))
     answer = str(solution).strip() if answer is None else answer
@@ -282,14 +298,20 @@ def _reasoning(r, sample, where):
     process = _text_of(r, where, "process", "reasoning")
     if process.endswith("</answer>"):
         given = extract_answer(process)
-        if given is None or normalize_answer(given, sample) != normalize_answer(sample.answer, sample):
-            raise DataError(f"{where}: the reasoning answers {shown(given)}, the solution is {shown(sample.answer)}")
+        if given is None or normalize_answer(given, sample) != normalize_answer(
+            sample.answer, sample
+        ):
+            raise DataError(
+                f"{where}: the reasoning answers {shown(given)}, the solution is {shown(sample.answer)}"
+            )
         process = process[: process.rindex("<answer>")].strip()
     whole = re.fullmatch("<think>(.*)</think>", process, re.DOTALL)
     reasoning = (whole[1] if whole else process).strip()
     if not format_reward(supervised_response(reasoning, sample.answer)):
-        raise DataError(f"{where}: a tag within the reasoning {shown(process)} or the solution {shown(sample.answer)}, expected "
-                        "one <think>...</think> around all of the reasoning, or no tags")
+        raise DataError(
+            f"{where}: a tag within the reasoning {shown(process)} or the solution {shown(sample.answer)}, expected "
+            "one <think>...</think> around all of the reasoning, or no tags"
+        )
     return reasoning
 
 
@@ -305,7 +327,11 @@ def _is_unicode(text):
 def about(record):
     """Those of the fields ABOUT that a record has as text that can be printed; {} for what is no record."""
     texts = {key: record.get(key) for key in ABOUT} if isinstance(record, dict) else {}
-    return {key: text for key, text in texts.items() if isinstance(text, str) and text and _is_unicode(text)}
+    return {
+        key: text
+        for key, text in texts.items()
+        if isinstance(text, str) and text and _is_unicode(text)
+    }
 
 
 def problem_type(record):
@@ -336,12 +362,19 @@ def _lettered(options, where):
     begins = [BEGINS.match(o) for o in options]
     found = [unicodedata.normalize("NFKC", m["letter"]).upper() if m else None for m in begins]
     if found == letters:
-        around = ["" if m["open"] in m["mark"] else m["open"] for m in begins]  # of "**A. x**", but not of "**A.** x"
-        return [f"{letter}. {o[m.end():].removesuffix(a)}" for letter, o, m, a in zip(letters, options, begins, around)]
+        around = [
+            "" if m["open"] in m["mark"] else m["open"] for m in begins
+        ]  # of "**A. x**", but not of "**A.** x"
+        return [
+            f"{letter}. {o[m.end() :].removesuffix(a)}"
+            for letter, o, m, a in zip(letters, options, begins, around)
+        ]
     marked = {letter for letter, m in zip(found, begins) if m and not m["space"]}
     if not marked.isdisjoint(letters):
-        raise DataError(f"{where}: the options {', '.join(map(shown, options))}, expected the letters A, B, C ... in order "
-                        "before all of them, or before none")
+        raise DataError(
+            f"{where}: the options {', '.join(map(shown, options))}, expected the letters A, B, C ... in order "
+            "before all of them, or before none"
+        )
     return [f"{letter}. {o}" for letter, o in zip(letters, options)]
 
 
@@ -371,21 +404,31 @@ def missing_media(samples, data, media_root):
     counts = ", ".join(f"{n} in {folder}" for folder, n in folders[:3])
     others = f", the others in {len(folders) - 3} more folders" if len(folders) > 3 else ""
     start = Path(data).absolute().parent
-    root = f"--media_root was {media_root}" if media_root else f"--media_root was not set, so paths start from {start}"
-    return (f"{data}: the media of {len(missing)} of {len(samples)} records are missing: {counts}{others}; the first: "
-            f"{missing[0].name.removeprefix(f'{Path(data)}, ')}, {missing[0].path}; {root}"), 2 * len(missing) > len(samples)
+    root = (
+        f"--media_root was {media_root}"
+        if media_root
+        else f"--media_root was not set, so paths start from {start}"
+    )
+    return (
+        f"{data}: the media of {len(missing)} of {len(samples)} records are missing: {counts}{others}; the first: "
+        f"{missing[0].name.removeprefix(f'{Path(data)}, ')}, {missing[0].path}; {root}"
+    ), 2 * len(missing) > len(samples)
 
 
 # ---- media
 
+
 @dataclass(eq=False)  # a medium is itself, whatever its pixels are
 class Media:
     """What the vision tower sees. frames: uint8 (T, 3, H, W), T even, or 1 for an image. One grid = 2 frames = 1 time step."""
+
     frames: torch.Tensor
     kind: str  # "video" or "image"
     seconds_per_grid: float = 0.0
     available: int = 1  # frames that the file would show without max_frames
-    key: str | None = None  # what the pixels are a function of: file (path, size, time), frame indices, frame size
+    key: str | None = (
+        None  # what the pixels are a function of: file (path, size, time), frame indices, frame size
+    )
 
     @property
     def grid(self):
@@ -403,8 +446,19 @@ class Media:
         return self.frames[2 * grid : 2 * (grid + n)]
 
 
-def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-               image_max_pixels=256 * 28 * 28, reader="av", decode_timeout=60.0, decoded=None):
+def load_media(
+    sample,
+    *,
+    fps=2.0,
+    min_frames=4,
+    max_frames=16,
+    min_pixels=4 * 28 * 28,
+    max_pixels=128 * 28 * 28,
+    image_max_pixels=256 * 28 * 28,
+    reader="av",
+    decode_timeout=60.0,
+    decoded=None,
+):
     """A Sample's file -> Media, at most max_frames frames of at most max_pixels. Raises DataError naming file and record.
 
     reader: of videos, one of reader.READERS.
@@ -415,19 +469,39 @@ def load_media(sample, *, fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 2
     try:
         file = _identity(Path(sample.path))
         if sample.data_type == "image":
-            frame = read_image(sample.path, min_pixels=min_pixels, max_pixels=image_max_pixels, timeout=decode_timeout)
+            frame = read_image(
+                sample.path,
+                min_pixels=min_pixels,
+                max_pixels=image_max_pixels,
+                timeout=decode_timeout,
+            )
             clip = Clip(frame[None], 0.0, 1, [0], [0])
         elif sample.data_type == "video":
-            clip = read_clip(sample.path, **counts, **pixels, segment=sample.segment, timeout=decode_timeout,
-                             decoded=decoded, reader=reader)
+            clip = read_clip(
+                sample.path,
+                **counts,
+                **pixels,
+                segment=sample.segment,
+                timeout=decode_timeout,
+                decoded=decoded,
+                reader=reader,
+            )
         else:
             clip = _read_folder(sample, counts, pixels, decode_timeout)
-    except (ValueError, OSError) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
+    except (
+        ValueError,
+        OSError,
+    ) as e:  # VideoError and DataError are ValueErrors, and so are those of sizes and counts
         where = "" if sample.path in str(e) else f"{sample.path}: "
         raise DataError(f"{sample.name}: {where}{e}") from e
     frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip.frames, 3, 1)))
-    return Media(frames, "image" if sample.data_type == "image" else "video", 2 * clip.seconds, clip.available,
-                 repr((file, reader, clip.keys, tuple(frames.shape[2:]))))
+    return Media(
+        frames,
+        "image" if sample.data_type == "image" else "video",
+        2 * clip.seconds,
+        clip.available,
+        repr((file, reader, clip.keys, tuple(frames.shape[2:]))),
+    )
 
 
 def _identity(path):
@@ -440,7 +514,9 @@ def _read_folder(sample, counts, pixels, timeout):
     path = Path(sample.path)
     if not path.is_dir():
         raise VideoError(f"{path}: no such folder of frames")
-    files = _by_number([f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "."], path)
+    files = _by_number(
+        [f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "."], path
+    )
     indices, seconds, available = choose_frames(len(files), sample.fps, sample.segment, **counts)
     frames = [read_image(files[i], **pixels, timeout=timeout) for i in indices]
     if len(shapes := {f.shape for f in frames}) > 1:
@@ -455,19 +531,29 @@ def _by_number(files, folder):
     def numbers(pattern, file):
         return [float(x) if i % 2 else x for i, x in enumerate(re.split(pattern, file.stem))]
 
-    whole, decimal = (sorted(files, key=partial(numbers, pattern)) for pattern in ("([0-9]+)", r"([0-9]+(?:\.[0-9]+)?)"))
+    whole, decimal = (
+        sorted(files, key=partial(numbers, pattern))
+        for pattern in ("([0-9]+)", r"([0-9]+(?:\.[0-9]+)?)")
+    )
     if whole != decimal:
         a, b = next(pair for pair in zip(whole, decimal) if pair[0] != pair[1])
-        raise VideoError(f"{folder}: {a.name} or {b.name} first? Number its frames with as many digits each")
+        raise VideoError(
+            f"{folder}: {a.name} or {b.name} first? Number its frames with as many digits each"
+        )
     return whole
 
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels, in all Qwen-VL checkpoints
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of pixels, in all Qwen-VL checkpoints
 
 
 def normalize(frames, dtype=torch.float32, mean=MEAN, std=STD):
     """uint8 (N, 3, ...) -> (x / 255 - mean) / std, with the statistics that all Qwen-VL vision towers share."""
-    column = lambda x: torch.tensor(x, dtype=dtype, device=frames.device).view(3, *[1] * (frames.ndim - 2))
+    column = lambda x: torch.tensor(x, dtype=dtype, device=frames.device).view(
+        3, *[1] * (frames.ndim - 2)
+    )
     return (frames.to(dtype) / 255 - column(mean)) / column(std)
 
 
@@ -482,18 +568,24 @@ def patchify(frames):
         frames, T = frames.expand(2, -1, -1, -1), 2
     t, h, w, m = T // 2, H // PATCH, W // PATCH, MERGE
     if T % 2 or H % (m * PATCH) or W % (m * PATCH):
-        raise ValueError(f"{T} frames of {H} x {W}: expected an even number, sides in multiples of {m * PATCH}")
+        raise ValueError(
+            f"{T} frames of {H} x {W}: expected an even number, sides in multiples of {m * PATCH}"
+        )
     x = frames.reshape(t, 2, C, h // m, m, PATCH, w // m, m, PATCH)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, block row, block column, row, column, C, frame, y, x
+    x = x.permute(
+        0, 3, 6, 4, 7, 2, 1, 5, 8
+    )  # t, block row, block column, row, column, C, frame, y, x
     return x.reshape(t * h * w, C * 2 * PATCH * PATCH), (t, h, w)
 
 
 # ---- prompts
 
+
 @dataclass(eq=False)
 class Prompt:
     """A question as the policy gets it. ids: (P,) token ids, one video or image token per visual token of `media`.
     target: (R,) the response to learn from, where there is one (PromptBuilder.target)."""
+
     sample: Sample
     ids: torch.Tensor
     media: list[Media] = field(default_factory=list)
@@ -516,17 +608,6 @@ CLOSING = {
 }
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a model folder. Raises DataError, naming the folder: none, or one that cannot be read."""
-    if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        raise DataError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as e:  # whatever a broken file makes a native library raise is this file's error
-        reason = " ".join(str(e).split())[:300]
-        raise DataError(f"{folder}: the tokenizer cannot be read: {type(e).__name__}: {reason}") from e
-
-
 def _read_json(file):
     """What a JSON file of a model folder holds. Raises DataError, which names the file."""
     try:
@@ -544,8 +625,12 @@ class PromptBuilder:
 
     def __init__(self, folder, *, max_prompt=16384, **media):
         self.tokenizer = load_tokenizer(folder)
-        template = Path(folder) / "chat_template.json"  # older checkpoints keep the multimodal template apart
-        if template.exists() and not template.with_suffix(".jinja").exists():  # the newer file wins, as in transformers
+        template = (
+            Path(folder) / "chat_template.json"
+        )  # older checkpoints keep the multimodal template apart
+        if (
+            template.exists() and not template.with_suffix(".jinja").exists()
+        ):  # the newer file wins, as in transformers
             content = _read_json(template)
             if not isinstance(content, dict) or not isinstance(content.get("chat_template"), str):
                 raise DataError(f"{template}: expected an object with a 'chat_template'")
@@ -553,10 +638,15 @@ class PromptBuilder:
         if not self.tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template")
         self.max_prompt, self.media = max_prompt, media
-        self.pad = {kind: self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("video", "image")}
+        self.pad = {
+            kind: self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
+            for kind in ("video", "image")
+        }
         config = _read_json(Path(folder) / "config.json")
         if self.pad != (expected := {kind: config.get(f"{kind}_token_id") for kind in self.pad}):
-            raise DataError(f"{folder}: the tokenizer has the vision tokens {self.pad}, the model {expected}")
+            raise DataError(
+                f"{folder}: the tokenizer has the vision tokens {self.pad}, the model {expected}"
+            )
         for kind in self.pad:
             self._try_template(folder, kind)
 
@@ -564,11 +654,23 @@ class PromptBuilder:
         """Raises DataError unless the chat template gives a turn with one medium and a text one place for the medium."""
         turn = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "?"}]}
         try:
-            chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, AttributeError, ArithmeticError) as e:  # TypeError: it expects text only
-            raise DataError(f"{folder}: the chat template is broken, or made for text only: {type(e).__name__}: {e}") from e
+            chat = self.tokenizer.apply_chat_template(
+                [turn], tokenize=False, add_generation_prompt=True
+            )
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+        ) as e:  # TypeError: it expects text only
+            raise DataError(
+                f"{folder}: the chat template is broken, or made for text only: {type(e).__name__}: {e}"
+            ) from e
         if chat.count(f"<|{kind}_pad|>") != 1:
-            raise DataError(f"{folder}: the chat template has {chat.count(f'<|{kind}_pad|>')} places for one {kind}")
+            raise DataError(
+                f"{folder}: the chat template has {chat.count(f'<|{kind}_pad|>')} places for one {kind}"
+            )
 
     def __call__(self, sample, **media):
         """Loads the medium and builds the prompt; `media` overrides the builder's, e.g. more frames. Raises DataError."""
@@ -576,20 +678,28 @@ class PromptBuilder:
 
     def build(self, sample, media):
         """The prompt of media that are loaded. Raises DataError: too long, or a text that spells out a special token."""
-        self._refuse_special(sample, "question, options or solution", f"{self.text(sample)}\n{sample.answer}")
+        self._refuse_special(
+            sample, "question, options or solution", f"{self.text(sample)}\n{sample.answer}"
+        )
         content = [{"type": m.kind} for m in media] + [{"type": "text", "text": self.text(sample)}]
         turn = {"role": "user", "content": content}
-        chat = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        chat = self.tokenizer.apply_chat_template(
+            [turn], tokenize=False, add_generation_prompt=True
+        )
         ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
         counts = {self.pad[kind]: [m.tokens for m in media if m.kind == kind] for kind in self.pad}
         for token, wanted in counts.items():
             if ids.count(token) != len(wanted):  # a template for text only
-                raise DataError(f"{sample.name}: {ids.count(token)} places for media in the prompt, expected {len(wanted)}")
+                raise DataError(
+                    f"{sample.name}: {ids.count(token)} places for media in the prompt, expected {len(wanted)}"
+                )
         counts = {token: iter(wanted) for token, wanted in counts.items()}
         ids = [x for i in ids for x in ([i] * next(counts[i]) if i in counts else [i])]
         if len(ids) > self.max_prompt:
-            raise DataError(f"{sample.name}: {sample.path}: a prompt of {len(ids)} tokens "
-                            f"({sum(m.tokens for m in media)} visual), more than --max_prompt {self.max_prompt}")
+            raise DataError(
+                f"{sample.name}: {sample.path}: a prompt of {len(ids)} tokens "
+                f"({sum(m.tokens for m in media)} visual), more than --max_prompt {self.max_prompt}"
+            )
         return Prompt(sample, torch.tensor(ids), media)
 
     def text(self, sample):
@@ -610,7 +720,9 @@ class PromptBuilder:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if special := set(ids) & set(self.tokenizer.all_special_ids):
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(special)))
-            raise DataError(f"{sample.name}: its {what} spells out {names}, expected text without special tokens")
+            raise DataError(
+                f"{sample.name}: its {what} spells out {names}, expected text without special tokens"
+            )
         return ids
 
     def decode(self, ids):
@@ -620,6 +732,7 @@ class PromptBuilder:
 
 # ---- the prompts of every step
 
+
 class Loader:
     """The prompts of a step, for one of `world` ranks, loaded in `workers` threads, each with a decoder process.
 
@@ -627,7 +740,9 @@ class Loader:
     in an order that each epoch shuffles anew from `seed`. target: build every prompt's supervised target too.
     """
 
-    def __init__(self, samples, builder, *, prompts, seed=0, workers=2, target=False, rank=0, world=1):
+    def __init__(
+        self, samples, builder, *, prompts, seed=0, workers=2, target=False, rank=0, world=1
+    ):
         self.samples, self.builder, self.seed, self.target = samples, builder, seed, target
         self.prompts, self.positions = prompts, range(rank, prompts, world)
         self.pool = ThreadPoolExecutor(workers)
@@ -637,7 +752,9 @@ class Loader:
         """[(position in the step, Prompt or DataError), ...], and a start on the step after it."""
         for s in (step, step + 1):
             if s not in self.pending:
-                self.pending[s] = self._submit([self.sample(s, i) for i in self.positions], self.target)
+                self.pending[s] = self._submit(
+                    [self.sample(s, i) for i in self.positions], self.target
+                )
         return [(i, future.result()) for i, future in zip(self.positions, self.pending.pop(step))]
 
     def sample(self, step, i):
@@ -648,7 +765,9 @@ class Loader:
     def refill(self, step, k):
         """As load, for the k-th extra draw of a step (k >= 1): from all samples, with replacement, at positions of their own."""
         positions = [k * self.prompts + i for i in self.positions]
-        drawn = [random.Random(f"{self.seed} {step} refill {i}").choice(self.samples) for i in positions]
+        drawn = [
+            random.Random(f"{self.seed} {step} refill {i}").choice(self.samples) for i in positions
+        ]
         return [(i, future.result()) for i, future in zip(positions, self._submit(drawn, False))]
 
     def _submit(self, samples, target):

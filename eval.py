@@ -32,33 +32,28 @@ from transformers.utils import logging as hf_logging
 import rewards
 import toy
 import tts
-from data import DataError, Prompt, PromptBuilder, Sample, about, load_samples, missing_media, problem_type, read_records
-from model import Policy, fingerprint, local_folder, text_fingerprint
-from rollout import generate
-from run import (
+from data import Prompt, PromptBuilder, Sample, about, load_samples, missing_media, problem_type
+from infra.errors import DataError
+from infra.files import append, digest, write_whole
+from infra.flags import (
     MEDIA,
-    RANK,
-    WORLD,
-    append,
     by_name,
-    claimed,
-    commit,
-    digest,
     flag_lines,
     flag_parser,
-    gather,
     media_flags,
     ordered,
     peek,
-    ranks,
     read_config,
     refuse_changes,
-    say,
-    seed,
-    write_whole,
 )
+from infra.model_folder import fingerprint, local_folder, text_fingerprint
+from infra.ranks import RANK, WORLD, gather, ranks, say, seed
+from infra.records import read_records
+from infra.run_folder import claimed, commit
+from infra.video import close_workers
+from model import Policy
+from rollout import generate
 from scores import answer_misfit, constant_answer, mean, natural, score, summarize, table
-from video import close_workers
 
 # what all the answers of a folder have in common, besides the model's weights and the records
 SAME = ("# weights", "media_root", "seed", *MEDIA[:-1], "max_prompt", "max_new", "m", "temperature")
@@ -66,6 +61,7 @@ SAME = ("# weights", "media_root", "seed", *MEDIA[:-1], "max_prompt", "max_new",
 
 class Method(NamedTuple):
     """A way to answer: m responses at `start` frames, and while they disagree at twice as many, up to `cap`."""
+
     name: str
     start: int
     cap: int
@@ -77,25 +73,60 @@ def parse_args(argv=None):
     """The flags, from argv or the command line; @FILE reads them from a file."""
     p, add, flag = flag_parser(__doc__)
     g = p.add_argument_group("run")
-    add(g, "model", None, "model folder, run folder or hub name; without one: the toy that `python train.py` has trained")
+    add(
+        g,
+        "model",
+        None,
+        "model folder, run folder or hub name; without one: the toy that `python train.py` has trained",
+    )
     add(g, "data", None, "records, .json or .jsonl")
-    add(g, "media_root", None, "what relative paths in the records start from; the records' own folder unless told")
+    add(
+        g,
+        "media_root",
+        None,
+        "what relative paths in the records start from; the records' own folder unless told",
+    )
     add(g, "out", None, "folder of the answers (default: out/toy/eval, or out/eval-MODEL-DATA)")
     add(g, "seed", 0, "of the sampling")
     g = media_flags(p, add, fps=float("inf"), max_pixels=256 * 28 * 28, max_prompt=65536)
-    add(g, "frames", 16, "without --tts: of every video, evenly spaced, if it has as many", "at least 2")
+    add(
+        g,
+        "frames",
+        16,
+        "without --tts: of every video, evenly spaced, if it has as many",
+        "at least 2",
+    )
     g = p.add_argument_group("responses")
     add(g, "max_new", 1024, "tokens of a response, at most", "at least 1")
-    add(g, "batch", 32, "questions whose responses are drawn together; fewer need less memory", "at least 1")
+    add(
+        g,
+        "batch",
+        32,
+        "questions whose responses are drawn together; fewer need less memory",
+        "at least 1",
+    )
     flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
-    flag(g, "tts", "sparse-to-dense: --m responses at --start frames; until they agree, twice the frames, up to --cap")
+    flag(
+        g,
+        "tts",
+        "sparse-to-dense: --m responses at --start frames; until they agree, twice the frames, up to --cap",
+    )
     add(g, "start", 32, "frames of the first round", "at least 2")
     add(g, "cap", 128, "frames of the last round", "at least 2")
     add(g, "m", 5, "responses of a round", "at least 1")
     add(g, "temperature", 1.0, "of the m responses; a single one is greedy", "above 0, at most 100")
-    flag(g, "compare", "with --tts: also a greedy answer, and a vote of --m, at every number of frames from --start to --cap")
-    add(g, "filter", None, "write to this file the records that --m responses at --frames frames answer neither always right nor "
-        "always wrong, with their pass_rate: what RL can learn from (LongVILA-R1: --m 10)")
+    flag(
+        g,
+        "compare",
+        "with --tts: also a greedy answer, and a vote of --m, at every number of frames from --start to --cap",
+    )
+    add(
+        g,
+        "filter",
+        None,
+        "write to this file the records that --m responses at --frames frames answer neither always right nor "
+        "always wrong, with their pass_rate: what RL can learn from (LongVILA-R1: --m 10)",
+    )
     args = p.parse_args(argv)
     if bool(args.model) != bool(args.data):
         p.error("--model and --data: expected both, or neither for the toy")
@@ -104,11 +135,15 @@ def parse_args(argv=None):
         if getattr(args, name) < least or getattr(args, name) % 2:
             p.error(f"--{name} {getattr(args, name)}: expected at least {least}, even")
     if args.filter and Path(args.filter).resolve() == Path(args.data or "").resolve():
-        p.error(f"--filter {args.filter}: is the file of --data, which it would overwrite; expected another file")
+        p.error(
+            f"--filter {args.filter}: is the file of --data, which it would overwrite; expected another file"
+        )
     if args.filter and Path(args.filter).is_dir():
         p.error(f"--filter {args.filter}: is a folder, expected a file to write")
     if args.filter and (args.tts or args.m < 2 or not Path(args.filter).absolute().parent.is_dir()):
-        p.error(f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a folder that exists")
+        p.error(
+            f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a folder that exists"
+        )
     return args
 
 
@@ -128,9 +163,11 @@ def methods(args):
 
 # ---- answering
 
+
 @dataclass(eq=False)
 class Question:
     """A sample on its way to an answer by a method. index: of its record. rounds: what happened, for the log."""
+
     index: int
     sample: Sample
     method: Method
@@ -155,14 +192,26 @@ class Question:
 
     def hear(self, group, texts, seconds):
         """The m responses to the prompt; seconds: this question's share of the batch's time."""
-        answers = [rewards.normalize_answer(rewards.extract_answer(text), self.sample) for text in texts]
+        answers = [
+            rewards.normalize_answer(rewards.extract_answer(text), self.sample) for text in texts
+        ]
         logps = [float(x.mean()) for x in group.logps]
         self.search.tell([tts.Vote(a, x) for a, x in zip(answers, logps)])
-        media, = self.prompt.media
+        (media,) = self.prompt.media
         frames, pixels = self.prompt.frames_x_pixels
-        self.rounds.append(dict(frames=frames, pixels=pixels, visual_tokens=media.tokens, votes=answers, logps=logps,
-                                responses=texts, tokens=[len(r) for r in group.responses], truncated=group.truncated,
-                                seconds=seconds))
+        self.rounds.append(
+            dict(
+                frames=frames,
+                pixels=pixels,
+                visual_tokens=media.tokens,
+                votes=answers,
+                logps=logps,
+                responses=texts,
+                tokens=[len(r) for r in group.responses],
+                truncated=group.truncated,
+                seconds=seconds,
+            )
+        )
         if self.search.frames is None and self.search.answer is None:
             self.failure = "no valid answer"
 
@@ -178,12 +227,17 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
     questions: Questions by this method.  pool: threads that load media ahead.  An answer is a function of the policy, the
     question and (run_seed, index, frames): not of its company, up to rounding.
     """
-    waiting, queues = iter(questions), {0: []}  # number of the round -> [(question, its prompt-to-be)]
+    waiting, queues = (
+        iter(questions),
+        {0: []},
+    )  # number of the round -> [(question, its prompt-to-be)]
     queue = lambda q: queues.setdefault(len(q.rounds), []).append((q, pool.submit(q.load, builder)))
     while True:
         for q in islice(waiting, 2 * batch - len(queues[0])):
             queue(q)
-        full = [n for n in queues if len(queues[n]) >= batch]  # late rounds first: their frames are held in memory
+        full = [
+            n for n in queues if len(queues[n]) >= batch
+        ]  # late rounds first: their frames are held in memory
         n = max(full, default=min((n for n in queues if queues[n]), default=None))
         if n is None:
             return
@@ -197,8 +251,14 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
             except DataError as e:
                 q.prompt, q.failure = None, str(e)
                 settled.append(q)
-        groups = generate(policy, [q.prompt for q in ready], method.m, max_new=max_new, temperature=method.temperature,
-                          seeds=[seed(run_seed, q.index, q.search.frames) for q in ready])
+        groups = generate(
+            policy,
+            [q.prompt for q in ready],
+            method.m,
+            max_new=max_new,
+            temperature=method.temperature,
+            seeds=[seed(run_seed, q.index, q.search.frames) for q in ready],
+        )
         texts = [[builder.decode(r) for r in group.responses] for group in groups]
         share = (time.perf_counter() - began) / len(taken)
         for q, group, text in zip(ready, groups, texts):
@@ -214,25 +274,52 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
 def line(q):
     """A question as its line of the log. answer: the record's; gold and given: that and the model's answer, normalised alike."""
     s, shown = q.sample, q.rounds[-1] if q.rounds else {}
-    return dict(record=q.index, id=s.id, path=s.path, data_type=s.data_type, fps=s.fps, segment=s.segment, about=s.about,
-                problem_type=s.problem_type, question=s.question, options=s.options, answer=s.answer,
-                gold=rewards.normalize_answer(s.answer, s), given=q.search.answer, score=q.score, failure=q.failure,
-                frames=shown.get("frames", 0), pixels=shown.get("pixels", 0),
-                visual_tokens=sum(r["visual_tokens"] for r in q.rounds), seconds=sum(r["seconds"] for r in q.rounds),
-                rounds=q.rounds)
+    return dict(
+        record=q.index,
+        id=s.id,
+        path=s.path,
+        data_type=s.data_type,
+        fps=s.fps,
+        segment=s.segment,
+        about=s.about,
+        problem_type=s.problem_type,
+        question=s.question,
+        options=s.options,
+        answer=s.answer,
+        gold=rewards.normalize_answer(s.answer, s),
+        given=q.search.answer,
+        score=q.score,
+        failure=q.failure,
+        frames=shown.get("frames", 0),
+        pixels=shown.get("pixels", 0),
+        visual_tokens=sum(r["visual_tokens"] for r in q.rounds),
+        seconds=sum(r["seconds"] for r in q.rounds),
+        rounds=q.rounds,
+    )
 
 
 def run_method(policy, builder, left, samples, bad, method, out, pool, args):
     """Answers this rank's share of the records `left`, appending to the method's file."""
     left = left[RANK::WORLD]
-    bar = tqdm(total=len(left), desc=method.name, unit="question", disable=None if RANK == 0 else True)
+    bar = tqdm(
+        total=len(left), desc=method.name, unit="question", disable=None if RANK == 0 else True
+    )
     file = out / f"{method.name}.rank{RANK}.jsonl"
     for i in (i for i in left if i in bad):
         append(file, [bad[i] | dict(record=i, score=0.0, rounds=[])])
         bar.update()
     questions = (Question(i, samples[i], method) for i in left if i in samples)
     total = 0.0
-    asked = answer(policy, builder, questions, method, pool=pool, max_new=args.max_new, run_seed=args.seed, batch=args.batch)
+    asked = answer(
+        policy,
+        builder,
+        questions,
+        method,
+        pool=pool,
+        max_new=args.max_new,
+        run_seed=args.seed,
+        batch=args.batch,
+    )
     for n, q in enumerate(asked, 1):
         append(file, [line(q)])
         if q.prompt is None:
@@ -255,8 +342,10 @@ def read(out, name, form=True):
                 if type(r["record"]) is not int:
                     raise TypeError("'record' is no whole number")
             except (ValueError, TypeError, KeyError) as e:
-                raise DataError(f"{file}, line {i}: not JSON with the number of a 'record'; delete the line, and its question is "
-                                f"asked again ({e})") from e
+                raise DataError(
+                    f"{file}, line {i}: not JSON with the number of a 'record'; delete the line, and its question is "
+                    f"asked again ({e})"
+                ) from e
             lines[r["record"]] = r
             if wrong is None and (why := answer_misfit(r)):
                 wrong = f"{file}, line {i}: {why}; delete the line, and its question is asked again"
@@ -285,11 +374,14 @@ def earlier_methods(out, asked, records):
         if lines.keys() == set(records):
             found.append(summarize([*read(out, name).values()], name))
         else:
-            say(f"{name}: has answers to {len(lines)} of {len(records)} questions, so it is not in summary.json")
+            say(
+                f"{name}: has answers to {len(lines)} of {len(records)} questions, so it is not in summary.json"
+            )
     return found
 
 
 # ---- the command
+
 
 def main(argv=None):
     """The command line."""
@@ -298,42 +390,79 @@ def main(argv=None):
     if not (args.model or args.data):
         root = toy.root(args.seed)
         if not (root / "grpo").exists() and {"-h", "--help"}.isdisjoint(argv):
-            raise SystemExit(f"error: no {root}/grpo: train the toy with `python train.py` first, or give --model and --data")
-        argv = [f"@{Path(__file__).parent}/configs/toy_eval.txt", "--model", f"{root}/grpo", "--data", f"{root}/world/test.json",
-                "--out", f"{root}/eval", *argv]
+            raise SystemExit(
+                f"error: no {root}/grpo: train the toy with `python train.py` first, or give --model and --data"
+            )
+        argv = [
+            f"@{Path(__file__).parent}/configs/toy_eval.txt",
+            "--model",
+            f"{root}/grpo",
+            "--data",
+            f"{root}/world/test.json",
+            "--out",
+            f"{root}/eval",
+            *argv,
+        ]
     args = parse_args(argv)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    with ranks(timedelta(days=2), "stopped; the same command resumes") as device:  # ranks wait for the slowest
+    with ranks(
+        timedelta(days=2), "stopped; the same command resumes"
+    ) as device:  # ranks wait for the slowest
         with ExitStack() as at_end:
             evaluate(args, device, at_end)
 
 
 def write_filtered(lines, samples, source, target):
     """Writes to target the records whose responses are sometimes right (score above 0.5), with their pass_rate -> a report."""
-    rates = {r["record"]: mean(rewards.grade(vote, samples[r["record"]]) > 0.5 for vote in r["rounds"][0]["votes"])
-             for r in lines if r["rounds"]}
-    kept = [read() | {"pass_rate": rates[i]} for i, (_, read) in enumerate(read_records(source)) if 0 < rates.get(i, 0) < 1]
-    write_whole(target, "".join(json.dumps(r) + "\n" for r in kept) if target.endswith(".jsonl") else json.dumps(kept, indent=1))
+    rates = {
+        r["record"]: mean(
+            rewards.grade(vote, samples[r["record"]]) > 0.5 for vote in r["rounds"][0]["votes"]
+        )
+        for r in lines
+        if r["rounds"]
+    }
+    kept = [
+        read() | {"pass_rate": rates[i]}
+        for i, (_, read) in enumerate(read_records(source))
+        if 0 < rates.get(i, 0) < 1
+    ]
+    write_whole(
+        target,
+        "".join(json.dumps(r) + "\n" for r in kept)
+        if target.endswith(".jsonl")
+        else json.dumps(kept, indent=1),
+    )
     always, never = (sum(rate == x for rate in rates.values()) for x in (1, 0))
-    return (f"{target}: {len(kept)} of {len(lines)} records kept; always right: {always}, never: {never}, "
-            f"unreadable: {len(lines) - len(rates)}. Relative paths in it start where they did: --media_root")
+    return (
+        f"{target}: {len(kept)} of {len(lines)} records kept; always right: {always}, never: {never}, "
+        f"unreadable: {len(lines) - len(rates)}. Relative paths in it start where they did: --media_root"
+    )
 
 
 def open_answers(args, folder, at_end):
     """Opens the folder of answers, claimed until at_end, an ExitStack, closes -> the folder. Ends the program where other
     processes are still writing to it, or where it holds the answers of another model, other records or flags, or answers of
     which config.txt does not say what they were made with."""
-    out = Path(args.out or f"out/eval-{str(args.model).strip('./').replace('/', '-')}-{Path(args.data).stem}")
+    out = Path(
+        args.out
+        or f"out/eval-{str(args.model).strip('./').replace('/', '-')}-{Path(args.data).stem}"
+    )
     at_end.enter_context(claimed(out))
     if RANK == 0:
         model = f"{fingerprint(folder)}, texts {text_fingerprint(folder)}"
-        lines = [f"# weights {model}, records {digest(args.data)}", f"# commit {commit()}", *flag_lines(args)]
+        lines = [
+            f"# weights {model}, records {digest(args.data)}",
+            f"# commit {commit()}",
+            *flag_lines(args),
+        ]
         config = out / "config.txt"
         if any(f.stat().st_size for f in out.glob("*.rank*.jsonl")):
             if not config.exists() or "# weights" not in by_name(read_config(config).splitlines()):
-                raise DataError(f"{config}: missing, or without its line '# weights': nothing says which model and flags gave "
-                                "the answers beside it. Another --out starts anew, and so does deleting that folder")
+                raise DataError(
+                    f"{config}: missing, or without its line '# weights': nothing says which model and flags gave "
+                    "the answers beside it. Another --out starts anew, and so does deleting that folder"
+                )
             refuse_changes(config, lines, SAME)
         write_whole(config, "\n".join(lines) + "\n")
     gather(None)
@@ -371,9 +500,17 @@ def evaluate(args, device, at_end):
             left = unanswered(out, method, records)
             if left and policy is None:
                 look_for_media(found, args.data, args.media_root)
-                policy = Policy.load(folder, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+                policy = Policy.load(
+                    folder,
+                    device=device,
+                    dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+                )
                 policy.cuda_graph = args.cuda_graph and device.type == "cuda"
-                builder = PromptBuilder(folder, max_prompt=args.max_prompt, **{name: getattr(args, name) for name in MEDIA})
+                builder = PromptBuilder(
+                    folder,
+                    max_prompt=args.max_prompt,
+                    **{name: getattr(args, name) for name in MEDIA},
+                )
             if left:
                 run_method(policy, builder, left, samples, bad, method, out, pool, args)
                 gather(None)
@@ -385,18 +522,30 @@ def evaluate(args, device, at_end):
     lines = {method: read(out, method.name) for method in asked}
     for method in asked:
         if lost := set(records) ^ set(lines[method]):
-            raise DataError(f"{out}: {method.name} has no line, or one too many, for the records {sorted(lost)[:10]}")
-    summary = {"model": str(folder), "data": args.data, "constant_answer": constant_answer(found) * len(found) / len(records),
-               "methods": [*(summarize([*lines[method].values()], method.name) for method in asked),
-                           *earlier_methods(out, asked, records)]}
+            raise DataError(
+                f"{out}: {method.name} has no line, or one too many, for the records {sorted(lost)[:10]}"
+            )
+    summary = {
+        "model": str(folder),
+        "data": args.data,
+        "constant_answer": constant_answer(found) * len(found) / len(records),
+        "methods": [
+            *(summarize([*lines[method].values()], method.name) for method in asked),
+            *earlier_methods(out, asked, records),
+        ],
+    }
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     say(table(summary))
     if not any(r["rounds"] for answered in lines.values() for r in answered.values()):
         first = next(iter(lines[asked[0]].values()))["failure"].removeprefix(f"{Path(args.data)}, ")
-        raise DataError(f"{args.data}: none of the {len(records)} questions could be asked; the first: {first}")
+        raise DataError(
+            f"{args.data}: none of the {len(records)} questions could be asked; the first: {first}"
+        )
     if args.filter:
         say(write_filtered([*lines[asked[0]].values()], samples, args.data, args.filter))
-    say(f"{out} holds the answers and summary.json; `python report.py {shlex.quote(str(out))} --open` shows them")
+    say(
+        f"{out} holds the answers and summary.json; `python report.py {shlex.quote(str(out))} --open` shows them"
+    )
     return summary
 
 

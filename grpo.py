@@ -31,7 +31,9 @@ def group_advantages(rewards, norm="std", eps=1e-4):
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}, expected one of {NORMS}")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    centred = torch.where(zero_std(rewards)[:, None], 0.0, centred)  # equal rewards: exactly 0, not the rounding of a mean
+    centred = torch.where(
+        zero_std(rewards)[:, None], 0.0, centred
+    )  # equal rewards: exactly 0, not the rounding of a mean
     if norm == "none" or rewards.shape[1] == 1:
         return centred
     std = rewards.std(dim=1, keepdim=True) if norm == "std" else centred.square().mean().sqrt()
@@ -60,8 +62,22 @@ def kl_penalty(logp, ref_logp, estimator="k3"):
     raise ValueError(f"KL estimator {estimator!r}, expected one of {KL_ESTIMATORS}")
 
 
-def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, beta=0.0, estimator="k3", variant="grpo", clip_low=0.2,
-              clip_high=0.2, dual_clip=0.0, average="sequence", denominator=None):
+def grpo_loss(
+    logp,
+    old_logp,
+    advantages,
+    mask,
+    *,
+    ref_logp=None,
+    beta=0.0,
+    estimator="k3",
+    variant="grpo",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=0.0,
+    average="sequence",
+    denominator=None,
+):
     """The policy loss with its KL penalty -> (loss, stats).
 
     logp (N, R): log-probs under the policy, with gradient.  old_logp (N, R): under the policy that sampled.
@@ -84,7 +100,9 @@ def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, beta=0.0, esti
     A = advantages[:, None]
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
     if variant == "gspo":
-        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)
+        log_ratio = (
+            log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        ).expand_as(logp)
     ratio = log_ratio.exp()  # (N, R)
     if variant == "cispo":
         weight = ratio.detach().clamp(max=1 + clip_high)
@@ -109,7 +127,9 @@ def grpo_loss(logp, old_logp, advantages, mask, *, ref_logp=None, beta=0.0, esti
         loss = loss.sum() / (mask.sum() if denominator is None else denominator)
     elif average == "constant":
         if denominator is None:
-            raise ValueError("average 'constant' needs its denominator, e.g. responses * max length")
+            raise ValueError(
+                "average 'constant' needs its denominator, e.g. responses * max length"
+            )
         loss = loss.sum() / denominator
     else:
         raise ValueError(f"average {average!r}, expected one of {AVERAGES}")

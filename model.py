@@ -8,120 +8,30 @@ transformers' classes are the network. Around them, in the order of a training s
 Everything a loss needs comes out of `forward`: DistributedDataParallel averages gradients of that call only.
 """
 
-import hashlib
 import json
 import os
 import sys
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText
 
 import attention
 import mrsp
-from data import Prompt, load_tokenizer, normalize, patchify
+from data import Prompt, normalize, patchify
+from infra.errors import ModelError
+from infra.model_folder import load_tokenizer, local_folder, weight_files, weights_dtype
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}  # safetensors' names
-# the text files of a model folder that change answers, besides its weights
-TEXTS = ("config.json", "generation_config.json", "*.index.json", "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json",
-         "special_tokens_map.json", "chat_template*", "additional_chat_templates/*")
-PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
-
-
-class ModelError(ValueError):
-    """A checkpoint that cannot be used, and why."""
-
-
-def checkpoints(run):
-    """The folders checkpoint-N of a run folder, the newest last."""
-    numbered = [c for c in Path(run).glob("checkpoint-*") if c.name.removeprefix("checkpoint-").isdecimal() and c.is_dir()]
-    return sorted(numbered, key=lambda c: int(c.name.removeprefix("checkpoint-")))
-
-
-def newest_checkpoint(run):
-    """The newest checkpoint-N of a run folder, or None."""
-    return next(reversed(checkpoints(run)), None)
-
-
-def local_folder(name):
-    """A model folder for a folder, a run folder (its newest checkpoint) or a hub name. A folder with config.json and weights
-    is the model itself, also where checkpoints of its training lie inside.
-
-    Raises ModelError when it is none of them or holds no weights.
-    """
-    folder = Path(name)
-    if not ((folder / "config.json").exists() and weight_files(folder)):
-        folder = newest_checkpoint(name) or folder
-    if not folder.is_dir():
-        if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
-            raise ModelError(f"{name}: no such model folder")
-        from huggingface_hub import snapshot_download
-        try:
-            folder = Path(snapshot_download(str(name)))
-        except HFValidationError:
-            raise ModelError(f"{name}: no such folder, and not a name that the hub could have") from None
-        except OSError as e:
-            reason = " ".join(str(e).split())
-            raise ModelError(f"{name}: neither a folder nor a model that the hub could deliver ({reason})") from e
-    if not (folder / "config.json").exists() and (folder / "config.txt").exists():
-        raise ModelError(f"{folder}: a run folder that holds no checkpoint yet")
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder}: no config.json, so not a model folder")
-    if not weight_files(folder):
-        raise ModelError(f"{folder}: no weights (*.safetensors) beside config.json")
-    return folder
-
-
-def weight_files(folder):
-    """The safetensors files of a model folder: those that its index names, or, without an index, those that are there.
-    Raises ModelError: an index that cannot be read."""
-    index = Path(folder) / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(Path(folder).glob("*.safetensors"))
-    try:
-        return sorted({index.with_name(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ModelError(f"{index}: expected an object with a 'weight_map' from weights to files ({e})") from e
-
-
-def weights_dtype(folder):
-    """The dtype of the weights in a model folder's files; of several dtypes, the one that holds all of them exactly."""
-    found = set()
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as f:
-            found |= {f.get_slice(name).get_dtype() for name in f.keys()}
-    if not found & DTYPES.keys():
-        raise ModelError(f"{folder}: weights of type {', '.join(sorted(found))}, expected {', '.join(DTYPES)}")
-    return reduce(torch.promote_types, {DTYPES[name] for name in found & DTYPES.keys()})
-
-
-def fingerprint(folder):
-    """Hex digits that tell a checkpoint's weights from others: of 64 blocks of 64 KB, evenly spaced, of every file."""
-    digest = hashlib.blake2b(digest_size=12)
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as f:
-            for i in range(64):
-                f.seek(i * max(0, size - 2**16) // 63)
-                digest.update(f.read(2**16))
-    return digest.hexdigest()
-
-
-def text_fingerprint(folder):
-    """Hex digits that tell the text files of a model folder that change answers (TEXTS) from others, by their whole content."""
-    digest = hashlib.blake2b(digest_size=12)
-    for file in sorted({file for pattern in TEXTS for file in Path(folder).glob(pattern) if file.is_file()}):
-        content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)} ".encode() + content)
-    return digest.hexdigest()
+PATCHES_PER_CALL = (
+    2**16
+)  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
 
 
 def mrope_positions(ids, media, *, video_token, image_token, merge=2, tokens_per_second=2):
@@ -142,13 +52,27 @@ def mrope_positions(ids, media, *, video_token, image_token, merge=2, tokens_per
     for (t, h, w), seconds in media:
         n = t * (h // merge) * (w // merge)
         text = int(visual[i:].to(torch.uint8).argmax()) if visual[i:].any() else 0
-        if not visual[i + text : i + text + n].all() or i + text + n > len(ids) or not visual[i:].any():
-            raise ValueError(f"a medium of grid {(t, h, w)} wants {n} visual tokens at {i + text} of a prompt of {len(ids)}")
+        if (
+            not visual[i + text : i + text + n].all()
+            or i + text + n > len(ids)
+            or not visual[i:].any()
+        ):
+            raise ValueError(
+                f"a medium of grid {(t, h, w)} wants {n} visual tokens at {i + text} of a prompt of {len(ids)}"
+            )
         positions.append(start + torch.arange(text).expand(3, -1))
         start, i = start + text, i + text + n
-        per_grid = 1.0 if tokens_per_second is None or ids[i - 1] == image_token else seconds * tokens_per_second
-        grid = torch.meshgrid((torch.arange(t, dtype=torch.float64) * per_grid).long(),
-                              torch.arange(h // merge), torch.arange(w // merge), indexing="ij")
+        per_grid = (
+            1.0
+            if tokens_per_second is None or ids[i - 1] == image_token
+            else seconds * tokens_per_second
+        )
+        grid = torch.meshgrid(
+            (torch.arange(t, dtype=torch.float64) * per_grid).long(),
+            torch.arange(h // merge),
+            torch.arange(w // merge),
+            indexing="ij",
+        )
         positions.append(start + torch.stack(grid).flatten(1))
         start = int(positions[-1].max()) + 1
     if visual[i:].any():
@@ -163,25 +87,41 @@ class Policy(nn.Module):
     def __init__(self, net, folder):
         super().__init__()
         self.net, self.folder = net, Path(folder)
-        net.set_attn_implementation({"text_config": attention.NAME, "vision_config": attention.SEGMENTS})
+        net.set_attn_implementation(
+            {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
+        )
         self.group, self.embedding_cache = mrsp.ALONE, None  # sequence parallelism: mrsp.py
         self.cuda_graph = False  # of a decode step: rollout.py
         # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
         files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in self.folder.glob(pattern)]
-        self.side_files = {f.name: f.read_bytes() for f in files if not f.name.endswith((".index.json", "state.json"))}
+        self.side_files = {
+            f.name: f.read_bytes()
+            for f in files
+            if not f.name.endswith((".index.json", "state.json"))
+        }
         c = self.config = net.config
         self.text = net.model.language_model
         last = self.text.layers[-1]
         last.__class__ = type("LastLayer", (type(last),), {"forward": last_layer})
-        net.model.visual.patch_embed.forward = partial(embed_patches, net.model.visual.patch_embed.proj)
-        self.tokens_per_second = c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
+        net.model.visual.patch_embed.forward = partial(
+            embed_patches, net.model.visual.patch_embed.proj
+        )
+        self.tokens_per_second = (
+            c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
+        )
         self.merge = c.vision_config.spatial_merge_size
         eos = net.generation_config.eos_token_id  # an id, which may be 0, a list, or None
         eos = c.text_config.eos_token_id if eos is None else eos
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
         self.saved_dtype = None  # of the weights that save() writes; None: as they are
         # the policy must not speak in pixels: these are impossible in sampling and in scoring alike
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+        names = (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+            "vision_token_id",
+        )
         banned = {i for i in (getattr(c, name, None) for name in names) if i is not None}
         self.register_buffer("banned", torch.tensor(sorted(banned)), persistent=False)
 
@@ -201,15 +141,25 @@ class Policy(nn.Module):
             net, saved_dtype = _load_network(folder, dtype)
         except ModelError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, SafetensorError,
-                StrictDataclassError) as e:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            SafetensorError,
+            StrictDataclassError,
+        ) as e:
             raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(e).split())}") from e
         policy = cls(net, folder).to(device)
         policy.saved_dtype = saved_dtype
         end = load_tokenizer(folder).eos_token_id
         policy.eos_ids += [end] if end is not None and end not in policy.eos_ids else []
         if not policy.eos_ids:
-            raise ModelError(f"{folder}: neither the generation config nor the tokenizer names the token that ends a response")
+            raise ModelError(
+                f"{folder}: neither the generation config nor the tokenizer names the token that ends a response"
+            )
         net.generation_config.eos_token_id = list(policy.eos_ids)
         policy.set_checkpointing(checkpointing)
         return policy.eval()
@@ -223,7 +173,9 @@ class Policy(nn.Module):
         for x in weights.values():
             if x.data_ptr() not in once:
                 once[x.data_ptr()] = x.to(dtype).cpu()
-        self.net.save_pretrained(folder, state_dict={name: once[x.data_ptr()] for name, x in weights.items()})
+        self.net.save_pretrained(
+            folder, state_dict={name: once[x.data_ptr()] for name, x in weights.items()}
+        )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         for part in (config, *(part for part in config.values() if isinstance(part, dict))):
             if "dtype" in part:  # save_pretrained writes that of the network
@@ -277,10 +229,16 @@ class Policy(nn.Module):
         Splits and batches at grids are exact up to rounding: the tower attends within one grid only.
         """
         visual, out, i = self.net.model.visual, [], 0
-        exact = torch.promote_types(visual.dtype, torch.float32)  # rounded once, as in training and in transformers' processors
+        exact = torch.promote_types(
+            visual.dtype, torch.float32
+        )  # rounded once, as in training and in transformers' processors
         while i < len(grids):
             end, patches = i + 1, grids[i][0].grid[1] * grids[i][0].grid[2]
-            while end < len(grids) and patches + (more := grids[end][0].grid[1] * grids[end][0].grid[2]) <= PATCHES_PER_CALL:
+            while (
+                end < len(grids)
+                and patches + (more := grids[end][0].grid[1] * grids[end][0].grid[2])
+                <= PATCHES_PER_CALL
+            ):
                 end, patches = end + 1, patches + more
             runs = []  # (medium, first grid, number of grids) of this call
             for m, g in grids[i:end]:
@@ -288,21 +246,30 @@ class Policy(nn.Module):
                     runs[-1][2] += 1
                 else:
                     runs.append([m, g, 1])
-            patches = torch.cat([patchify(m.frames_of(g, n))[0] for m, g, n in runs]).to(self.device)  # bytes
+            patches = torch.cat([patchify(m.frames_of(g, n))[0] for m, g, n in runs]).to(
+                self.device
+            )  # bytes
             pixels = normalize(patches.unflatten(1, (3, -1)), exact).flatten(1)
             sizes = torch.tensor([(n, *m.grid[1:]) for m, _, n in runs], device=self.device)
             out.append(visual(pixels.to(visual.dtype), grid_thw=sizes).pooler_output)
             i = end
         if not out:  # no rows, but a gradient of zero where one is wanted: all ranks reduce the same parameters
-            nothing = torch.zeros(0, self.config.text_config.hidden_size, device=self.device) + _nothing(visual)
+            nothing = torch.zeros(
+                0, self.config.text_config.hidden_size, device=self.device
+            ) + _nothing(visual)
             out.append(nothing.to(self.compute_dtype))
         return torch.cat(out)
 
     def positions(self, prompt):
         """(3, P) M-RoPE ids of a prompt and the id of its first response token."""
-        return mrope_positions(prompt.ids, [(m.grid, m.seconds_per_grid) for m in prompt.media], merge=self.merge,
-                               video_token=self.config.video_token_id, image_token=self.config.image_token_id,
-                               tokens_per_second=self.tokens_per_second)
+        return mrope_positions(
+            prompt.ids,
+            [(m.grid, m.seconds_per_grid) for m in prompt.media],
+            merge=self.merge,
+            video_token=self.config.video_token_id,
+            image_token=self.config.image_token_id,
+            tokens_per_second=self.tokens_per_second,
+        )
 
     def embed(self, ids):
         """Token embeddings (..., D) of token ids; visual tokens are run_row's to replace."""
@@ -310,8 +277,13 @@ class Policy(nn.Module):
 
     def run_text(self, x, positions, plan):
         """The language model on embeddings x (N, S, D) at positions (3, N, S): last hidden states (N, S, D)."""
-        out = self.text(inputs_embeds=x.to(self.compute_dtype), position_ids=positions.to(self.device), attention_mask=None,
-                        use_cache=False, plan=plan)
+        out = self.text(
+            inputs_embeds=x.to(self.compute_dtype),
+            position_ids=positions.to(self.device),
+            attention_mask=None,
+            use_cache=False,
+            plan=plan,
+        )
         return out.last_hidden_state
 
     def head(self):
@@ -335,8 +307,11 @@ class Policy(nn.Module):
         for prompt, group in zip(prompts, responses, strict=True):
             where, first = self.positions(prompt)
             ids += [prompt.ids, *(r.cpu() for r in group)]
-            visual += [(prompt.ids == self.config.video_token_id) | (prompt.ids == self.config.image_token_id),
-                       torch.zeros(sum(map(len, group)), dtype=torch.bool)]
+            visual += [
+                (prompt.ids == self.config.video_token_id)
+                | (prompt.ids == self.config.image_token_id),
+                torch.zeros(sum(map(len, group)), dtype=torch.bool),
+            ]
             positions += [where, *((first + torch.arange(len(r))).expand(3, -1) for r in group)]
             lengths.append((len(prompt.ids), [len(r) for r in group]))
             following.append(first)
@@ -344,8 +319,13 @@ class Policy(nn.Module):
             plan = attention.PackedRow(lengths, self.device, cache, first_slot)
         else:
             plan = mrsp.ShardedRow(lengths, self.device, self.group, cache, first_slot)
-        ids, visual, positions = (torch.cat(parts, dim=-1).to(self.device) for parts in (ids, visual, positions))
-        number, visual = (visual.cumsum(0) - 1)[plan.own], visual[plan.own]  # of each visual token, and where this rank has one
+        ids, visual, positions = (
+            torch.cat(parts, dim=-1).to(self.device) for parts in (ids, visual, positions)
+        )
+        number, visual = (
+            (visual.cumsum(0) - 1)[plan.own],
+            visual[plan.own],
+        )  # of each visual token, and where this rank has one
         x = self.embed(ids[plan.own])
         x = x.masked_scatter(visual[:, None], torch.cat(features)[number[visual]].to(x.dtype))
         return self.run_text(x[None], positions[:, None, plan.own], plan)[0], plan, following
@@ -383,12 +363,18 @@ class Policy(nn.Module):
         mine, where = plan.find(sources)
         chunk = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
         head = self.head()
-        out = [checkpoint(self._log_softmax, h, t, head, temperature, use_reentrant=False)  # no logits for the prompt
-               for h, t in zip(hidden[where].split(chunk), targets[mine].split(chunk))]
+        out = [
+            checkpoint(
+                self._log_softmax, h, t, head, temperature, use_reentrant=False
+            )  # no logits for the prompt
+            for h, t in zip(hidden[where].split(chunk), targets[mine].split(chunk))
+        ]
         return tuple(plan.collect(torch.cat(column), sources) for column in zip(*out))
 
     def _log_softmax(self, hidden, targets, head, temperature):
-        logits = self.logits(hidden, head) / temperature  # (chunk, vocabulary), recomputed in the backward pass
+        logits = (
+            self.logits(hidden, head) / temperature
+        )  # (chunk, vocabulary), recomputed in the backward pass
         logp = logits.log_softmax(-1)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
@@ -407,21 +393,32 @@ def _read_object(file):
 def _load_network(folder, dtype):
     """transformers' model of a folder with every weight accounted for -> (model, the dtype of the weights in the files)."""
     config, generation = _read_object(folder / "config.json"), folder / "generation_config.json"
-    eos = _read_object(generation).get("eos_token_id") if generation.exists() else None  # transformers overlooks a broken file
+    eos = (
+        _read_object(generation).get("eos_token_id") if generation.exists() else None
+    )  # transformers overlooks a broken file
     if not all(type(i) is int for i in (eos if isinstance(eos, list) else [eos or 0])):
         raise ModelError(f"{generation}: 'eos_token_id' is {eos!r}, expected token ids")
     if config.get("model_type") not in MODEL_TYPES:
-        raise ModelError(f"{folder}: model type {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}")
+        raise ModelError(
+            f"{folder}: model type {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}"
+        )
     if "quantization_config" in config:
-        raise ModelError(f"{folder}: quantised weights, expected the checkpoint that they were made from, in bf16 or fp32")
+        raise ModelError(
+            f"{folder}: quantised weights, expected the checkpoint that they were made from, in bf16 or fp32"
+        )
     for file in weight_files(folder):
         if not file.exists():
-            raise ModelError(f"{folder}: cannot be loaded: its index names {file.name}, which is not there")
+            raise ModelError(
+                f"{folder}: cannot be loaded: its index names {file.name}, which is not there"
+            )
     index = folder / "model.safetensors.index.json"
     if index.exists() and not isinstance(_read_object(index).get("metadata"), dict):
-        raise ModelError(f"{index}: no object 'metadata', which transformers expects beside 'weight_map'")
-    net, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True,
-                                                            ignore_mismatched_sizes=True)  # they are an error here, not there
+        raise ModelError(
+            f"{index}: no object 'metadata', which transformers expects beside 'weight_map'"
+        )
+    net, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )  # they are an error here, not there
     for name, found, expected in sorted(info["mismatched_keys"], key=str):
         raise ModelError(f"{folder}: {name} has the shape {list(found)}, expected {list(expected)}")
     if missing := sorted(info["missing_keys"]):
@@ -430,13 +427,20 @@ def _load_network(folder, dtype):
         if not torch.stack(torch.aminmax(p.detach())).isfinite().all():
             raise ModelError(f"{folder}: {name} is not finite")
     if (extra := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{folder}: {len(extra)} weights have no place in this architecture and are not used, first {extra[0]}",
-              file=sys.stderr)
+        print(
+            f"{folder}: {len(extra)} weights have no place in this architecture and are not used, first {extra[0]}",
+            file=sys.stderr,
+        )
     text = net.config.text_config
-    sections, half = (text.rope_parameters or {}).get("mrope_section"), text.hidden_size // text.num_attention_heads // 2
+    sections, half = (
+        (text.rope_parameters or {}).get("mrope_section"),
+        text.hidden_size // text.num_attention_heads // 2,
+    )
     if not isinstance(sections, (list, tuple)) or len(sections) != 3 or sum(sections) != half:
-        raise ModelError(f"{folder / 'config.json'}: 'mrope_section' of the rotary embedding is {sections}, expected three "
-                         f"numbers with the sum {half}, half a head")
+        raise ModelError(
+            f"{folder / 'config.json'}: 'mrope_section' of the rotary embedding is {sections}, expected three "
+            f"numbers with the sum {half}, half a head"
+        )
     return net, weights_dtype(folder)
 
 

@@ -20,28 +20,21 @@ with grouped-query attention moves no more for up to 8 ranks. Decoding reads the
 memory (8 GB for an hour of video on a 3B): left sharded, every token of every layer would wait for a collective.
 """
 
-import contextlib
-import ctypes
-import hashlib
-import json
-import os
-import time
-import uuid
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, layer_blocks
 
-ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names from torch 2.13 on, and before
+ALL_GATHER = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor
+)  # their names from torch 2.13 on, and before
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 # ---- groups
+
 
 class Group:
     """The ranks that share a row: this is `rank` of `size`. A group of one communicates with nobody."""
@@ -98,13 +91,17 @@ def group_of(size, timeout=None):
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
     for first in range(0, world, size):
         ranks = list(range(first, first + size))
-        made = dist.new_group(ranks, timeout), dist.new_group(ranks, timeout, backend="gloo")  # frames go through the CPU
+        made = (
+            dist.new_group(ranks, timeout),
+            dist.new_group(ranks, timeout, backend="gloo"),
+        )  # frames go through the CPU
         if me in ranks:
             mine = made
     return Group(size, me % size, *mine)
 
 
 # ---- stage 1: embeddings
+
 
 def encode(policy, prompts):
     """Visual embeddings of each prompt's media in order -> [(V, D), ...], each medium encoded once, by policy.group together.
@@ -113,13 +110,21 @@ def encode(policy, prompts):
     to the rank that encoded it. Under torch.no_grad, policy.embedding_cache is asked first, if there is one.
     """
     group, cache = policy.group, None if torch.is_grad_enabled() else policy.embedding_cache
-    same = {m: m.key or id(m) for p in prompts for m in p.media}  # two questions about one video share its embedding
+    same = {
+        m: m.key or id(m) for p in prompts for m in p.media
+    }  # two questions about one video share its embedding
     media = {key: m for m, key in same.items()}
     known = {}
     if cache:
         found = {key: cache.get(m) for key, m in media.items()}
-        everywhere = zip(*group.exchange([x is not None for x in found.values()]))  # an entry may go between two looks
-        known = {key: x.to(policy.device) for (key, x), hits in zip(found.items(), everywhere) if all(hits)}
+        everywhere = zip(
+            *group.exchange([x is not None for x in found.values()])
+        )  # an entry may go between two looks
+        known = {
+            key: x.to(policy.device)
+            for (key, x), hits in zip(found.items(), everywhere)
+            if all(hits)
+        }
     missing = {key: m for key, m in media.items() if key not in known}
     grids = [(m, i) for m in missing.values() for i in range(m.grid[0])]
     costs = [m.grid[1] * m.grid[2] for m, _ in grids]
@@ -134,7 +139,10 @@ def encode(policy, prompts):
     if cache and group.rank == 0:
         for key, m in missing.items():
             cache.put(m, known[key])
-    return [torch.cat([known[same[m]] for m in p.media]) if p.media else own.new_zeros(0, own.shape[1]) for p in prompts]
+    return [
+        torch.cat([known[same[m]] for m in p.media]) if p.media else own.new_zeros(0, own.shape[1])
+        for p in prompts
+    ]
 
 
 def share_out(costs, size):
@@ -146,73 +154,8 @@ def share_out(costs, size):
     return owners
 
 
-class EmbeddingCache:
-    """Embeddings of a frozen vision tower on disk, a safetensors file for each medium, least recently used out first.
-
-    folder: may be shared by processes and runs.  gigabytes: its bound.  tower: what tells the weights and their dtype.
-    The name of an entry is a hash of all that changes the result: file (path, size, time), frame indices, frame size, tower.
-    An entry that is torn, or says that it is of something else, is no entry.
-    """
-
-    def __init__(self, folder, gigabytes, tower):
-        self.folder, self.bytes, self.tower, self.writable = Path(folder), gigabytes * 1e9, tower, True
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def _entry(self, media):
-        key = json.dumps([media.key, self.tower])
-        return self.folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors", key
-
-    def get(self, media):
-        """The embedding (V, D) of a Media, or None."""
-        if media.key is None:
-            return None
-        path, key = self._entry(media)
-        try:
-            with safe_open(path, "pt") as f:
-                x, about = f.get_tensor("embedding"), f.metadata() or {}
-            os.utime(path)
-        except (OSError, SafetensorError, RuntimeError):  # the last of a file that goes while it is being opened
-            return None
-        whole = about.get("key") == key and about.get("digest") == digest(x) and len(x) == media.tokens
-        return x if whole else None
-
-    def put(self, media, embedding):
-        """Writes an entry under another name and moves it into place; then deletes the oldest files until all fit the bound.
-        A folder that cannot be written is said, once, and left alone: it is only a cache."""
-        if media.key is None or not self.writable:
-            return
-        path, key = self._entry(media)
-        partial_path, x = path.with_suffix(f".{uuid.uuid4().hex}.partial"), embedding.detach().cpu().contiguous()
-        try:
-            save_file({"embedding": x}, partial_path, {"key": key, "digest": digest(x)})
-            partial_path.replace(path)
-        except (OSError, SafetensorError) as e:
-            self.writable = False
-            partial_path.unlink(missing_ok=True)
-            print(f"the embedding cache {self.folder} cannot be written, so nothing is added to it: {e}", flush=True)
-        files = []
-        for file in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process deletes as well
-                stat = file.stat()
-                if file.suffix == ".safetensors" or stat.st_mtime < time.time() - 3600:  # what a killed process left half-written
-                    files.append((stat.st_mtime_ns, stat.st_size, file))
-        total = sum(size for _, size, _ in files)
-        for _, size, file in sorted(files):
-            if total <= self.bytes:
-                break
-            file.unlink(missing_ok=True)
-            total -= size
-
-
-def digest(*tensors):
-    """Hex digits of the tensors' bytes."""
-    h = hashlib.blake2b(digest_size=16)
-    for x in tensors:
-        h.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return h.hexdigest()
-
-
 # ---- stage 2: the row
+
 
 def deal(lengths, size):
     """Deals a packed row over ranks -> for each rank its spans [(first, last), ...] of the row, three for every group.
@@ -244,16 +187,24 @@ class ShardedRow(PackedRow):
         counts = [sum(b - a for a, b in s) for s in spans]
         self.n = max(counts)
         tokens = [torch.cat([torch.arange(a, b) for a, b in s]) for s in spans]
-        slot = torch.empty(sum(counts), dtype=torch.long)  # of every token of the row, in what gather gives
+        slot = torch.empty(
+            sum(counts), dtype=torch.long
+        )  # of every token of the row, in what gather gives
         for r, t in enumerate(tokens):
             slot[t] = r * self.n + torch.arange(len(t))
-        self.slot, self.own = slot.to(device), F.pad(tokens[group.rank], (0, self.n - counts[group.rank])).to(device)
+        self.slot, self.own = (
+            slot.to(device),
+            F.pad(tokens[group.rank], (0, self.n - counts[group.rank])).to(device),
+        )
 
         squares, across, earlier, start, here, mine = [], [], [], 0, 0, iter(spans[group.rank])
         read = torch.zeros(len(slot), dtype=torch.bool)
         for P, responses in lengths:
             self.prompts.append((start, start + P))
-            for a, b in (next(mine), next(mine)):  # a block of the prompt sees itself, and all of the prompt before it
+            for a, b in (
+                next(mine),
+                next(mine),
+            ):  # a block of the prompt sees itself, and all of the prompt before it
                 squares.append((here, b - a, a, b - a))
                 across.append((here, b - a, start, a - start))
                 here += b - a
@@ -261,7 +212,9 @@ class ShardedRow(PackedRow):
             across.append((here, b - a, start, P))
             read[start + P - 1] = True
             start += P
-            for R in responses:  # what this rank has of a response sees itself, and what others have of it before
+            for R in (
+                responses
+            ):  # what this rank has of a response sees itself, and what others have of it before
                 first, last = max(a, start), min(b, start + R)
                 if first < last:
                     squares.append((here + first - a, last - first, first, last - first))
@@ -275,7 +228,9 @@ class ShardedRow(PackedRow):
 
     def attend(self, layer, q, k, v, scale, last=False):
         kv = self.group.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
-        k, v = kv.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, self.slot)  # (S, Hkv, d) each, in the row's order
+        k, v = (
+            kv.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, self.slot)
+        )  # (S, Hkv, d) each, in the row's order
         return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale, last)
 
     def find(self, tokens):
@@ -291,12 +246,15 @@ class ShardedRow(PackedRow):
         width = int(counts.max())
         order = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
         place = torch.empty_like(order)
-        place[order] = torch.cat([r * width + torch.arange(n, device=x.device) for r, n in enumerate(counts.tolist())])
+        place[order] = torch.cat(
+            [r * width + torch.arange(n, device=x.device) for r, n in enumerate(counts.tolist())]
+        )
         padded = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, width - len(x)))
         return self.group.join(padded).flatten(0, 1)[place]
 
 
 # ---- which degree
+
 
 def turn(rank, world, sp):
     """When a rank's turn to load a prompt comes, so that few prompts land in different groups. For a degree that is not fixed:
@@ -310,22 +268,6 @@ def turn(rank, world, sp):
     return rank // share + parts * turn(rank % share, share, sp)
 
 
-def device_memory(device, world):
-    """Bytes of a GPU, or a process's share of this machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return host_memory() / world
-
-
-def host_memory():
-    """Bytes of this machine's memory."""
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    status = (ctypes.c_ulonglong * 8)(64)  # Windows' MEMORYSTATUSEX: two 32-bit fields (its size, the load) and seven of 64 bits
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-    return status[1]
-
-
 def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1):
     """Bytes that a step needs on each GPU of a group of `size`, without the vision tower's activations -> {term: bytes}.
 
@@ -334,28 +276,50 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     shards: ranks that the parameters are cut over (fsdp.py). Gathered are, in training, what is no layer, and two layers, with
     gradients and an fp32 copy of these to be averaged; all parameters in decoding.
     """
-    c, bytes_ = policy.config.text_config, 2 if policy.device.type == "cuda" else 4  # bf16 under autocast, or fp32
-    count = lambda module, only=False: sum(p.numel() for p in module.parameters() if p.requires_grad >= only)
-    total, trained, tower, layers = count(policy), count(policy, True), count(policy.net.model.visual), count(policy.text.layers)
+    c, bytes_ = (
+        policy.config.text_config,
+        2 if policy.device.type == "cuda" else 4,
+    )  # bf16 under autocast, or fp32
+    count = lambda module, only=False: sum(
+        p.numel() for p in module.parameters() if p.requires_grad >= only
+    )
+    total, trained, tower, layers = (
+        count(policy),
+        count(policy, True),
+        count(policy.net.model.visual),
+        count(policy.text.layers),
+    )
     recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
     L, D, heads, own = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, row / size
     kv = 2 * D * c.num_key_value_heads / heads * bytes_  # of a token in one layer
     activations = own * (6 * D + 3 * c.intermediate_size) * bytes_
     every_kv = 2 * row * kv  # gathered, and cut into blocks
-    train = {"layer inputs": recomputed * own * D * bytes_, "kept activations": (L - recomputed) * (activations + every_kv),
-             "one layer's activations": 2 * activations, "one layer's K/V": 2 * every_kv,  # with their gradients
-             "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4}
+    train = {
+        "layer inputs": recomputed * own * D * bytes_,
+        "kept activations": (L - recomputed) * (activations + every_kv),
+        "one layer's activations": 2 * activations,
+        "one layer's K/V": 2 * every_kv,  # with their gradients
+        "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4,
+    }
     decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
     if shards > 1:
-        train["gathered weights and gradients"] = (trained - layers + 2 * layers / L) * (2 * bytes_ + 4)
+        train["gathered weights and gradients"] = (trained - layers + 2 * layers / L) * (
+            2 * bytes_ + 4
+        )
         decode["gathered weights"] = trained * bytes_
         if bytes_ == 2:  # Policy.head
-            train["head in fp32"], decode["head in fp32"] = 8 * c.vocab_size * D, 4 * c.vocab_size * D
-    return {"weights, gradients, moments": 16 * trained / shards + 4 * (total - trained),  # a frozen tower is whole
-            "copies in bf16": 2 * trained * (bytes_ == 2 and shards == 1),
-            "reference": ((total - tower) / shards + tower) * bytes_ * (reference is not None),
-            "embeddings": prompts * D * bytes_,
-            **max(train, decode, key=lambda terms: sum(terms.values()))}  # training and decoding come one after the other
+            train["head in fp32"], decode["head in fp32"] = (
+                8 * c.vocab_size * D,
+                4 * c.vocab_size * D,
+            )
+    return {
+        "weights, gradients, moments": 16 * trained / shards
+        + 4 * (total - trained),  # a frozen tower is whole
+        "copies in bf16": 2 * trained * (bytes_ == 2 and shards == 1),
+        "reference": ((total - tower) / shards + tower) * bytes_ * (reference is not None),
+        "embeddings": prompts * D * bytes_,
+        **max(train, decode, key=lambda terms: sum(terms.values())),
+    }  # training and decoding come one after the other
 
 
 def smallest_group(policy, reference, lengths, limit, args, world):
@@ -364,7 +328,11 @@ def smallest_group(policy, reference, lengths, limit, args, world):
 
     Sharding costs time where it is not needed (the paper's figure: below 256 frames), so --sp auto shards no more than it must.
     """
-    divisors = [d for d in range(1, world + 1) if world % d == 0 and (d == world or world // d <= len(lengths))]
+    divisors = [
+        d
+        for d in range(1, world + 1)
+        if world % d == 0 and (d == world or world // d <= len(lengths))
+    ]
     degrees = divisors if args.sp == "auto" else [int(args.sp)]
     longest, answers = max(lengths, default=0), args.group * args.max_new
     for size in degrees:
@@ -372,10 +340,20 @@ def smallest_group(policy, reference, lengths, limit, args, world):
         together = min(share, max(1, CACHE_TOKENS // (longest + answers)))
         prompts = sum(sorted(lengths, reverse=True)[:share])
         row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
-        terms = memory(policy, reference, row=row, prompts=prompts, answers=answers, size=size,
-                       decoded=(together * longest, together * answers), shards=world if args.fsdp else 1)
+        terms = memory(
+            policy,
+            reference,
+            row=row,
+            prompts=prompts,
+            answers=answers,
+            size=size,
+            decoded=(together * longest, together * answers),
+            shards=world if args.fsdp else 1,
+        )
         if sum(terms.values()) < 0.9 * limit:
             break
     listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)
-    return size, (f"a row of up to {row} tokens takes an estimated {sum(terms.values()) / 1e9:.2f} GB "
-                  f"of {limit / 1e9:.1f} on each rank ({listed})")
+    return size, (
+        f"a row of up to {row} tokens takes an estimated {sum(terms.values()) / 1e9:.2f} GB "
+        f"of {limit / 1e9:.1f} on each rank ({listed})"
+    )

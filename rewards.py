@@ -13,39 +13,50 @@ Pure functions of strings: any response gives a number in range, never an except
 import math
 import re
 import unicodedata
-from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 
-from stem import stem
+from infra.rouge import SPACELESS, _stems, _words, rouge, word_error_rate
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 
 # How an option is named
 OPTION = re.compile(r"\s*\(?([A-Z])[.):]")  # the letter of an option in a record
-LATEX = re.compile(r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\],])")  # leaves {5} of \boxed{5}, (5) of \(5\)
-MARKUP = re.compile(r"""[*_`$"“”„«»「」『』#~|\\]|</?(?:b|i|u|em|strong|code)>|(?<!\w)['‘’]|['‘’](?!\w)""")
+LATEX = re.compile(
+    r"\\(?:boxed|fbox|text[a-z]*|math[a-z]*)\s*(?=\{)|\\(?=[()\[\],])"
+)  # leaves {5} of \boxed{5}, (5) of \(5\)
+MARKUP = re.compile(
+    r"""[*_`$"“”„«»「」『』#~|\\]|</?(?:b|i|u|em|strong|code)>|(?<!\w)['‘’]|['‘’](?!\w)"""
+)
 LEAD = re.compile(  # "So, the answer is option", "It is", "答案是", and whatever is no letter or digit
     r"(?:\W*(?:\b(?:(?:the|my|final|correct|right|best)\s+)*(?:answer|option|choice|letter)\b(?:\s+is\b)?"
     r"|\b(?:so|thus|hence|therefore|(?:it|that|this)\s+is|it['’]s)\b|[正确確的答案选選择擇項项是为為应應该該故我这這]))*\W*",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 LETTER = re.compile(  # a letter that is no part of a word, and the mark that tells it from a word; "e.g." has none
     r"([A-Za-z])(?!\w)(?P<mark>\s*(?:[:,;!)\]}。、]|\.(?![A-Za-z]\b)|\n)|\s+[-–—](?=\s)"
-    r"|(?=\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b|\s*(?:是\s+)?正\s+[确確]))?")
+    r"|(?=\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b|\s*(?:是\s+)?正\s+[确確]))?"
+)
 NO_NOUN = set("and or nor but is as may might could also too not if because".split())
 
 # How a number is written
 NUMBER = re.compile(
     r"(?P<before>[\s(\[{$*_`\"'“‘«「]*)"
     r"(?P<number>(?:[+-] ?)?(?=\.?\d)(?:\d{1,3}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)"
-    r"(?P<after>[\s)\]}$*_`\"'”’»」.。]*)")
+    r"(?P<after>[\s)\]}$*_`\"'”’»」.。]*)"
+)
 DASHES = str.maketrans("‐‒–—−", "-----")
 CLOSING = str.maketrans("([{“‘«「", ")]}”’»」", ".。")
 
 # What tells apart texts of the same words: symbols, and marks beside numbers (3.5 is not 3 5) and variables (a/b, -x)
-SYMBOLS = "".join(c for c in map(chr, range(0x3000)) if unicodedata.category(c) in ("Sm", "Sc", "No") and c not in "|~$")
+SYMBOLS = "".join(
+    c
+    for c in map(chr, range(0x3000))
+    if unicodedata.category(c) in ("Sm", "Sc", "No") and c not in "|~$"
+)
 WORD, VARIABLE = r"[^\W\d_]{2}", r"[^\W\d_]\b"
-SIGN = re.compile(rf"""(
+SIGN = re.compile(
+    rf"""(
     [{re.escape(SYMBOLS)}^%] | !(?==)              # a < b, 50%, €5, x², a != b; $, ~ and | are markup
     | (?<=\d)[.:](?=\d) | (?<![\w.])\.(?=\d)       # 3.5, 10:30, .5
     | (?<=\d),(?=\d)(?!\d{{3}}(?!\d))              # 1,2 but not 1,000
@@ -53,13 +64,10 @@ SIGN = re.compile(rf"""(
     | (?<!{WORD})(?<!{WORD}\s(?=[-/]\s))[-/](?=\s*[({{$]*{VARIABLE})  # -x, a/b but not Rome - a city
     | (?<!{WORD})(?<=\w)-(?!\w)                    # A- but not pre- and post-
     | (?<=\w)\*(?=\w) | (?<=\s)\*(?=\s)            # 2*3, a * b
-    )""", re.VERBOSE)
+    )""",
+    re.VERBOSE,
+)
 SPELLINGS = str.maketrans({"≤": "<=", "≥": ">=", "≠": "!=", "×": "*", "÷": "/"})
-
-# Thai, Lao, Burmese, Khmer, kana, ideographs: scripts without spaces, of which every character counts as a word
-SPACELESS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u9fff"
-             "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
-TOKEN = re.compile(rf"[{SPACELESS}]|[^\s{SPACELESS}]+")
 
 
 def extract_answer(response):
@@ -91,12 +99,12 @@ def choice_letter(text, options):
         B turns   A lady      is None: without a mark (. : , ; ! bracket, dash, new line) it may be a word
         right   right, B   D  is None: no letter at the start, or none that is there
     """
-    texts = {m[1]: _said(_bare(o[m.end():])) for o in options if (m := OPTION.match(o))}
+    texts = {m[1]: _said(_bare(o[m.end() :])) for o in options if (m := OPTION.match(o))}
     text = _bare(text)
     named = LETTER.match(text, LEAD.match(text).end())
     if not named or (texts and named[1].upper() not in texts):
         return None
-    letter, rest = named[1].upper(), text[named.end():]
+    letter, rest = named[1].upper(), text[named.end() :]
     said, own = _said(rest), texts.get(letter)
     if said in ("", own):
         return letter
@@ -112,8 +120,11 @@ def choice_letter(text, options):
 def _visible(text, form="NFKC"):
     """The text in a Unicode normal form (in NFKC full-width letters and digits are ASCII), without
     characters that are not seen: zero-width ones, controls, variation selectors."""
-    return "".join(c for c in unicodedata.normalize(form, text) if c.isspace() or not (
-        unicodedata.category(c) in ("Cc", "Cf") or "\ufe00" <= c <= "\ufe0f"))
+    return "".join(
+        c
+        for c in unicodedata.normalize(form, text)
+        if c.isspace() or not (unicodedata.category(c) in ("Cc", "Cf") or "\ufe00" <= c <= "\ufe0f")
+    )
 
 
 def _bare(text):
@@ -146,7 +157,11 @@ def _found(texts, said):
     """The set of those texts that stand in what is said, the longest first: "red and blue" holds no
     "red". All as of _said. A text of one letter is not looked for: alone it is an option's letter."""
     texts = sorted((t for t in texts if not re.fullmatch("[a-z]?", t)), key=len, reverse=True)
-    return set(re.findall(rf"(?<!\S)(?:{'|'.join(map(re.escape, texts))})(?!\S)", said)) if texts else set()
+    return (
+        set(re.findall(rf"(?<!\S)(?:{'|'.join(map(re.escape, texts))})(?!\S)", said))
+        if texts
+        else set()
+    )
 
 
 def _decimal(text):
@@ -154,7 +169,9 @@ def _decimal(text):
     found = NUMBER.fullmatch(LATEX.sub("", _visible(text).replace("{,}", ",")).translate(DASHES))
     if not found or any(unicodedata.category(c) == "No" for c in text):  # 10² is not 102
         return None
-    before, after = ("".join(found[side].translate(CLOSING).split()) for side in ("before", "after"))
+    before, after = (
+        "".join(found[side].translate(CLOSING).split()) for side in ("before", "after")
+    )
     return Decimal(re.sub("[, ]", "", found["number"])) if before[::-1] == after else None
 
 
@@ -230,7 +247,11 @@ def grade(answer, sample):
 def format_reward(response):
     """1 if the whole response is <think>...</think>, optional white space, <answer>...</answer>, each tag once; else 0."""
     once = all(response.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    return float(once and re.fullmatch(r"<think>.*</think>\s*<answer>.*</answer>", response, re.DOTALL) is not None)
+    return float(
+        once
+        and re.fullmatch(r"<think>.*</think>\s*<answer>.*</answer>", response, re.DOTALL)
+        is not None
+    )
 
 
 def length_reward(num_tokens, accuracy, *, lo=320, hi=512, bonus=0.2):
@@ -250,26 +271,15 @@ def mean_relative_accuracy(pred, target, *, inclusive=False):
         return 1.0
     if not target or any(isinstance(x, float) and not math.isfinite(x) for x in (pred, target)):
         return 0.0
-    pred, target = (Fraction(str(x)) if isinstance(x, float) else Fraction(x) for x in (pred, target))
+    pred, target = (
+        Fraction(str(x)) if isinstance(x, float) else Fraction(x) for x in (pred, target)
+    )
     error = abs(pred - target) / abs(target)
     bounds = [Fraction(k, 20) for k in range(1, 11)]
     return sum(error < bound or (inclusive and error == bound) for bound in bounds) / 10
 
 
 # ---- texts
-
-def word_error_rate(text, reference):
-    """Fewest words to insert, delete or replace to turn the text into the reference, over the reference's words. Can exceed 1.
-
-    A word is what stands between spaces; in scripts without spaces (SPACELESS) it is a character.
-    """
-    a, b = TOKEN.findall(text), TOKEN.findall(reference)
-    row = list(range(len(b) + 1))  # row[j]: distance of the words of a read so far to b[:j]
-    for i, word in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1] / len(b) if b else float(bool(a))
 
 
 def free_form(text, reference):
@@ -282,37 +292,8 @@ def free_form(text, reference):
 
 def _signed(text):
     """The stemmed words of a text as lists, and between these its signs: "x = -5" is [x], =, [], -, [5]."""
-    plain = "".join(c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKC", c) for c in text)
+    plain = "".join(
+        c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKC", c) for c in text
+    )
     parts = SIGN.split(LATEX.sub("", plain).translate(DASHES).translate(SPELLINGS))
     return [part if i % 2 else _stems(part) for i, part in enumerate(parts)]
-
-
-def rouge(text, reference):
-    """The mean F1 of ROUGE-1, -2 and -L (Lin 2004) over stemmed words: shared words, word pairs, longest common subsequence."""
-    a, b = _stems(text), _stems(reference)
-    pairs = lambda x: list(zip(x, x[1:]))
-    shared = lambda x, y: sum((Counter(x) & Counter(y)).values())
-    f1 = lambda hits, total: 2 * hits / total if hits else 0.0
-    total = len(a) + len(b)
-    return (f1(shared(a, b), total) + f1(shared(pairs(a), pairs(b)), total - 2) + f1(_lcs(a, b), total)) / 3
-
-
-def _lcs(a, b):
-    row = [0] * (len(b) + 1)  # row[j]: longest common subsequence of the words of a read so far and b[:j]
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return row[-1]
-
-
-def _words(text):
-    """Lower case, letters and digits only: "It's 5 m" is it, s, 5, m. A character is a word in scripts without spaces."""
-    kept = (c if unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text.casefold())
-    return TOKEN.findall("".join(kept))
-
-
-def _stems(text):
-    """The words of a text, longer ones stemmed: in ASCII as the rouge-score package does. Letters beyond ASCII, which that
-    package takes for spaces, are letters here: "café" is one word, and not "caf"."""
-    return [stem(word) if len(word) > 3 else word for word in _words(text)]

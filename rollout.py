@@ -1,11 +1,11 @@
 """Rollout: G responses from one prompt. Encode once, prefill once, decode all.
 
-    encode   visual embeddings of every prompt (model.Policy.encode, shared with the log-prob passes of the step)
-    prefill  every prompt once through the language model, its keys and values kept in ONE copy (of every rank of policy.group,
-             which deals the responses: mrsp.py)
-    decode   the groups of all prompts together, one token a step, against that copy (attention.DecodeCache)
-    sample   by inverse transform: token = first whose cumulative probability exceeds u. The u of (prompt, response, step)
-             come from the prompt's own seed, so a rollout does not depend on which rank or batch it ran in.
+encode   visual embeddings of every prompt (model.Policy.encode, shared with the log-prob passes of the step)
+prefill  every prompt once through the language model, its keys and values kept in ONE copy (of every rank of policy.group,
+         which deals the responses: mrsp.py)
+decode   the groups of all prompts together, one token a step, against that copy (attention.DecodeCache)
+sample   by inverse transform: token = first whose cumulative probability exceeds u. The u of (prompt, response, step)
+         come from the prompt's own seed, so a rollout does not depend on which rank or batch it ran in.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import torch
 
 from attention import CACHE_TOKENS, DecodeCache
 from data import Prompt
-from model import ModelError
+from infra.errors import ModelError
 
 WINDOW = 64  # a CUDA graph is good for so many tokens, and attends to up to so many that are not there yet
 COMPACT_EVERY = 4  # decode steps between two looks at who has finished: each look is a host sync
@@ -26,6 +26,7 @@ class Group:
     """G responses to one prompt. responses: token ids (R_i,), the EOS included, no padding. logps: their log-probs (R_i,)
     under the policy at the sampling temperature, without top-p. truncated: cut at max_new before an EOS. entropies: of
     the policy's distribution at each token (R_i,), as logps."""
+
     prompt: Prompt
     responses: list[torch.Tensor] = field(default_factory=list)
     logps: list[torch.Tensor] = field(default_factory=list)
@@ -34,7 +35,9 @@ class Group:
 
 
 @torch.no_grad()
-def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, seeds=None, features=None):
+def generate(
+    policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, seeds=None, features=None
+):
     """Samples G responses for every prompt -> list[Group], in order; all tensors on the CPU.
 
     temperature 0 is greedy (log-probs are then those at temperature 1). top_p < 1 samples from a truncated distribution,
@@ -47,14 +50,26 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
     training = policy.training
     policy.eval()  # in train mode activation checkpointing would be on for nothing
     features = policy.encode(prompts) if features is None else features
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # prompts of one length are decoded together
+    order = sorted(
+        range(len(prompts)), key=lambda i: len(prompts[i].ids)
+    )  # prompts of one length are decoded together
     most = max(1, CACHE_TOKENS // (len(prompts[order[-1]].ids) + G * max_new))
     groups = [Group(prompt) for prompt in prompts]
     for first in range(0, len(order), most):
         part = order[first : first + most]
         of_part = lambda x: [x[i] for i in part]
         dealt = policy.group.exchange(
-            decode(policy, of_part(prompts), of_part(features), of_part(seeds), G, max_new, temperature, top_p))
+            decode(
+                policy,
+                of_part(prompts),
+                of_part(features),
+                of_part(seeds),
+                G,
+                max_new,
+                temperature,
+                top_p,
+            )
+        )
         for b, group in enumerate(of_part(groups)):
             for i in range(G):  # response i was decoded by rank i % size
                 response, logp, entropy = (x[b, i // len(dealt)] for x in dealt[i % len(dealt)])
@@ -64,7 +79,9 @@ def generate(policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, see
                 group.entropies.append(entropy[:n].clone())
                 group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
                 if not group.logps[-1].isfinite().all():
-                    raise ModelError(f"logits that are not finite: the weights are broken (the policy began as {policy.folder})")
+                    raise ModelError(
+                        f"logits that are not finite: the weights are broken (the policy began as {policy.folder})"
+                    )
     policy.train(training)
     return groups
 
@@ -73,17 +90,33 @@ def decode(policy, prompts, features, seeds, G, max_new, temperature, top_p):
     """What this rank of policy.group decodes, every size-th response of each prompt -> tokens, log-probs, entropies (B, G of
     this rank, max_new), -1, 0 and 0 after the end, on the CPU. The prompts' lengths ascend."""
     mine = slice(policy.group.rank, None, policy.group.size)
-    uniform = torch.stack([torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-                           for s in seeds])[:, mine]  # (B, G, max_new)
+    uniform = torch.stack(
+        [
+            torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+            for s in seeds
+        ]
+    )[:, mine]  # (B, G, max_new)
     B, G, _ = uniform.shape
-    cache = DecodeCache(policy.config.text_config, [len(p.ids) for p in prompts], G, max_new, device=policy.device,
-                        dtype=policy.compute_dtype)
+    cache = DecodeCache(
+        policy.config.text_config,
+        [len(p.ids) for p in prompts],
+        G,
+        max_new,
+        device=policy.device,
+        dtype=policy.compute_dtype,
+    )
     hidden, following = prefill(policy, prompts, features, cache)
-    decoding = Decoding(policy, cache, following, uniform.flatten(0, 1).to(policy.device), temperature, top_p)
+    decoding = Decoding(
+        policy, cache, following, uniform.flatten(0, 1).to(policy.device), temperature, top_p
+    )
     if G:
-        decoding.sample(hidden.repeat_interleave(G, dim=0))  # the last prompt token predicts the first token of every response
+        decoding.sample(
+            hidden.repeat_interleave(G, dim=0)
+        )  # the last prompt token predicts the first token of every response
         decoding.run(max_new)
-    return tuple(x.cpu().view(B, G, max_new) for x in (decoding.tokens, decoding.logps, decoding.entropies))
+    return tuple(
+        x.cpu().view(B, G, max_new) for x in (decoding.tokens, decoding.logps, decoding.entropies)
+    )
 
 
 def prefill(policy, prompts, features, cache):
@@ -93,8 +126,12 @@ def prefill(policy, prompts, features, cache):
         end, total = i + 1, len(prompts[i].ids)
         while end < len(prompts) and total + len(prompts[end].ids) <= PREFILL_TOKENS:
             end, total = end + 1, total + len(prompts[end].ids)
-        hidden, plan, nexts = policy.run_row(prompts[i:end], [[] for _ in range(i, end)], features[i:end], cache, first_slot=i)
-        ends = torch.tensor([len(p.ids) for p in prompts[i:end]], device=policy.device).cumsum(0) - 1
+        hidden, plan, nexts = policy.run_row(
+            prompts[i:end], [[] for _ in range(i, end)], features[i:end], cache, first_slot=i
+        )
+        ends = (
+            torch.tensor([len(p.ids) for p in prompts[i:end]], device=policy.device).cumsum(0) - 1
+        )
         last.append(plan.collect(hidden[plan.find(ends)[1]], ends))
         following += nexts
         i = end
@@ -109,13 +146,23 @@ class Decoding:
     """
 
     def __init__(self, policy, cache, following, uniform, temperature, top_p):
-        self.policy, self.cache, self.uniform, self.temperature, self.top_p = policy, cache, uniform, temperature, top_p
+        self.policy, self.cache, self.uniform, self.temperature, self.top_p = (
+            policy,
+            cache,
+            uniform,
+            temperature,
+            top_p,
+        )
         (N, max_new), device = uniform.shape, uniform.device
         self.head = policy.head()
         self.eos = torch.tensor(policy.eos_ids, device=device)
         self.tokens = torch.full((N, max_new), -1, device=device)
-        self.logps, self.entropies = torch.zeros(2, N, max_new, dtype=self.head.dtype, device=device)
-        self.rows = torch.arange(N, device=device)  # the response that each row of the cache decodes
+        self.logps, self.entropies = torch.zeros(
+            2, N, max_new, dtype=self.head.dtype, device=device
+        )
+        self.rows = torch.arange(
+            N, device=device
+        )  # the response that each row of the cache decodes
         self.position = following.repeat_interleave(cache.G)
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
         self.token = torch.zeros(N, dtype=torch.long, device=device)
@@ -124,7 +171,9 @@ class Decoding:
         """Draws token t of every row, t of the cache, from hidden states (N, D)."""
         t = self.cache.t
         logits = self.policy.logits(hidden, self.head)
-        token, logp, entropy = sample(logits, self.uniform[self.rows, t], self.temperature, self.top_p)
+        token, logp, entropy = sample(
+            logits, self.uniform[self.rows, t], self.temperature, self.top_p
+        )
         self.tokens[self.rows, t] = torch.where(self.done, -1, token)
         self.logps[self.rows, t] = torch.where(self.done, 0.0, logp)
         self.entropies[self.rows, t] = torch.where(self.done, 0.0, entropy)
@@ -134,7 +183,9 @@ class Decoding:
     def step(self):
         """Runs the tokens drawn last, and draws the next."""
         x = self.policy.embed(self.token[:, None])
-        hidden = self.policy.run_text(x, (self.position + self.cache.t).expand(3, -1)[..., None], self.cache)[:, 0]
+        hidden = self.policy.run_text(
+            x, (self.position + self.cache.t).expand(3, -1)[..., None], self.cache
+        )[:, 0]
         self.cache.t += 1
         self.sample(hidden)
 
@@ -167,10 +218,14 @@ class Decoding:
         prompts, most = alive.nonzero()[:, 0], int(alive.max())
         if len(prompts) * most > 0.75 * len(self.rows):
             return
-        order = self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)[prompts, :most]  # unfinished rows first
+        order = (
+            self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)[prompts, :most]
+        )  # unfinished rows first
         kept = (prompts[:, None] * G + order).flatten()
         self.cache.keep(prompts, kept, most, drawn - 1)
-        self.rows, self.position, self.done, self.token = (x[kept] for x in (self.rows, self.position, self.done, self.token))
+        self.rows, self.position, self.done, self.token = (
+            x[kept] for x in (self.rows, self.position, self.done, self.token)
+        )
 
 
 def record(step):

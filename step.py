@@ -15,13 +15,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-import fsdp
 import grpo
 import rewards
 import tgrpo
 from data import Prompt
+from infra import fsdp
+from infra.clock import timed
+from infra.ranks import WORLD, gather, say, seed
 from rollout import Group, generate
-from run import WORLD, gather, say, seed, timed
 
 PARTS = ("reward", "accuracy", "format", "length_bonus")  # what score() gives for a response
 
@@ -72,16 +73,30 @@ def sft_step(policy, prompts, optimize, args):
         total.append(-float(logp.detach().sum()) / tokens)
         return -logp.sum() / tokens
 
-    with timed("encode"), torch.no_grad():  # a tower that is trained is encoded with gradient, row by row
+    with (
+        timed("encode"),
+        torch.no_grad(),
+    ):  # a tower that is trained is encoded with gradient, row by row
         features = [None] * len(prompts) if args.train_vision else core(policy).encode(prompts)
     with timed("train"):
         lengths = [len(p.ids) + len(p.target) for p in prompts]
         backward(policy, pack(list(zip(prompts, features)), lengths, args.row_tokens), loss)
     with timed("optimizer"):
         entry = optimize()
-    shown = torch.tensor(sum(gather([p.frames_x_pixels for p in prompts], size), []), dtype=torch.float64)
-    return {"loss": sum(gather(sum(total), size)), "response_length": tokens / len(shown),
-            "frames": float(shown[:, 0].mean()), "pixels": float(shown[:, 1].mean()), **counted([entry])}, [], tokens
+    shown = torch.tensor(
+        sum(gather([p.frames_x_pixels for p in prompts], size), []), dtype=torch.float64
+    )
+    return (
+        {
+            "loss": sum(gather(sum(total), size)),
+            "response_length": tokens / len(shown),
+            "frames": float(shown[:, 0].mean()),
+            "pixels": float(shown[:, 1].mean()),
+            **counted([entry]),
+        },
+        [],
+        tokens,
+    )
 
 
 def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
@@ -92,7 +107,11 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
     """
     mine, everyone = roll(core(policy), prompts, builder, step, args)
     temporal, refills = temporal_bonus(everyone, args), 0
-    while args.drop_zero_std and len(teaching(everyone, args)) < args.prompts and refills < args.refill:
+    while (
+        args.drop_zero_std
+        and len(teaching(everyone, args)) < args.prompts
+        and refills < args.refill
+    ):
         refills += 1
         with timed("data"):
             extra = more(refills)
@@ -101,26 +120,54 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
         temporal = temporal_bonus(everyone, args)
     taught = teaching(everyone, args)
     if args.refill and len(taught) < args.prompts:
-        say(f"step {step + 1}: {len(taught)} of {args.prompts} groups have mixed rewards after {refills} refills")
+        say(
+            f"step {step + 1}: {len(taught)} of {args.prompts} groups have mixed rewards after {refills} refills"
+        )
     trained = taught[: args.prompts] if args.drop_zero_std else everyone
     advantages = advantages_of(trained, args)
     for s, A in zip(trained, advantages.tolist()):
         s["advantage"] = A
 
     updates = []
-    for part in shares([has_gradient(s, A, args) for s, A in zip(trained, advantages)], args.updates):
+    for part in shares(
+        [has_gradient(s, A, args) for s, A in zip(trained, advantages)], args.updates
+    ):
         with timed("train"):  # from the second update on, the ratio is not 1
-            totals = grpo_gradient(policy, reference, [(trained[i], advantages[i]) for i in part], mine, args)
-        with timed("optimizer"):  # no token had a gradient: no step, which would only move by momentum and weight decay
-            updates.append(totals | (optimize() if totals["tokens"] else {"grad_norm": 0.0, "skipped_update": True}))
-    column = lambda name: torch.tensor([s[name] for s in everyone], dtype=torch.float64)  # everything that was sampled
+            totals = grpo_gradient(
+                policy, reference, [(trained[i], advantages[i]) for i in part], mine, args
+            )
+        with timed(
+            "optimizer"
+        ):  # no token had a gradient: no step, which would only move by momentum and weight decay
+            updates.append(
+                totals
+                | (optimize() if totals["tokens"] else {"grad_norm": 0.0, "skipped_update": True})
+            )
+    column = lambda name: torch.tensor(
+        [s[name] for s in everyone], dtype=torch.float64
+    )  # everything that was sampled
     frames, pixels = column("shown").mean(0).tolist()
     mean = lambda name: float(column(name).mean())
-    entry = {**{name: mean(name) for name in PARTS}, **temporal, **trained_tokens(updates), **counted(updates),
-             "entropy": float(column("entropy").sum() / column("lengths").sum()), "response_length": mean("lengths"),
-             "truncated": mean("truncated"), "zero_std_groups": (len(everyone) - len(taught)) / len(everyone),
-             "trained_groups": len(trained), "refills": refills, "frames": frames, "pixels": pixels}
-    logged = [line for s in everyone[:2] if s["position"] in mine for line in sample_lines(s, mine[s["position"]], step, args)]
+    entry = {
+        **{name: mean(name) for name in PARTS},
+        **temporal,
+        **trained_tokens(updates),
+        **counted(updates),
+        "entropy": float(column("entropy").sum() / column("lengths").sum()),
+        "response_length": mean("lengths"),
+        "truncated": mean("truncated"),
+        "zero_std_groups": (len(everyone) - len(taught)) / len(everyone),
+        "trained_groups": len(trained),
+        "refills": refills,
+        "frames": frames,
+        "pixels": pixels,
+    }
+    logged = [
+        line
+        for s in everyone[:2]
+        if s["position"] in mine
+        for line in sample_lines(s, mine[s["position"]], step, args)
+    ]
     logged = sum(gather(logged, core(policy).group.size), [])
     return entry, sorted(logged, key=lambda line: line["position"]), int(column("lengths").sum())
 
@@ -129,7 +176,9 @@ def advantages_of(groups, args):
     """What the gradient sees of groups with their "bonus": (B, G), of the reward and the bonus, or the bonus added after."""
     if not groups:
         return torch.zeros(0, args.group, dtype=torch.float64)
-    reward, bonus = (torch.tensor([s[name] for s in groups], dtype=torch.float64) for name in ("reward", "bonus"))
+    reward, bonus = (
+        torch.tensor([s[name] for s in groups], dtype=torch.float64) for name in ("reward", "bonus")
+    )
     if args.temporal == "advantage":
         return grpo.group_advantages(reward, args.norm) + bonus
     return grpo.group_advantages(reward + bonus, args.norm)
@@ -142,7 +191,9 @@ def teaching(groups, args):
 
 def used(s, args):
     """(G,): 1 for the responses of a group that are trained, 0 for the others."""
-    return torch.tensor([not (args.mask_truncated and cut) for cut in s["truncated"]], dtype=torch.float64)
+    return torch.tensor(
+        [not (args.mask_truncated and cut) for cut in s["truncated"]], dtype=torch.float64
+    )
 
 
 def has_gradient(s, A, args):
@@ -172,8 +223,12 @@ def shares(learnable, updates):
 def counted(updates):
     """Log entry of the updates of a step, each as `optimize` gives it: how many were made, and how many were skipped."""
     skipped = sum(u["skipped_update"] for u in updates)
-    return {"grad_norm": max(u["grad_norm"] for u in updates), "updates": len(updates) - skipped, "skipped_updates": skipped,
-            "skipped_update": skipped == len(updates)}
+    return {
+        "grad_norm": max(u["grad_norm"] for u in updates),
+        "updates": len(updates) - skipped,
+        "skipped_updates": skipped,
+        "skipped_update": skipped == len(updates),
+    }
 
 
 def trained_tokens(updates):
@@ -185,25 +240,44 @@ def trained_tokens(updates):
         return {"kl": 0.0}
     per_token = {name: total(name) / total("tokens") for name in ("kl", "clipped", "ratio")}
     first = next(u for u in updates if u["tokens"])  # before the policy has moved
-    return {"loss": sum(u["loss"] for u in made) / len(made), **per_token, "entropy_trained": total("entropy") / total("tokens"),
-            "mismatch": first["mismatch"] / first["tokens"]}
+    return {
+        "loss": sum(u["loss"] for u in made) / len(made),
+        **per_token,
+        "entropy_trained": total("entropy") / total("tokens"),
+        "mismatch": first["mismatch"] / first["tokens"],
+    }
 
 
 def sample_lines(s, rolled, step, args):
     """The lines of samples.jsonl of a group, one for each response. s: the group's numbers."""
     sample = rolled.group.prompt.sample
-    about = dict(step=step + 1, position=s["position"], id=sample.id, path=sample.path, data_type=sample.data_type,
-                 fps=sample.fps, segment=sample.segment, question=sample.question, options=sample.options, answer=sample.answer)
+    about = dict(
+        step=step + 1,
+        position=s["position"],
+        id=sample.id,
+        path=sample.path,
+        data_type=sample.data_type,
+        fps=sample.fps,
+        segment=sample.segment,
+        question=sample.question,
+        options=sample.options,
+        answer=sample.answer,
+    )
     if s["orders"]:
         seen = "shares_lost" if args.temporal == "contrast" else "shuffled_accuracies"
         about |= {"orders": s["orders"], seen: s["shuffled"]}
-    return [about | dict(response=text, **part, temporal_bonus=bonus, advantage=advantage)
-            for text, part, bonus, advantage in zip(rolled.texts, rolled.parts, s["bonus"], s["advantage"], strict=True)]
+    return [
+        about | dict(response=text, **part, temporal_bonus=bonus, advantage=advantage)
+        for text, part, bonus, advantage in zip(
+            rolled.texts, rolled.parts, s["bonus"], s["advantage"], strict=True
+        )
+    ]
 
 
 @dataclass
 class Rolled:
     """One group of this rank, with what training needs of it: its embeddings, and its responses' texts and reward parts."""
+
     group: Group
     features: torch.Tensor
     texts: list[str]
@@ -218,30 +292,52 @@ def roll(policy, prompts, builder, step, args):
             features = policy.encode([p for _, p in prompts])
         with timed("rollout"):
             seeds = [seed(args.seed, step, i) for i, _ in prompts]
-            groups = generate(policy, [p for _, p in prompts], args.group, seeds=seeds, features=features, **sampling)
+            groups = generate(
+                policy,
+                [p for _, p in prompts],
+                args.group,
+                seeds=seeds,
+                features=features,
+                **sampling,
+            )
         shuffled = {}  # position -> (accuracies of the shuffled responses or shares lost, the orders their frames were in)
         if args.algo == "tgrpo":
             with timed("shuffled"):
                 others = shuffled_prompts(prompts, features, step, args)
                 if args.temporal == "contrast":
-                    shuffled = rescored(policy, {i: group for (i, _), group in zip(prompts, groups)}, others, args)
+                    shuffled = rescored(
+                        policy, {i: group for (i, _), group in zip(prompts, groups)}, others, args
+                    )
                 else:
                     shuffled = shuffled_rollout(policy, others, builder, step, sampling, args)
     with timed("reward"):
         mine, numbers = {}, []
         for (i, prompt), group, feature in zip(prompts, groups, features):
             texts = [builder.decode(r) for r in group.responses]
-            parts = [score(text, len(r), prompt.sample, args) for text, r in zip(texts, group.responses)]
+            parts = [
+                score(text, len(r), prompt.sample, args) for text, r in zip(texts, group.responses)
+            ]
             mine[i] = Rolled(group, feature, texts, parts)
-            numbers.append(dict(position=i, lengths=[len(r) for r in group.responses], truncated=group.truncated,
-                                entropy=[float(x.double().sum()) for x in group.entropies], advantage=[0.0] * args.group,
-                                **dict(zip(("shuffled", "orders"), shuffled.get(i, (None, None)))), shown=prompt.frames_x_pixels,
-                                **{name: [p[name] for p in parts] for name in PARTS}))
-        return mine, sorted(sum(gather(numbers, policy.group.size), []), key=lambda s: s["position"])
+            numbers.append(
+                dict(
+                    position=i,
+                    lengths=[len(r) for r in group.responses],
+                    truncated=group.truncated,
+                    entropy=[float(x.double().sum()) for x in group.entropies],
+                    advantage=[0.0] * args.group,
+                    **dict(zip(("shuffled", "orders"), shuffled.get(i, (None, None)))),
+                    shown=prompt.frames_x_pixels,
+                    **{name: [p[name] for p in parts] for name in PARTS},
+                )
+            )
+        return mine, sorted(
+            sum(gather(numbers, policy.group.size), []), key=lambda s: s["position"]
+        )
 
 
 class Shuffled(NamedTuple):
     """The prompt at a position of the step, its video's frames in another order, the k-th.  feature: its embeddings, if known."""
+
     position: int
     k: int
     order: list[int]
@@ -253,14 +349,24 @@ def shuffled_prompts(prompts, features, step, args):
     """Every video in args.shuffles other orders -> [Shuffled]; images have none."""
     out = []
     for (i, prompt), feature in zip(prompts, features):
-        media, = prompt.media
+        (media,) = prompt.media
         if media.kind == "image" or (args.shuffle == "grid" and media.grid[0] < 2):
             continue
         for k in range(args.shuffles):
             units = media.grid[0] if args.shuffle == "grid" else len(media.frames)
             order = tgrpo.permutation(units, seed(args.seed, step, i, "order", k))
-            other = replace(prompt, media=[replace(media, frames=tgrpo.reorder(media.frames, order), key=None)])
-            out.append(Shuffled(i, k, order.tolist(), other, tgrpo.reorder(feature, order) if args.shuffle == "grid" else None))
+            other = replace(
+                prompt, media=[replace(media, frames=tgrpo.reorder(media.frames, order), key=None)]
+            )
+            out.append(
+                Shuffled(
+                    i,
+                    k,
+                    order.tolist(),
+                    other,
+                    tgrpo.reorder(feature, order) if args.shuffle == "grid" else None,
+                )
+            )
     return out
 
 
@@ -268,11 +374,19 @@ def shuffled_rollout(policy, shuffled, builder, step, sampling, args):
     """T-GRPO's G/2 responses to every shuffled video -> {position: (their accuracies, orders)}."""
     features, out = [s.feature for s in shuffled] if args.shuffle == "grid" else None, {}
     seeds = [seed(args.seed, step, s.position, "shuffled", s.k) for s in shuffled]
-    groups = generate(policy, [s.prompt for s in shuffled], args.group // 2 // args.shuffles, seeds=seeds, features=features,
-                      **sampling)
+    groups = generate(
+        policy,
+        [s.prompt for s in shuffled],
+        args.group // 2 // args.shuffles,
+        seeds=seeds,
+        features=features,
+        **sampling,
+    )
     for s, group in zip(shuffled, groups):
         accuracies, orders = out.setdefault(s.position, ([], []))
-        accuracies.extend(rewards.accuracy_reward(builder.decode(r), s.prompt.sample) for r in group.responses)
+        accuracies.extend(
+            rewards.accuracy_reward(builder.decode(r), s.prompt.sample) for r in group.responses
+        )
         orders.append(s.order)
     return out
 
@@ -284,12 +398,19 @@ def rescored(policy, groups, shuffled, args):
     lengths = [len(s.prompt.ids) + sum(map(len, groups[s.position].responses)) for s in shuffled]
     for row in pack(shuffled, lengths, args.row_tokens):
         features = [s.feature for s in row] if args.shuffle == "grid" else None
-        logp, _ = policy([s.prompt for s in row], [groups[s.position].responses for s in row], features, args.temperature)
+        logp, _ = policy(
+            [s.prompt for s in row],
+            [groups[s.position].responses for s in row],
+            features,
+            args.temperature,
+        )
         for s, x in zip(row, logp.double().sum(1).cpu().split(args.group)):
             logps.setdefault(s.position, []).append(x)
             orders.setdefault(s.position, []).append(s.order)
     before = {i: torch.stack([x.double().sum() for x in groups[i].logps]) for i in logps}
-    return {i: (tgrpo.share_lost(before[i], torch.stack(logps[i])).tolist(), orders[i]) for i in logps}
+    return {
+        i: (tgrpo.share_lost(before[i], torch.stack(logps[i])).tolist(), orders[i]) for i in logps
+    }
 
 
 def temporal_bonus(groups, args):
@@ -301,13 +422,23 @@ def temporal_bonus(groups, args):
     entry = {**tests, "temporal_not_applicable": 1 - len(rows) / len(groups), "temporal_bonus": 0.0}
     shuffled = torch.tensor([groups[b]["shuffled"] for b in rows], dtype=torch.float64)
     if rows and args.temporal == "contrast":
-        bonus[rows] = tgrpo.contrast_bonus(accuracy[rows], shuffled, alpha=args.alpha, correct=args.correct)
+        bonus[rows] = tgrpo.contrast_bonus(
+            accuracy[rows], shuffled, alpha=args.alpha, correct=args.correct
+        )
         entry |= {"temporal_bonus": float(bonus.mean()), "share_lost": float(shuffled.mean())}
     elif rows:
-        bonus[rows] = tgrpo.temporal_bonus(accuracy[rows], shuffled, alpha=args.alpha, mu=args.mu, correct=args.correct)
-        passed, vacuous = tgrpo.temporal_test(accuracy[rows], shuffled, mu=args.mu, correct=args.correct)
-        entry |= {"temporal_passed": int(passed.sum()) / len(groups), "temporal_vacuous": int(vacuous.sum()) / len(groups),
-                  "temporal_bonus": float(bonus.mean()), "shuffled_accuracy": float(shuffled.mean())}
+        bonus[rows] = tgrpo.temporal_bonus(
+            accuracy[rows], shuffled, alpha=args.alpha, mu=args.mu, correct=args.correct
+        )
+        passed, vacuous = tgrpo.temporal_test(
+            accuracy[rows], shuffled, mu=args.mu, correct=args.correct
+        )
+        entry |= {
+            "temporal_passed": int(passed.sum()) / len(groups),
+            "temporal_vacuous": int(vacuous.sum()) / len(groups),
+            "temporal_bonus": float(bonus.mean()),
+            "shuffled_accuracy": float(shuffled.mean()),
+        }
     for s, b in zip(groups, bonus.tolist()):
         s["bonus"] = b
     return entry if args.algo == "tgrpo" else {}
@@ -322,12 +453,21 @@ def grpo_gradient(policy, reference, groups, mine, args):
     responses = float(sum(used(s, args).sum() for s, _ in groups))
     tokens = float(sum((used(s, args) * torch.tensor(s["lengths"])).sum() for s, _ in groups))
     longest = len(groups) * args.group * args.max_new
-    denominator = max(1.0, {"sequence": responses, "token": tokens, "constant": longest}[args.average])
-    batch = [(mine[s["position"]], A, used(s, args)) for s, A in groups if s["position"] in mine and has_gradient(s, A, args)]
+    denominator = max(
+        1.0, {"sequence": responses, "token": tokens, "constant": longest}[args.average]
+    )
+    batch = [
+        (mine[s["position"]], A, used(s, args))
+        for s, A in groups
+        if s["position"] in mine and has_gradient(s, A, args)
+    ]
     totals = dict.fromkeys(("loss", "tokens", "ratio", "clipped", "kl", "entropy", "mismatch"), 0.0)
 
     def loss(row):
-        prompts, responses = [m.group.prompt for m, _, _ in row], [m.group.responses for m, _, _ in row]
+        prompts, responses = (
+            [m.group.prompt for m, _, _ in row],
+            [m.group.responses for m, _, _ in row],
+        )
         features = None if args.train_vision else [m.features for m, _, _ in row]
         logp, entropy = policy(prompts, responses, features, args.temperature)  # (N, R)
         ref_logp = None
@@ -340,9 +480,20 @@ def grpo_gradient(policy, reference, groups, mine, args):
         old = pad(x for m, _, _ in row for x in m.group.logps)
         mask = pad(torch.ones(len(r)) * x for m, _, u in row for r, x in zip(m.group.responses, u))
         value, stats = grpo.grpo_loss(
-            logp, old, torch.cat([A for _, A, _ in row]).to(logp), mask, ref_logp=ref_logp, beta=args.beta, estimator=args.kl,
-            variant=args.variant, clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip,
-            average=args.average, denominator=denominator)
+            logp,
+            old,
+            torch.cat([A for _, A, _ in row]).to(logp),
+            mask,
+            ref_logp=ref_logp,
+            beta=args.beta,
+            estimator=args.kl,
+            variant=args.variant,
+            clip_low=args.clip_low,
+            clip_high=args.clip_high,
+            dual_clip=args.dual_clip,
+            average=args.average,
+            denominator=denominator,
+        )
         mismatch = ((logp.detach() - old).abs() * mask).sum()
         stats |= {"loss": value.detach(), "entropy": (entropy * mask).sum(), "mismatch": mismatch}
         for name, x in stats.items():
@@ -358,5 +509,17 @@ def grpo_gradient(policy, reference, groups, mine, args):
 def score(text, tokens, sample, args):
     """The reward of one response and its parts."""
     accuracy, format_ = rewards.accuracy_reward(text, sample), rewards.format_reward(text)
-    bonus = rewards.length_reward(tokens, accuracy, lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
-    return dict(zip(PARTS, (args.w_accuracy * accuracy + args.w_format * format_ + bonus, accuracy, format_, bonus)))
+    bonus = rewards.length_reward(
+        tokens, accuracy, lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus
+    )
+    return dict(
+        zip(
+            PARTS,
+            (
+                args.w_accuracy * accuracy + args.w_format * format_ + bonus,
+                accuracy,
+                format_,
+                bonus,
+            ),
+        )
+    )

@@ -36,36 +36,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
-import fsdp
 import grpo
 import mrsp
 import toy
-from data import DataError, Loader, PromptBuilder, load_samples
+from data import Loader, PromptBuilder, load_samples
 from eval import Method, Question, answer, look_for_media
-from model import ModelError, Policy
-from run import (
-    MEDIA,
-    RANK,
-    WORLD,
-    append,
-    claimed,
-    flag_parser,
-    gather,
-    media_flags,
-    open_run,
-    ordered,
-    peek,
-    ranks,
-    resumable,
-    resume_command,
-    save,
-    say,
-    seconds,
-    stop_signals,
-    timed,
-)
+from infra import fsdp
+from infra.checkpoints import save
+from infra.clock import seconds, timed
+from infra.embedding_cache import EmbeddingCache, tensor_digest
+from infra.errors import DataError, ModelError
+from infra.files import append
+from infra.flags import MEDIA, flag_parser, media_flags, ordered, peek
+from infra.memory import device_memory
+from infra.ranks import RANK, WORLD, gather, ranks, say
+from infra.run_folder import claimed, open_run, resumable, resume_command, stop_signals
+from infra.video import close_workers
+from model import Policy
 from step import grpo_step, pack, sft_step
-from video import close_workers
 
 EMPTY_STEPS = 10  # a run ends if most samples of so many steps in a row, or of all its steps if fewer, cannot be loaded
 IDLE_STEPS = 10  # after so many steps in a row that taught nothing, a line says what may help
@@ -75,28 +63,73 @@ def parse_args(argv=None):
     """The flags, from argv or the command line; @FILE reads them from a file, one a line, # begins a comment."""
     p, add, flag = flag_parser(__doc__)
     g = p.add_argument_group("run")
-    add(g, "algo", "grpo", "sft: learn reasoning examples; grpo: learn from rewards; tgrpo: with the temporal reward",
-        choices=("sft", "grpo", "tgrpo"))
-    add(g, "model", None, "model folder, run folder or hub name; without one: the embedded toy world")
+    add(
+        g,
+        "algo",
+        "grpo",
+        "sft: learn reasoning examples; grpo: learn from rewards; tgrpo: with the temporal reward",
+        choices=("sft", "grpo", "tgrpo"),
+    )
+    add(
+        g,
+        "model",
+        None,
+        "model folder, run folder or hub name; without one: the embedded toy world",
+    )
     add(g, "data", None, "records to train on, .json or .jsonl")
     add(g, "eval_data", None, "held-out records, answered greedily every --eval_every steps")
-    add(g, "media_root", None, "what relative paths in the records start from; the records' own folder unless told")
+    add(
+        g,
+        "media_root",
+        None,
+        "what relative paths in the records start from; the records' own folder unless told",
+    )
     add(g, "out", None, "run folder (default: out/toy or out/run)")
-    add(g, "steps", 1000, "steps: one batch of examples, or one rollout and its --updates", "at least 1")
+    add(
+        g,
+        "steps",
+        1000,
+        "steps: one batch of examples, or one rollout and its --updates",
+        "at least 1",
+    )
     add(g, "seed", 0, "of the order of the data and of the sampling")
-    flag(g, "resume", "resume from the newest whole checkpoint in --out; start anew if there is none")
+    flag(
+        g, "resume", "resume from the newest whole checkpoint in --out; start anew if there is none"
+    )
     g = media_flags(p, add, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
     add(g, "max_frames", 16, "at most this many frames", "at least 2")
     g = p.add_argument_group("step")
     add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
     add(g, "group", 8, "G, responses to a prompt, at least 2", "at least 2")
     add(g, "max_new", 768, "tokens of a response, at most", "at least 1")
-    add(g, "temperature", 1.0, "of the rollout, and of the log-probs that are trained", "above 0, at most 100")
-    add(g, "top_p", 1.0, "nucleus of the rollout; below 1 the gradient is biased", "above 0, at most 1")
-    add(g, "updates", 1, "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient",
-        "at least 1")
-    add(g, "row_tokens", 16384, "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)",
-        "at least 1")
+    add(
+        g,
+        "temperature",
+        1.0,
+        "of the rollout, and of the log-probs that are trained",
+        "above 0, at most 100",
+    )
+    add(
+        g,
+        "top_p",
+        1.0,
+        "nucleus of the rollout; below 1 the gradient is biased",
+        "above 0, at most 1",
+    )
+    add(
+        g,
+        "updates",
+        1,
+        "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient",
+        "at least 1",
+    )
+    add(
+        g,
+        "row_tokens",
+        16384,
+        "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)",
+        "at least 1",
+    )
     flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
     add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
@@ -105,64 +138,176 @@ def parse_args(argv=None):
     add(g, "len_lo", 320, "shortest response that gets the bonus")
     add(g, "len_hi", 512, "longest response that gets the bonus")
     g = p.add_argument_group("temporal reward (tgrpo, videos only)")
-    add(g, "temporal", "reward", "the bonus is added to the reward, as published, or to the advantage; contrast (ours): to the "
+    add(
+        g,
+        "temporal",
+        "reward",
+        "the bonus is added to the reward, as published, or to the advantage; contrast (ours): to the "
         "reward, each response its own, by the share of its probability that is lost when the frames are shuffled",
-        choices=("reward", "advantage", "contrast"))
-    add(g, "alpha", 0.3, "the bonus of a right response whose group passed the test; contrast: that has lost it all")
+        choices=("reward", "advantage", "contrast"),
+    )
+    add(
+        g,
+        "alpha",
+        0.3,
+        "the bonus of a right response whose group passed the test; contrast: that has lost it all",
+    )
     add(g, "mu", 1.0, "passed: right at least mu times as often in order as shuffled")
     add(g, "correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
-    add(g, "shuffle", "frame", "what is shuffled: frames, or 2-frame grids (no second encoding)", choices=("frame", "grid"))
-    add(g, "shuffles", 1, "orders drawn for each video; they share its G/2 shuffled responses", "at least 1")
+    add(
+        g,
+        "shuffle",
+        "frame",
+        "what is shuffled: frames, or 2-frame grids (no second encoding)",
+        choices=("frame", "grid"),
+    )
+    add(
+        g,
+        "shuffles",
+        1,
+        "orders drawn for each video; they share its G/2 shuffled responses",
+        "at least 1",
+    )
     g = p.add_argument_group("loss")
-    add(g, "norm", "std", "advantages are divided by the group's std, by nothing, or by the batch's std", choices=grpo.NORMS)
-    add(g, "average", "sequence", "token losses are averaged per response, over all, or by a constant", choices=grpo.AVERAGES)
-    add(g, "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model")
+    add(
+        g,
+        "norm",
+        "std",
+        "advantages are divided by the group's std, by nothing, or by the batch's std",
+        choices=grpo.NORMS,
+    )
+    add(
+        g,
+        "average",
+        "sequence",
+        "token losses are averaged per response, over all, or by a constant",
+        choices=grpo.AVERAGES,
+    )
+    add(
+        g, "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model"
+    )
     add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
-    add(g, "variant", "grpo", "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
-        choices=grpo.VARIANTS)
-    add(g, "clip_low", 0.2, "the ratio's lower clip, 1 - clip_low (none in cispo)", "at least 0, at most 1")
+    add(
+        g,
+        "variant",
+        "grpo",
+        "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
+        choices=grpo.VARIANTS,
+    )
+    add(
+        g,
+        "clip_low",
+        0.2,
+        "the ratio's lower clip, 1 - clip_low (none in cispo)",
+        "at least 0, at most 1",
+    )
     add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
-    add(g, "dual_clip", 0.0, "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off")
-    flag(g, "drop_zero_std", "leave groups without an advantage out of the batch (and of its averages)")
-    add(g, "refill", 0, "with --drop_zero_std: draw --prompts more, up to so many times, until --prompts groups are left")
+    add(
+        g,
+        "dual_clip",
+        0.0,
+        "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off",
+    )
+    flag(
+        g,
+        "drop_zero_std",
+        "leave groups without an advantage out of the batch (and of its averages)",
+    )
+    add(
+        g,
+        "refill",
+        0,
+        "with --drop_zero_std: draw --prompts more, up to so many times, until --prompts groups are left",
+    )
     flag(g, "mask_truncated", "leave truncated responses out of the loss")
     g = p.add_argument_group("optimizer")
     add(g, "lr", 1e-6, "peak learning rate")
     add(g, "schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
     add(g, "warmup", 0, "steps of linear warm-up")
-    add(g, "beta2", 0.999, "AdamW's memory of squared gradients (beta1 is 0.9)", "at least 0, below 1")
+    add(
+        g,
+        "beta2",
+        0.999,
+        "AdamW's memory of squared gradients (beta1 is 0.9)",
+        "at least 0, below 1",
+    )
     add(g, "weight_decay", 0.01, "of matrices")
     add(g, "clip_grad", 1.0, "largest gradient norm", "above 0")
     flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
-    add(g, "checkpointing", 1, "recompute the activations of every n-th layer in the backward pass; 0: keep them all")
-    flag(g, "fsdp", "shard weights, gradients and moments over all ranks (fsdp.py); a single rank has nothing to shard")
+    add(
+        g,
+        "checkpointing",
+        1,
+        "recompute the activations of every n-th layer in the backward pass; 0: keep them all",
+    )
+    flag(
+        g,
+        "fsdp",
+        "shard weights, gradients and moments over all ranks (fsdp.py); a single rank has nothing to shard",
+    )
     g = p.add_argument_group("long videos (mrsp.py)")
-    add(g, "sp", "1", "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length")
-    add(g, "embedding_cache", None, "folder for the embeddings of a frozen vision tower, shared by runs")
-    add(g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first", "above 0")
+    add(
+        g,
+        "sp",
+        "1",
+        "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length",
+    )
+    add(
+        g,
+        "embedding_cache",
+        None,
+        "folder for the embeddings of a frozen vision tower, shared by runs",
+    )
+    add(
+        g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first", "above 0"
+    )
     g = p.add_argument_group("logs and checkpoints")
     add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)", "at least 1")
-    add(g, "eval_every", 100, "steps between evaluations on --eval_data, also done before the first and after the last",
-        "at least 1")
-    add(g, "save_every", 100, "steps between checkpoints; one is always written at the end", "at least 1")
+    add(
+        g,
+        "eval_every",
+        100,
+        "steps between evaluations on --eval_data, also done before the first and after the last",
+        "at least 1",
+    )
+    add(
+        g,
+        "save_every",
+        100,
+        "steps between checkpoints; one is always written at the end",
+        "at least 1",
+    )
     add(g, "keep", 2, "newest checkpoints to keep", "at least 1")
     args = p.parse_args(argv)
     if args.model and not args.data:
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
         p.error("--data needs --model, what to train")
-    ordered(p, args, ("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("min_pixels", "image_max_pixels"),
-            ("len_lo", "len_hi"), ("updates", "prompts"))
+    ordered(
+        p,
+        args,
+        ("min_frames", "max_frames"),
+        ("min_pixels", "max_pixels"),
+        ("min_pixels", "image_max_pixels"),
+        ("len_lo", "len_hi"),
+        ("updates", "prompts"),
+    )
     if args.refill and not args.drop_zero_std:
         p.error(f"--refill {args.refill}: expected --drop_zero_std beside it")
     if args.dual_clip and (args.dual_clip <= 1 or args.variant == "cispo"):
-        p.error(f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, which does not clip below")
+        p.error(
+            f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, which does not clip below"
+        )
     if args.sp != "auto" and (not args.sp.isdecimal() or int(args.sp) < 1 or WORLD % int(args.sp)):
         p.error(f"--sp {args.sp}: expected auto or a divisor of the {WORLD} ranks")
     if args.embedding_cache and args.train_vision:
-        p.error("--embedding_cache: expected a frozen vision tower; with --train_vision its embeddings change with every step")
+        p.error(
+            "--embedding_cache: expected a frozen vision tower; with --train_vision its embeddings change with every step"
+        )
     if args.algo == "tgrpo" and args.group // 2 % args.shuffles:
-        p.error(f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses")
+        p.error(
+            f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses"
+        )
     return args
 
 
@@ -184,18 +329,26 @@ def evaluate(policy, samples, loader, args):
     results, nll, tokens = sum(gather(results), []), sum(gather(nll)), sum(gather(tokens))
     failures = [failure for _, _, failure in results if failure]
     if len(failures) == len(results):
-        raise DataError(f"{args.eval_data}: none of the {len(results)} held-out media could be loaded; the first: {failures[0]}")
+        raise DataError(
+            f"{args.eval_data}: none of the {len(results)} held-out media could be loaded; the first: {failures[0]}"
+        )
     by_source = {}
     for source, score, _ in results:
         by_source.setdefault(source, []).append(score)
     mean = lambda scores: sum(scores) / len(scores)
     entry = {"eval_loss": nll / tokens} if tokens else {}
-    return entry | {"eval_accuracy": mean([score for _, score, _ in results]), "eval_questions": len(results),
-                    "eval_failures": len(failures),
-                    "eval_by_source": {source: round(mean(scores), 4) for source, scores in sorted(by_source.items())}}
+    return entry | {
+        "eval_accuracy": mean([score for _, score, _ in results]),
+        "eval_questions": len(results),
+        "eval_failures": len(failures),
+        "eval_by_source": {
+            source: round(mean(scores), 4) for source, scores in sorted(by_source.items())
+        },
+    }
 
 
 # ---- the loop
+
 
 def learning_rate(step, args):
     """Of a step (from 0): linear warm-up, then constant or a half cosine down to 0."""
@@ -203,14 +356,20 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / args.warmup
     if args.schedule == "constant":
         return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+    return (
+        args.lr
+        * 0.5
+        * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
+    )
 
 
 def make_optimizer(policy, args):
     """AdamW on what is trained; weight decay on matrices only."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True), trained
 
 
@@ -228,13 +387,17 @@ def refuse_failing(failed, args):
     EMPTY_STEPS; of fewer steps, only a whole run is judged."""
     messages, drawn = sum(failed, []), len(failed) * args.prompts
     if len(failed) == min(EMPTY_STEPS, args.steps) and 2 * len(messages) > drawn:
-        raise DataError(f"{len(messages)} of the {drawn} samples of {len(failed)} steps in a row could not be loaded; the last: "
-                        f"{messages[-1]}")
+        raise DataError(
+            f"{len(messages)} of the {drawn} samples of {len(failed)} steps in a row could not be loaded; the last: "
+            f"{messages[-1]}"
+        )
 
 
 def patience(args):
     """How long ranks wait for each other: half an hour, and the time that one of them may need to load its prompts."""
-    return timedelta(minutes=30, seconds=args.decode_timeout * math.ceil(args.prompts / WORLD / args.workers))
+    return timedelta(
+        minutes=30, seconds=args.decode_timeout * math.ceil(args.prompts / WORLD / args.workers)
+    )
 
 
 def share(group, prompts):
@@ -247,7 +410,9 @@ def update(optimizer, trained, step, args):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded: of this rank's parts
+    norm = float(
+        norm.full_tensor() if isinstance(norm, DTensor) else norm
+    )  # sharded: of this rank's parts
     if math.isfinite(norm):
         optimizer.step()
         torch.clear_autocast_cache()  # it holds bf16 copies of the weights as they were
@@ -264,14 +429,18 @@ def read_data(args):
     samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
     bad = list(bad.values())
     if args.algo == "sft":
-        bad += [f"{s.name}: no reasoning ('process') to learn from" for s in samples if not s.reasoning]
+        bad += [
+            f"{s.name}: no reasoning ('process') to learn from" for s in samples if not s.reasoning
+        ]
         samples = [s for s in samples if s.reasoning]
     if not samples:
         raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
     for message in bad:
         say(f"skipped: {message}")
     held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
-    say(f"{args.data}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped")
+    say(
+        f"{args.data}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped"
+    )
     look_for_media(samples, args.data, args.media_root)
     look_for_media(held_out, args.eval_data, args.media_root)
     return samples, held_out
@@ -282,10 +451,18 @@ def warn(args):
     if args.lr == 0:
         say("--lr 0: no step changes the weights")
     if args.algo != "sft" and not (args.w_accuracy or args.w_format or args.len_bonus):
-        say("--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0" + (
-            " but for the temporal bonus" if args.algo == "tgrpo" and args.alpha else ", so nothing is learned"))
+        say(
+            "--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0"
+            + (
+                " but for the temporal bonus"
+                if args.algo == "tgrpo" and args.alpha
+                else ", so nothing is learned"
+            )
+        )
     if args.warmup >= args.steps:
-        say(f"--warmup {args.warmup}: the run has {args.steps} steps, so the learning rate rises until its end")
+        say(
+            f"--warmup {args.warmup}: the run has {args.steps} steps, so the learning rate rises until its end"
+        )
 
 
 def load(args, checkpoint, device, samples):
@@ -299,18 +476,36 @@ def load(args, checkpoint, device, samples):
         fsdp.shard(policy)
     reference = None
     if args.beta and args.algo != "sft":
-        reference = Policy.load(args.model, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        reference = Policy.load(
+            args.model,
+            device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        )
         reference.requires_grad_(False)
         if sharded:
             fsdp.shard(reference)
     media = {name: getattr(args, name) for name in (*MEDIA, "max_frames")}
     builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
     if args.embedding_cache:
-        tower = [str(policy.net.model.visual.dtype), device.type, mrsp.digest(*policy.net.model.visual.parameters())]
-        policy.embedding_cache = mrsp.EmbeddingCache(args.embedding_cache, args.cache_gb, tower)
-    say(f"{args.algo}: {args.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}")
-    loader = Loader(samples, builder, prompts=args.prompts, seed=args.seed, workers=args.workers, target=args.algo == "sft",
-                    rank=mrsp.turn(RANK, WORLD, args.sp), world=WORLD)
+        tower = [
+            str(policy.net.model.visual.dtype),
+            device.type,
+            tensor_digest(*policy.net.model.visual.parameters()),
+        ]
+        policy.embedding_cache = EmbeddingCache(args.embedding_cache, args.cache_gb, tower)
+    say(
+        f"{args.algo}: {args.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}"
+    )
+    loader = Loader(
+        samples,
+        builder,
+        prompts=args.prompts,
+        seed=args.seed,
+        workers=args.workers,
+        target=args.algo == "sft",
+        rank=mrsp.turn(RANK, WORLD, args.sp),
+        world=WORLD,
+    )
     return policy, reference, loader
 
 
@@ -322,8 +517,10 @@ def advice(entry, args):
         return f"{entry['truncated']:.0%} of the responses are cut off at --max_new {args.max_new}: raise it"
     if entry["format"] == 0:
         return "no response has the format <think> </think><answer> </answer>: begin with a cold start (--algo sft)"
-    return ("all responses to a question get the same reward: choose questions that are neither too easy nor too hard "
-            "(eval.py --filter), or raise --group")
+    return (
+        "all responses to a question get the same reward: choose questions that are neither too easy nor too hard "
+        "(eval.py --filter), or raise --group"
+    )
 
 
 def report(out, bar, step, entry, args, skipped=0):
@@ -332,23 +529,38 @@ def report(out, bar, step, entry, args, skipped=0):
     if torch.cuda.is_available():
         entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     if RANK == 0:
-        append(out / "log.jsonl", [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}])
-    figures = {k: f"{entry[k]:.3f}" for k in ("loss", "reward", "accuracy", "response_length", "grad_norm") if k in entry}
+        append(
+            out / "log.jsonl",
+            [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}],
+        )
+    figures = {
+        k: f"{entry[k]:.3f}"
+        for k in ("loss", "reward", "accuracy", "response_length", "grad_norm")
+        if k in entry
+    }
     bar.set_postfix(figures)
     if step and step % args.log_every == 0:
         figures |= {k: f"{entry[k]:.3f}" for k in ("zero_std_groups", "truncated") if k in entry}
         figures["skipped_updates"] = f"{skipped}"
         phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
-        say(f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}")
+        say(
+            f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}"
+        )
     if "eval_accuracy" in entry:
-        say(f"step {step:5d}  held-out accuracy {entry['eval_accuracy']:.3f}   "
-            + "  ".join(f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()))
+        say(
+            f"step {step:5d}  held-out accuracy {entry['eval_accuracy']:.3f}   "
+            + "  ".join(
+                f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()
+            )
+        )
 
 
 def train(args, device, at_end):
     """Runs args.steps steps of args.algo; see the module's first lines for what a step does. at_end: an ExitStack of what is to
     be let go of, however it ends. Ends the program, after a step and its checkpoint, on SIGTERM (exit 0) or ctrl-C (130)."""
-    samples, held_out = read_data(args)  # before a folder is opened or a model loaded: a wrong path costs nothing
+    samples, held_out = read_data(
+        args
+    )  # before a folder is opened or a model loaded: a wrong path costs nothing
     warn(args)
     out = Path(args.out)
     at_end.enter_context(claimed(out))
@@ -357,19 +569,35 @@ def train(args, device, at_end):
     at_end.callback(close_workers)
     at_end.callback(loader.pool.shutdown, cancel_futures=True)
     optimizer, trained = make_optimizer(policy, args)
-    start, failed = 0, deque(maxlen=EMPTY_STEPS)  # samples that could not be loaded, of the last steps
+    start, failed = (
+        0,
+        deque(maxlen=EMPTY_STEPS),
+    )  # samples that could not be loaded, of the last steps
     idle_steps = skipped = 0
     if checkpoint:
         start = json.loads((checkpoint / "state.json").read_text())["step"]
         fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
         if start >= args.steps:
-            say(f"{checkpoint}: {start} steps are done and --steps is {args.steps}, so there is nothing left to do")
+            say(
+                f"{checkpoint}: {start} steps are done and --steps is {args.steps}, so there is nothing left to do"
+            )
     wrapped = policy
     if WORLD > 1 and not args.fsdp:
-        wrapped = DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda")  # fp32 master weights
-    bar = at_end.enter_context(tqdm(total=args.steps, initial=start, disable=None if RANK == 0 else True, desc=args.algo,
-                                    unit="step"))
+        wrapped = DistributedDataParallel(
+            policy, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+    autocast = torch.autocast(
+        policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda"
+    )  # fp32 master weights
+    bar = at_end.enter_context(
+        tqdm(
+            total=args.steps,
+            initial=start,
+            disable=None if RANK == 0 else True,
+            desc=args.algo,
+            unit="step",
+        )
+    )
     noted = at_end.enter_context(stop_signals())
     at_end.enter_context(resumable())
 
@@ -378,7 +606,10 @@ def train(args, device, at_end):
         with autocast, timed("evaluate"), fsdp.gathered(policy):
             return evaluate(policy, held_out, loader, args)
 
-    limit, said = min(gather(mrsp.device_memory(device, WORLD))), None  # the same on all ranks, as the degree must be
+    limit, said = (
+        min(gather(device_memory(device, WORLD))),
+        None,
+    )  # the same on all ranks, as the degree must be
     seconds.clear()
     if start == 0 and held_out:
         report(out, bar, 0, held_out_accuracy(), args)
@@ -397,10 +628,18 @@ def train(args, device, at_end):
                 if reference:
                     reference.group = group
                 if WORLD > 1 and lengths and size != said:
-                    say(f"memory: {estimate}" if args.sp == "1" else f"sequence parallelism: {size} ranks a row; {estimate}")
+                    say(
+                        f"memory: {estimate}"
+                        if args.sp == "1"
+                        else f"sequence parallelism: {size} ranks a row; {estimate}"
+                    )
                     said = size
                 prompts = share(group, prompts)
-            entry, some, tokens = {"updates": 0, "skipped_updates": 1, "skipped_update": True}, [], 0
+            entry, some, tokens = (
+                {"updates": 0, "skipped_updates": 1, "skipped_update": True},
+                [],
+                0,
+            )
             if len(errors) < args.prompts:
                 policy.train()
                 optimize = partial(update, optimizer, trained, step, args)
@@ -408,22 +647,36 @@ def train(args, device, at_end):
                     if args.algo == "sft":
                         entry, some, tokens = sft_step(wrapped, prompts, optimize, args)
                         if not math.isfinite(entry["loss"]):
-                            raise ModelError(f"step {done}: the loss is {entry['loss']}: logits that are not finite")
+                            raise ModelError(
+                                f"step {done}: the loss is {entry['loss']}: logits that are not finite"
+                            )
                     else:
                         more = lambda k: share(group, usable(loader.refill(step, k), errors))
-                        entry, some, tokens = grpo_step(wrapped, reference, prompts, more, loader.builder, step, optimize, args)
+                        entry, some, tokens = grpo_step(
+                            wrapped, reference, prompts, more, loader.builder, step, optimize, args
+                        )
                 policy.eval()
-        entry |= {"lr": learning_rate(step, args), "sp": group.size, "skipped_samples": len(errors),
-                  "tokens_per_second": tokens / seconds["step"]}
+        entry |= {
+            "lr": learning_rate(step, args),
+            "sp": group.size,
+            "skipped_samples": len(errors),
+            "tokens_per_second": tokens / seconds["step"],
+        }
         if held_out and (done % args.eval_every == 0 or done == args.steps):
             entry |= held_out_accuracy()
         bar.update()
         skipped += entry["skipped_updates"]
         report(out, bar, done, entry, args, skipped)
         if "grad_norm" in entry:  # some sample was loaded
-            idle_steps = idle_steps + 1 if entry["skipped_update"] or entry.get("zero_std_groups") == 1 else 0
+            idle_steps = (
+                idle_steps + 1
+                if entry["skipped_update"] or entry.get("zero_std_groups") == 1
+                else 0
+            )
             if idle_steps == IDLE_STEPS:
-                say(f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}")
+                say(
+                    f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}"
+                )
         if RANK == 0:
             append(out / "samples.jsonl", some)
         stop = max(gather(max(noted, default=0)))  # of any rank: all stop after the same step
@@ -432,9 +685,13 @@ def train(args, device, at_end):
             with autocast:
                 save(policy, optimizer, done, args)
         if stop:
-            say(f"stopped after step {done} of {args.steps} by {signal.Signals(stop).name}; to resume: {resume_command()}")
+            say(
+                f"stopped after step {done} of {args.steps} by {signal.Signals(stop).name}; to resume: {resume_command()}"
+            )
             raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
-    say(f"{out} holds the checkpoints, the log and samples; `python report.py {shlex.quote(str(out))} --open` shows them")
+    say(
+        f"{out} holds the checkpoints, the log and samples; `python report.py {shlex.quote(str(out))} --open` shows them"
+    )
 
 
 def toy_runs(args, argv):
@@ -442,11 +699,28 @@ def toy_runs(args, argv):
     parse_args(["--algo", args.algo])
     root, configs = Path(args.out or toy.root(args.seed)), Path(__file__).parent / "configs"
     common = ["--eval_data", f"{root}/world/test.json", "--seed", str(args.seed)]
-    sft = [f"@{configs}/toy_sft.txt", *common, "--data", f"{root}/world/cot.json", "--model", f"{root}/world/model"]
+    sft = [
+        f"@{configs}/toy_sft.txt",
+        *common,
+        "--data",
+        f"{root}/world/cot.json",
+        "--model",
+        f"{root}/world/model",
+    ]
     if args.algo == "sft":
         return [parse_args([*sft, *argv, "--out", f"{root}/sft"])]
-    rl = [f"@{configs}/toy_{args.algo}.txt", *common, "--data", f"{root}/world/train.json", "--model", f"{root}/sft"]
-    return [parse_args([*sft, "--out", f"{root}/sft", "--resume"]), parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"])]
+    rl = [
+        f"@{configs}/toy_{args.algo}.txt",
+        *common,
+        "--data",
+        f"{root}/world/train.json",
+        "--model",
+        f"{root}/sft",
+    ]
+    return [
+        parse_args([*sft, "--out", f"{root}/sft", "--resume"]),
+        parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"]),
+    ]
 
 
 def main(argv=None):

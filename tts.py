@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 class Vote(NamedTuple):
     """What one response says: a normalised answer, None if not valid, and the mean log-prob of the response's tokens."""
+
     answer: object
     logp: float = 0.0
 
@@ -30,6 +31,7 @@ class Vote(NamedTuple):
 @dataclass
 class Round:
     """One round: the number of frames shown, and of each of the m responses its answer (None: not valid) and log-prob."""
+
     frames: int
     votes: list
     logps: list[float]
@@ -44,7 +46,9 @@ class Search:
 
     def __init__(self, *, start, cap, m):
         if not 1 <= start <= cap or m < 1:
-            raise ValueError(f"start {start}, cap {cap}, m {m}: expected 1 <= start <= cap and m >= 1")
+            raise ValueError(
+                f"start {start}, cap {cap}, m {m}: expected 1 <= start <= cap and m >= 1"
+            )
         self.frames, self.cap, self.m = start, cap, m
         self.answer, self.rounds = None, []
 

@@ -1,7 +1,7 @@
 """Clips whose pictures show their own numbers, so that what was shown can be read back.
 
-    python tests/clips.py              which kinds of file each reader shows rightly: the README's table
-    python tests/clips.py FILE ...     CPU seconds of each reader for 16, 64 and 512 frames of a file
+python tests/clips.py              which kinds of file each reader shows rightly: the README's table
+python tests/clips.py FILE ...     CPU seconds of each reader for 16, 64 and 512 frames of a file
 """
 
 import sys
@@ -15,12 +15,17 @@ import av
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import video  # noqa: E402
+from infra import errors, video  # noqa: E402
+from infra.frames import frame_indices  # noqa: E402
 
 SIZE = 96
 H264 = {"codec": "libx264", "g": 12}
 OPEN = H264 | {"x264-params": "open-gop=1:bframes=3"}
-HEVC = {"codec": "libx265", "preset": "ultrafast", "x265-params": "keyint=12:bframes=3:log-level=none"}
+HEVC = {
+    "codec": "libx265",
+    "preset": "ultrafast",
+    "x265-params": "keyint=12:bframes=3:log-level=none",
+}
 MPEG2 = {"codec": "mpeg2video", "bf": 2, "g": 12}
 MPEG4 = {"codec": "mpeg4", "bf": 2, "g": 12}
 # name: file, codec and its options (g: pictures between key frames), of a clip of 48 pictures at 25 a second
@@ -41,7 +46,10 @@ KINDS = {
     "MPEG-2, mpg": ("mpeg2.mpg", MPEG2),
     "MPEG-2, mkv": ("mpeg2.mkv", MPEG2),
     "VP8, webm": ("vp8.webm", {"codec": "libvpx", "g": 24, "auto-alt-ref": 1, "lag-in-frames": 8}),
-    "VP9, webm": ("vp9.webm", {"codec": "libvpx-vp9", "g": 24, "lag-in-frames": 8, "deadline": "realtime"}),
+    "VP9, webm": (
+        "vp9.webm",
+        {"codec": "libvpx-vp9", "g": 24, "lag-in-frames": 8, "deadline": "realtime"},
+    ),
     "AV1, mp4": ("av1.mp4", {"codec": "libsvtav1", "g": 24, "preset": 12}),
     "Motion JPEG, avi": ("mjpeg.avi", {"codec": "mjpeg"}),
     "GIF": ("anim.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
@@ -66,11 +74,24 @@ def number(frame):
     return bright
 
 
-def write(path, numbers, *, codec="libx264", times=None, ticks=1000, rate=25, pix_fmt="yuv420p", edit=None, **options):
+def write(
+    path,
+    numbers,
+    *,
+    codec="libx264",
+    times=None,
+    ticks=1000,
+    rate=25,
+    pix_fmt="yuv420p",
+    edit=None,
+    **options,
+):
     """Writes a clip that shows `numbers`, at `rate` a second or at `times`, in seconds, rounded to `ticks` a second.
     edit: called with the stream before anything is written."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={name: str(value) for name, value in options.items()})
+        stream = container.add_stream(
+            codec, rate=rate, options={name: str(value) for name, value in options.items()}
+        )
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else pix_fmt
         if times is not None:
@@ -94,7 +115,11 @@ def cut(source, target, start, first=0):
         for i, packet in enumerate(old.demux(video=0)):
             if packet.size and i >= first:
                 shift = round(start / packet.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                packet.pts, packet.dts, packet.stream = (
+                    packet.pts - shift,
+                    packet.dts - shift,
+                    stream,
+                )
                 new.mux(packet)
     return target
 
@@ -110,9 +135,9 @@ def shows_rightly(path, reader):
     for n in ROUNDS:
         try:
             numbers, _ = shown(path, reader=reader, target_fps=float("inf"), max_frames=n)
-        except video.VideoError:
+        except errors.VideoError:
             return "refused"
-        if numbers != video.frame_indices(48, 25, target_fps=float("inf"), max_frames=n):
+        if numbers != frame_indices(48, 25, target_fps=float("inf"), max_frames=n):
             return "**wrong frames**"
     return "right"
 
@@ -123,27 +148,35 @@ def table():
     with tempfile.TemporaryDirectory() as folder:
         for name, (file, options) in KINDS.items():
             path = write(Path(folder) / file, range(48), **options)
-            print(f"| {name} | {shows_rightly(path, 'av')} | {shows_rightly(path, 'decord')} |", flush=True)
+            print(
+                f"| {name} | {shows_rightly(path, 'av')} | {shows_rightly(path, 'decord')} |",
+                flush=True,
+            )
     video.close_workers()
 
 
 def speed(path):
     """Prints the CPU seconds of each reader, the median of three readings in turn, and frames decoded."""
-    import reader
+    from infra import reader
+
     for n in (16, 64, 512):
         seconds, pixels, decoded = {name: [] for name in reader.READERS}, {}, 0
         for _ in range(3):
             for name, kind in reader.READERS.items():
                 began = time.process_time()
                 clip = kind(path)
-                indices = video.frame_indices(len(clip.keys), clip.rate, target_fps=float("inf"), max_frames=n)
+                indices = frame_indices(
+                    len(clip.keys), clip.rate, target_fps=float("inf"), max_frames=n
+                )
                 pixels[name] = [np.asarray(p.image) for p in clip.pictures(indices)]
                 seconds[name].append(time.process_time() - began)
                 decoded = max(decoded, getattr(clip, "decoded", 0))
         same = all(map(np.array_equal, pixels["av"], pixels["decord"]))
         a, d = (median(seconds[name]) for name in ("av", "decord"))
-        print(f"{path}: {len(indices)} of {len(clip.keys)} frames: av {a:.2f} s ({decoded} decoded), decord {d:.2f} s, "
-              f"ratio {a / d:.2f}, {'the same' if same else 'other'} pixels")
+        print(
+            f"{path}: {len(indices)} of {len(clip.keys)} frames: av {a:.2f} s ({decoded} decoded), decord {d:.2f} s, "
+            f"ratio {a / d:.2f}, {'the same' if same else 'other'} pixels"
+        )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,17 @@ import data  # noqa: E402
 import model  # noqa: E402
 import toy  # noqa: E402
 
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real tokenizer, videos and records in ../shared")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="needs the real tokenizer, videos and records in ../shared"
+)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small toy world: train.json, cot.json, test.json, media/, model/."""
-    return toy.write(tmp_path_factory.mktemp("toy") / "world", seed=7, clips={"cot": 20, "train": 20, "test": 4})
+    return toy.write(
+        tmp_path_factory.mktemp("toy") / "world", seed=7, clips={"cot": 20, "train": 20, "test": 4}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +59,15 @@ def policy(world):
 def run(*command, ranks=1, expect=0, timeout=300, **env):
     """Runs `python command` (or torchrun on several ranks) at the project's root -> its output."""
     launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29500 + os.getpid() % 1000), "--"]
+        [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            str(29500 + os.getpid() % 1000),
+            "--",
+        ]
         if ranks > 1
         else []
     )
@@ -72,7 +84,19 @@ def run(*command, ranks=1, expect=0, timeout=300, **env):
     return output
 
 
-TINY = ["--min_pixels", 784, "--max_new", 16, "--prompts", 4, "--group", 4, "--log_every", 1, "--train_vision"]
+TINY = [
+    "--min_pixels",
+    784,
+    "--max_new",
+    16,
+    "--prompts",
+    4,
+    "--group",
+    4,
+    "--log_every",
+    1,
+    "--train_vision",
+]
 
 
 def flags(world, out, algo="grpo", **extra):

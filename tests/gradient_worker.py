@@ -17,18 +17,17 @@ import torch.distributed as dist  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-import fsdp  # noqa: E402
 import model  # noqa: E402
 import mrsp  # noqa: E402
-import run  # noqa: E402
 import step  # noqa: E402
 import train  # noqa: E402
 from data import PromptBuilder, load_samples  # noqa: E402
+from infra import fsdp, ranks  # noqa: E402
 from model import Policy  # noqa: E402
 
 world, out, *extra = sys.argv[1:]
 bypass = "bypass" in extra
-if run.WORLD > 1:
+if ranks.WORLD > 1:
     dist.init_process_group("gloo")
 args = train.parse_args(
     [
@@ -57,7 +56,9 @@ policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in
 policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that groups are of unequal length
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)
-step.rewards.accuracy_reward = lambda text, sample: len(text) / 100  # a random model is never right: let long answers be
+step.rewards.accuracy_reward = lambda text, sample: (
+    len(text) / 100
+)  # a random model is never right: let long answers be
 reference.requires_grad_(False)
 if not args.train_vision:
     policy.freeze_vision()
@@ -66,13 +67,17 @@ wrapped = policy.train()
 if args.fsdp:
     fsdp.shard(policy)
     fsdp.shard(reference)
-elif run.WORLD > 1:
+elif ranks.WORLD > 1:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
 group = policy.group = reference.group = mrsp.group_of(int(args.sp))
-media = lambda i: builder(samples[i], min_pixels=784 if i % 2 else 56 * 84)  # videos of two shapes, 4 to 16 frames, and images
-deal = lambda first: train.share(group, [(first + i, media(first + i)) for i in range(run.RANK, 5, run.WORLD)])
+media = lambda i: builder(
+    samples[i], min_pixels=784 if i % 2 else 56 * 84
+)  # videos of two shapes, 4 to 16 frames, and images
+deal = lambda first: train.share(
+    group, [(first + i, media(first + i)) for i in range(ranks.RANK, 5, ranks.WORLD)]
+)
 prompts = deal(0)
 if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
@@ -87,7 +92,9 @@ entry = (
 )
 whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x
 grads = {name: whole(p.grad) for name, p in policy.named_parameters() if p.requires_grad}
-torch.save({"grads": grads, "entry": entry}, f"{out}.{run.RANK}")
-if run.WORLD > 1:
+torch.save({"grads": grads, "entry": entry}, f"{out}.{ranks.RANK}")
+if ranks.WORLD > 1:
     dist.destroy_process_group()
-    os._exit(0)  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it
+    os._exit(
+        0
+    )  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it

@@ -13,17 +13,17 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import mrsp  # noqa: E402
-import run  # noqa: E402
 from data import PromptBuilder, load_samples  # noqa: E402
+from infra import ranks  # noqa: E402
 from model import Policy  # noqa: E402
 from rollout import generate  # noqa: E402
 
 world, out = sys.argv[1:]
-if run.WORLD > 1:
+if ranks.WORLD > 1:
     dist.init_process_group("gloo")
 policy = Policy.load(f"{world}/model", dtype=torch.float64)
 policy.eos_ids = list(range(20, 66))  # so that responses are of unequal length
-policy.group = mrsp.group_of(run.WORLD)
+policy.group = mrsp.group_of(ranks.WORLD)
 builder = PromptBuilder(f"{world}/model")
 samples = load_samples(f"{world}/train.json")
 images = [s for s in samples if s.data_type == "image"]
@@ -38,7 +38,8 @@ prompts = [  # 8, 4, 1, 3 * 6 and 3 * 6 visual tokens, and the first video again
 ]
 result, patches = {}, []
 policy.net.model.visual.register_forward_pre_hook(
-    lambda module, args, kwargs: patches.append(int(kwargs["grid_thw"].prod(1).sum())), with_kwargs=True
+    lambda module, args, kwargs: patches.append(int(kwargs["grid_thw"].prod(1).sum())),
+    with_kwargs=True,
 )
 with torch.no_grad():
     result["features"] = policy.encode(prompts)
@@ -46,19 +47,34 @@ with torch.no_grad():
 result["patches"] = sum(patches) // 2
 random = torch.Generator().manual_seed(3)
 tokens = lambda n: torch.randint(70, 300, (n,), generator=random)
-responses = [[tokens(n) for n in lengths] for lengths in ([5], [1, 7, 2], [3, 3], [11], [4, 1, 1, 6], [2])]
+responses = [
+    [tokens(n) for n in lengths] for lengths in ([5], [1, 7, 2], [3, 3], [11], [4, 1, 1, 6], [2])
+]
 policy.train()
 result["logp"], result["entropy"] = policy(prompts, responses, result["features"], temperature=0.8)
-result["one token"] = policy(prompts[:1], [[tokens(1)]], result["features"][:1])[0]  # all but one rank own no response token
-result["alone"] = [policy([p], [r], [f], temperature=0.8)[0] for p, r, f in zip(prompts, responses, result["features"])]
-for name, how in (("greedy", dict(temperature=0)), ("sampled", dict(seeds=[11, 12, 13, 14, 15, 16]))):
+result["one token"] = policy(prompts[:1], [[tokens(1)]], result["features"][:1])[
+    0
+]  # all but one rank own no response token
+result["alone"] = [
+    policy([p], [r], [f], temperature=0.8)[0]
+    for p, r, f in zip(prompts, responses, result["features"])
+]
+for name, how in (
+    ("greedy", dict(temperature=0)),
+    ("sampled", dict(seeds=[11, 12, 13, 14, 15, 16])),
+):
     groups = generate(policy, prompts, 5, max_new=20, features=result["features"], **how)
     result[name] = [g.responses for g in groups]
     result[f"{name} logps"] = torch.cat([x for g in groups for x in g.logps])
     result[f"{name} entropies"] = torch.cat([x for g in groups for x in g.entropies])
     result[f"{name} scored"] = policy(prompts, result[name], result["features"])[0]
     result[f"{name} truncated"] = [g.truncated for g in groups]
-torch.save({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in result.items()}, f"{out}.{run.RANK}")
-if run.WORLD > 1:
+torch.save(
+    {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in result.items()},
+    f"{out}.{ranks.RANK}",
+)
+if ranks.WORLD > 1:
     dist.destroy_process_group()
-    os._exit(0)  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it
+    os._exit(
+        0
+    )  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it

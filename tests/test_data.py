@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, needs_shared
 from PIL import Image
 
 import data
 import rewards
 import toy
-import video
+from conftest import SHARED, needs_shared
 from data import DataError, Sample
+from infra.frames import resize
 
 RECORD = dict(
     problem_id=3,
@@ -30,7 +30,9 @@ RECORD = dict(
 
 
 def load(tmp_path, *records, name="r.json", **kw):
-    (tmp_path / name).write_text(json.dumps(list(records)) if name.endswith("json") else "\n".join(map(json.dumps, records)))
+    (tmp_path / name).write_text(
+        json.dumps(list(records)) if name.endswith("json") else "\n".join(map(json.dumps, records))
+    )
     return data.load_samples(tmp_path / name, **kw)
 
 
@@ -68,7 +70,12 @@ def test_options_null_and_bracket_prefixes(tmp_path):
 def test_a_video_rts_record_has_its_options_in_the_question(tmp_path):
     (sample,) = load(
         tmp_path,
-        {"problem": "Why?\nA. so\nB. thus\n", "solution": "<answer>B.</answer>", "video": "/abs/x.mp4", "qid": 9},
+        {
+            "problem": "Why?\nA. so\nB. thus\n",
+            "solution": "<answer>B.</answer>",
+            "video": "/abs/x.mp4",
+            "qid": 9,
+        },
         name="r.jsonl",
     )
     assert (sample.id, sample.question, sample.options, sample.answer, sample.path) == (
@@ -81,14 +88,24 @@ def test_a_video_rts_record_has_its_options_in_the_question(tmp_path):
 
 
 def test_only_a_closing_run_of_letters_is_options(tmp_path):
-    (sample,) = load(tmp_path, {"problem": "Q: why?\n\nA. so\nB. thus", "solution": "B", "video": "x.mp4", "qid": 9})
+    (sample,) = load(
+        tmp_path,
+        {"problem": "Q: why?\n\nA. so\nB. thus", "solution": "B", "video": "x.mp4", "qid": 9},
+    )
     assert (sample.question, sample.options) == ("Q: why?", ["A. so", "B. thus"])
-    assert load(tmp_path, RECORD | {"options": ["U.S. flag", "France"]})[0].options == ["A. U.S. flag", "B. France"]
+    assert load(tmp_path, RECORD | {"options": ["U.S. flag", "France"]})[0].options == [
+        "A. U.S. flag",
+        "B. France",
+    ]
 
 
 def test_one_bad_line_does_not_cost_the_others(tmp_path):
     """Nor do a byte-order mark and a line separator inside a string."""
-    lines = [json.dumps(RECORD), '{"pro', json.dumps(RECORD | {"problem": "a\u2028b"}, ensure_ascii=False)]
+    lines = [
+        json.dumps(RECORD),
+        '{"pro',
+        json.dumps(RECORD | {"problem": "a\u2028b"}, ensure_ascii=False),
+    ]
     (tmp_path / "r.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     skipped = {}
     assert len(data.load_samples(tmp_path / "r.jsonl", skipped=skipped)) == 2
@@ -108,15 +125,22 @@ def test_a_longvideo_reason_record(tmp_path):
             "answer": "<answer>A</answer>",
         },
     )
-    assert (sample.answer, sample.reasoning, sample.options) == ("A", "because", ["A. so", "B. thus"])
+    assert (sample.answer, sample.reasoning, sample.options) == (
+        "A",
+        "because",
+        ["A. so", "B. thus"],
+    )
 
 
 def test_errors_after_loading_name_the_record_as_those_before(tmp_path, builder):
     """By its number in the file, and by its id where that is another; a Sample made by hand by its id."""
     records = [RECORD | {"problem_id": 3}, RECORD | {"problem_id": 1}]
     first, second = load(tmp_path, *records)
-    for sample, name in ((first, f"{tmp_path}/r.json, record 0 (id 3)"), (second, f"{tmp_path}/r.json, record 1"),
-                         (replace(first, where=""), "record 3")):
+    for sample, name in (
+        (first, f"{tmp_path}/r.json, record 0 (id 3)"),
+        (second, f"{tmp_path}/r.json, record 1"),
+        (replace(first, where=""), "record 3"),
+    ):
         with pytest.raises(DataError, match=f"^{re.escape(f'{name}: {tmp_path}/v/x.mp4')}"):
             builder(sample)
         with pytest.raises(DataError, match=f"^{re.escape(name)}: no reasoning"):
@@ -129,7 +153,9 @@ def test_errors_after_loading_name_the_record_as_those_before(tmp_path, builder)
 
 @pytest.mark.parametrize("name", [float("nan"), float("inf")])
 def test_an_id_that_is_no_number_is_refused(tmp_path, name):
-    with pytest.raises(DataError, match=rf"record 0 \(id {name}\): expected text or a number as its id"):
+    with pytest.raises(
+        DataError, match=rf"record 0 \(id {name}\): expected text or a number as its id"
+    ):
         load(tmp_path, RECORD | {"problem_id": name})
 
 
@@ -151,7 +177,10 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"options": "A. x"}, "expected a list of strings"),
         ({"fps": "abc"}, "'fps' is 'abc'"),
         ({"fps": -1}, "'fps' is -1"),
-        ({"problem_type": "numerical", "solution": "five"}, "'five' of a numerical question is not a number"),
+        (
+            {"problem_type": "numerical", "solution": "five"},
+            "'five' of a numerical question is not a number",
+        ),
         ({"problem": "\ud800"}, "not valid Unicode"),
         ({"problem_id": "3\ud800"}, "not valid Unicode"),
         ({"data_source": "\udfff"}, "not valid Unicode"),
@@ -170,7 +199,10 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"data_source": 5}, "'data_source' is 5, expected text"),
         ({"solution": ["A"]}, "'solution' is .'A'., expected text or a number"),
         ({"solution": True}, "'solution' is True"),
-        ({"problem": " "}, "no question .* it has 'problem_id', .* expected a list of objects with problem, options"),
+        (
+            {"problem": " "},
+            "no question .* it has 'problem_id', .* expected a list of objects with problem, options",
+        ),
         ({"fps": 0}, "'fps' is 0"),
         ({"fps": True}, "'fps' is True"),
         ({"fps": 10**400}, r"'fps' is 1000\d*\.\.\.0*, expected a number from 1e-06 to 1e\+06"),
@@ -186,7 +218,10 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"start": "7", "end": 5}, "a segment from 7 to 5 seconds"),
         ({"process": ["it is x"]}, "'process' is .'it is x'., expected text"),
         ({"process": 5}, "'process' is 5"),
-        ({"process": "<think>left</think><answer>A</answer>"}, "the reasoning answers 'A', the solution is 'B'"),
+        (
+            {"process": "<think>left</think><answer>A</answer>"},
+            "the reasoning answers 'A', the solution is 'B'",
+        ),
         ({"process": "<answer>B</answer> as it turns"}, "a tag within the reasoning"),
         ({"process": "it turns</answer>"}, "the reasoning answers None"),
         ({"solution": "<answer>so", "problem_type": "OCR"}, "a tag within"),
@@ -209,15 +244,27 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"options": None, "problem": "Why?\nA. x\nA. y\nB. z"}, "without options"),
         ({"options": None, "problem": "Why?\nB. y"}, "without options"),
         ({"problem_id": [3]}, "expected text or a number as its id"),
-        ({"solution": float("nan"), "problem_type": "free-form"}, "'solution' is nan, expected text or a number"),
+        (
+            {"solution": float("nan"), "problem_type": "free-form"},
+            "'solution' is nan, expected text or a number",
+        ),
         ({"solution": float("-inf"), "problem_type": "OCR"}, "'solution' is -inf"),
-        ({"process": "So. <think>a</think> It is B."}, "a tag within the reasoning 'So. <think>a.*It is B.'"),
+        (
+            {"process": "So. <think>a</think> It is B."},
+            "a tag within the reasoning 'So. <think>a.*It is B.'",
+        ),
         ({"process": "</think>a<think>"}, "a tag within the reasoning"),
-        ({"process": "<think>a<think>b</think>"}, "a tag within .* expected one <think>...</think> around all of the reasoning"),
+        (
+            {"process": "<think>a<think>b</think>"},
+            "a tag within .* expected one <think>...</think> around all of the reasoning",
+        ),
         ({"process": "<think>a</think><think>b</think>"}, "a tag within"),
         ({"process": "<think>a"}, "a tag within"),
         ({"process": "<think>a</think> so <answer>B</answer>"}, "a tag within"),
-        ({"path": None, "video": "x.mp4", "image": "x.jpg"}, "several media, 'video' 'x.mp4', 'image' 'x.jpg', expected one"),
+        (
+            {"path": None, "video": "x.mp4", "image": "x.jpg"},
+            "several media, 'video' 'x.mp4', 'image' 'x.jpg', expected one",
+        ),
         ({"image": "x.jpg"}, "several media, 'path' './v/x.mp4', 'image' 'x.jpg', expected one"),
         ({"path": None, "video": "x.mp4", "videos": "y.mp4"}, "several media"),
     ],
@@ -245,7 +292,11 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         ({"problem_id": None}, "id", "0"),
         ({"data_source": ""}, "source", "r"),
         ({"process": "it turns"}, "reasoning", "it turns"),
-        ({"process": "<think>it turns</think>\n<answer>B. right</answer>\n"}, "reasoning", "it turns"),
+        (
+            {"process": "<think>it turns</think>\n<answer>B. right</answer>\n"},
+            "reasoning",
+            "it turns",
+        ),
         ({"options": ["J. Smith", "K. Brown"]}, "options", ["A. J. Smith", "B. K. Brown"]),
         ({"options": ["A.M.", "P.M."]}, "options", ["A. A.M.", "B. P.M."]),
         ({"options": ["a.m.", "p.m."]}, "options", ["A. a.m.", "B. p.m."]),
@@ -253,17 +304,33 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         ({"options": ["A.x", "B.y"]}, "options", ["A.x", "B.y"]),
         ({"options": [" (A) x", "(B) y"]}, "options", ["(A) x", "(B) y"]),
         ({"options": ["A: x", "B: y"]}, "options", ["A: x", "B: y"]),
-        ({"options": ["A. ", "B. "]}, "options", ["A. ", "B. "]),  # letters that the frames show, as in VideoMMMU
+        (
+            {"options": ["A. ", "B. "]},
+            "options",
+            ["A. ", "B. "],
+        ),  # letters that the frames show, as in VideoMMMU
         ({"options": ["B movie", "A man"]}, "options", ["A. B movie", "B. A man"]),
         ({"options": ["A", "B"]}, "options", ["A. A", "B. B"]),
         ({"options": ["A*x", "B*x"]}, "options", ["A. A*x", "B. B*x"]),
         ({"options": ["$A$", "$B$"]}, "options", ["A. $A$", "B. $B$"]),
         ({"process": "\n<think>\nit turns\n</think>\n"}, "reasoning", "it turns"),
-        ({"path": None, "video": "x.jpg", "image": "x.jpg", "data_type": "image"}, "data_type", "image"),
+        (
+            {"path": None, "video": "x.jpg", "image": "x.jpg", "data_type": "image"},
+            "data_type",
+            "image",
+        ),
         ({"video": 1}, "source", "set"),
         ({"video": "1.webm"}, "source", "set"),  # MVBench's records name their source's file too
-        ({"options": [str(i) for i in range(26)]}, "options", [f"{chr(65 + i)}. {i}" for i in range(26)]),
-        ({"category": "\ud800", "domain": 3, "duration": "short"}, "about", {"data_source": "set", "duration": "short"}),
+        (
+            {"options": [str(i) for i in range(26)]},
+            "options",
+            [f"{chr(65 + i)}. {i}" for i in range(26)],
+        ),
+        (
+            {"category": "\ud800", "domain": 3, "duration": "short"},
+            "about",
+            {"data_source": "set", "duration": "short"},
+        ),
     ],
 )
 def test_a_field_is_read_rightly(tmp_path, change, field, value):
@@ -271,31 +338,64 @@ def test_a_field_is_read_rightly(tmp_path, change, field, value):
     assert getattr(sample, field) == value
 
 
-@pytest.mark.parametrize("style", [
-    *("{}. {}", "({}) {}", "[{}] {}", "{{{}}} {}", "{} - {}", "{} – {}", "{}、{}", "{}： {}", "【{}】{}", "{} {}"),
-    *("**{}.** {}", "**{}**. {}", "**{}** {}", "**{}. {}**", "- **{}. {}**", "**({})** {}", "__{}.__ {}"),
-    *("Option {}: {}", "option {} {}", "Choice ({}) {}", "Answer {}: {}", "- {}. {}")])
+@pytest.mark.parametrize(
+    "style",
+    [
+        *(
+            "{}. {}",
+            "({}) {}",
+            "[{}] {}",
+            "{{{}}} {}",
+            "{} - {}",
+            "{} – {}",
+            "{}、{}",
+            "{}： {}",
+            "【{}】{}",
+            "{} {}",
+        ),
+        *(
+            "**{}.** {}",
+            "**{}**. {}",
+            "**{}** {}",
+            "**{}. {}**",
+            "- **{}. {}**",
+            "**({})** {}",
+            "__{}.__ {}",
+        ),
+        *("Option {}: {}", "option {} {}", "Choice ({}) {}", "Answer {}: {}", "- {}. {}"),
+    ],
+)
 def test_letters_of_any_style_are_the_options_own(tmp_path, style):
     """Written as "A. x"; a second letter before them would leave choice_letter two to read."""
     for letters in ("abc", "ABC", "ＡＢＣ"):
-        options = [style.format(letter, text) for letter, text in zip(letters, ("left", "2² m", "B-roll"))]
+        options = [
+            style.format(letter, text) for letter, text in zip(letters, ("left", "2² m", "B-roll"))
+        ]
         (sample,) = load(tmp_path, RECORD | {"options": options})
         if options != sample.options:  # they stay where they are "A. x" or "(A) x"
             assert sample.options == ["A. left", "B. 2² m", "C. B-roll"]
         assert options != sample.options or style in ("{}. {}", "({}) {}")
-        assert [rewards.accuracy_reward(f"<answer>{said}</answer>", sample) for said in ("B", "A. 2² m", "B. left")] == [1, 0, 0]
+        assert [
+            rewards.accuracy_reward(f"<answer>{said}</answer>", sample)
+            for said in ("B", "A. 2² m", "B. left")
+        ] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
 def test_a_list_and_json_lines_under_either_name(tmp_path, name):
-    for text in (json.dumps([RECORD, RECORD], indent=1), json.dumps(RECORD) + "\r\n\n" + json.dumps(RECORD) + "\n"):
+    for text in (
+        json.dumps([RECORD, RECORD], indent=1),
+        json.dumps(RECORD) + "\r\n\n" + json.dumps(RECORD) + "\n",
+    ):
         (tmp_path / name).write_text(text)
         assert [s.answer for s in data.load_samples(tmp_path / name)] == ["B", "B"]
     (tmp_path / name).write_text(json.dumps(RECORD))
     assert len(data.load_samples(tmp_path / name)) == 1
 
 
-@pytest.mark.parametrize("record", [{"messages": [{"role": "user"}]}, {"id": 1, "conversations": [], "video": "x.mp4"}])
+@pytest.mark.parametrize(
+    "record", [{"messages": [{"role": "user"}]}, {"id": 1, "conversations": [], "video": "x.mp4"}]
+)
 def test_records_of_another_form_name_the_fields_that_are_wanted(tmp_path, record):
     expected = "no question .*'(messages|conversations)'.* expected a list of objects with problem, options, problem_type, "
     with pytest.raises(DataError, match=expected + "data_type, solution, path"):
@@ -315,7 +415,10 @@ def test_records_of_another_form_name_the_fields_that_are_wanted(tmp_path, recor
 )
 def test_a_file_that_is_no_json_is_called_by_its_name(tmp_path, content, kind):
     (tmp_path / "r.json").write_bytes(content)
-    with pytest.raises(DataError, match=f"r.json: is {kind}, expected JSON in UTF-8: a list of objects with problem, "):
+    with pytest.raises(
+        DataError,
+        match=f"r.json: is {kind}, expected JSON in UTF-8: a list of objects with problem, ",
+    ):
         data.load_samples(tmp_path / "r.json")
 
 
@@ -324,28 +427,51 @@ def test_missing_media_are_counted_by_folder(tmp_path):
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "x.mp4").write_bytes(b"")
     paths = ["v/x.mp4", "v/y.mp4", "v/z.mp4", "w/x.mp4", "v/y.mp4"]
-    samples = load(tmp_path, *(RECORD | {"path": path, "problem_id": i} for i, path in enumerate(paths)))
+    samples = load(
+        tmp_path, *(RECORD | {"path": path, "problem_id": i} for i, path in enumerate(paths))
+    )
     message, most = data.missing_media(samples, tmp_path / "r.json", None)
     assert most and message == (
         f"{tmp_path}/r.json: the media of 4 of 5 records are missing: 3 in {tmp_path}/v, 1 in {tmp_path}/w; the first: record 1, "
         f"{tmp_path}/v/y.mp4; --media_root was not set, so paths start from {tmp_path}"
     )
     message, most = data.missing_media(samples[:2], tmp_path / "r.json", tmp_path)
-    assert not most and "1 of 2 records" in message and message.endswith(f"--media_root was {tmp_path}")
+    assert (
+        not most
+        and "1 of 2 records" in message
+        and message.endswith(f"--media_root was {tmp_path}")
+    )
     (named,) = load(tmp_path, RECORD)
-    assert "the first: record 0 (id 3), " in data.missing_media([replace(named, path="y")], tmp_path / "r.json", None)[0]
+    assert (
+        "the first: record 0 (id 3), "
+        in data.missing_media([replace(named, path="y")], tmp_path / "r.json", None)[0]
+    )
     assert data.missing_media(samples[:1], tmp_path / "r.json", None) == ("", False)
 
 
 @needs_shared
 def test_records_that_went_wrong(tmp_path):
     skipped = {}
-    samples = {s.id: s for s in data.load_samples(SHARED / "cases" / "records_fields.json", skipped=skipped)}
-    assert samples["segment as text"].segment == (5.0, 10.0) and samples["an image by its key"].data_type == "image"
+    samples = {
+        s.id: s
+        for s in data.load_samples(SHARED / "cases" / "records_fields.json", skipped=skipped)
+    }
+    assert (
+        samples["segment as text"].segment == (5.0, 10.0)
+        and samples["an image by its key"].data_type == "image"
+    )
     assert samples["answer inside process"].reasoning == "it is x"
     assert samples["options that are initials"].options == ["A. J. Smith", "B. K. Brown"]
-    assert "only one of 'start'" in skipped[1] and "'process' is ['it is x', 'so A']" in skipped[4] and len(skipped) == 2
-    assert [s.answer for s in data.load_samples(SHARED / "cases" / "records_nonlatin.json")] == ["猫在跳", "кошка прыгает", "+"]
+    assert (
+        "only one of 'start'" in skipped[1]
+        and "'process' is ['it is x', 'so A']" in skipped[4]
+        and len(skipped) == 2
+    )
+    assert [s.answer for s in data.load_samples(SHARED / "cases" / "records_nonlatin.json")] == [
+        "猫在跳",
+        "кошка прыгает",
+        "+",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -387,7 +513,9 @@ def test_all_real_benchmark_records_load():
 def test_frame_indices():
     assert data.frame_indices(16, 2.0) == list(range(16))
     assert data.frame_indices(491, 22.29, max_frames=4) == [0, 163, 327, 490]
-    assert len(data.frame_indices(1000, 25.0)) == 16 and len(data.frame_indices(100, 25.0)) == 8  # 4 s at 2 fps
+    assert (
+        len(data.frame_indices(1000, 25.0)) == 16 and len(data.frame_indices(100, 25.0)) == 8
+    )  # 4 s at 2 fps
     assert len(data.frame_indices(25, 25.0)) == 4  # 1 s: at least min_frames
     assert data.frame_indices(3, 30.0) == [0, 2] and data.frame_indices(5, 30.0, min_frames=16) == [
         0,
@@ -401,8 +529,12 @@ def test_frame_indices():
 
 
 def test_smart_resize():
-    resize = lambda h, w, lo=4 * 28 * 28, hi=128 * 28 * 28: data.smart_resize(h, w, min_pixels=lo, max_pixels=hi)
-    assert resize(360, 640) == (224, 420) and resize(56, 56) == (56, 56) and resize(28, 28) == (56, 56)
+    resize = lambda h, w, lo=4 * 28 * 28, hi=128 * 28 * 28: data.smart_resize(
+        h, w, min_pixels=lo, max_pixels=hi
+    )
+    assert (
+        resize(360, 640) == (224, 420) and resize(56, 56) == (56, 56) and resize(28, 28) == (56, 56)
+    )
     assert resize(10, 300) == (28, 308) and resize(100, 100, hi=28 * 28) == (28, 28)
     with pytest.raises(ValueError, match="aspect ratio"):
         resize(10, 2001)
@@ -417,8 +549,10 @@ def test_patches_of_an_image_equal_transformers_processor():
 
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (150, 211, 3), dtype=np.uint8))
-    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 100 * 28 * 28})(image, return_tensors="pt")
-    frames = torch.from_numpy(video.resize(image, 56 * 56, 100 * 28 * 28).copy()).permute(2, 0, 1)[None]
+    theirs = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": 100 * 28 * 28}
+    )(image, return_tensors="pt")
+    frames = torch.from_numpy(resize(image, 56 * 56, 100 * 28 * 28).copy()).permute(2, 0, 1)[None]
     patches, grid = data.patchify(data.normalize(frames))
     assert [list(grid)] == theirs["image_grid_thw"].tolist()
     torch.testing.assert_close(patches, theirs["pixel_values"], atol=1e-5, rtol=0)
@@ -435,7 +569,9 @@ def test_patches_of_a_video_by_definition():
             for block_x in range(3):
                 for y in (2 * block_y, 2 * block_y + 1):
                     for x in (2 * block_x, 2 * block_x + 1):
-                        patch = frames[2 * t : 2 * t + 2, :, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14]
+                        patch = frames[
+                            2 * t : 2 * t + 2, :, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14
+                        ]
                         assert torch.equal(patches[row].view(3, 2, 14, 14), patch.transpose(0, 1))
                         row += 1
     with pytest.raises(ValueError, match="3 frames"):
@@ -446,7 +582,9 @@ def test_patches_of_a_video_by_definition():
 
 
 def media(tmp_path, data_type="image", name="x.png", **kw):
-    return data.load_media(Sample("7", "?", [], "numerical", data_type, str(tmp_path / name), "1"), **kw)
+    return data.load_media(
+        Sample("7", "?", [], "numerical", data_type, str(tmp_path / name), "1"), **kw
+    )
 
 
 def test_images_of_every_mode(tmp_path):
@@ -473,7 +611,12 @@ def test_images_of_every_mode(tmp_path):
     exif[0x0112] = 6  # the camera was held upright
     image.save(tmp_path / "x.jpg", exif=exif)
     found = media(tmp_path, name="x.jpg")
-    assert found.frames.shape == (1, 3, 112, 56) and found.grid == (1, 8, 4) and found.tokens == 8 and found.seconds_per_grid == 0
+    assert (
+        found.frames.shape == (1, 3, 112, 56)
+        and found.grid == (1, 8, 4)
+        and found.tokens == 8
+        and found.seconds_per_grid == 0
+    )
 
 
 def test_a_video_keeps_its_time(tmp_path):
@@ -491,9 +634,16 @@ def test_a_video_keeps_its_time(tmp_path):
 def test_a_folder_of_frames(tmp_path):
     (tmp_path / "f").mkdir()
     for i in range(12):
-        Image.new("RGB", (56, 56), (i * 10, 0, 0)).save(tmp_path / "f" / f"{i}.png")  # 10.png after 9.png
+        Image.new("RGB", (56, 56), (i * 10, 0, 0)).save(
+            tmp_path / "f" / f"{i}.png"
+        )  # 10.png after 9.png
     m = media(tmp_path, "frame", "f", max_frames=4)
-    assert m.frames[:, 0, 0, 0].tolist() == [0, 40, 70, 110] and m.seconds_per_grid == pytest.approx(2.0)  # 12 frames at 3 fps
+    assert m.frames[:, 0, 0, 0].tolist() == [
+        0,
+        40,
+        70,
+        110,
+    ] and m.seconds_per_grid == pytest.approx(2.0)  # 12 frames at 3 fps
     with pytest.raises(DataError, match="record 7: .*no such folder"):
         media(tmp_path, "frame", "g")
 
@@ -516,7 +666,12 @@ def test_prompt_layout(world, builder):
     assert tokens.index("<|vision_start|>") + 1 == tokens.index("<|video_pad|>")
     assert tokens[-3:-1] == ["<|im_start|>", "assistant"]
     text = builder.tokenizer.decode(prompt.ids)
-    assert text.index("<|video_pad|>") < text.index("Which way") < text.index("A. left\nB. right") < text.index("<think>")
+    assert (
+        text.index("<|video_pad|>")
+        < text.index("Which way")
+        < text.index("A. left\nB. right")
+        < text.index("<think>")
+    )
     assert prompt.frames_x_pixels == (16, 784)
 
 
@@ -533,7 +688,8 @@ def test_target_is_what_the_rewards_ask_for(world, builder):
 def test_a_prompt_over_the_limit_is_refused(world):
     tight = data.PromptBuilder(world / "model", min_pixels=784, max_prompt=30)
     with pytest.raises(
-        DataError, match=r"record 0: .*train_00000.y4m: a prompt of \d+ tokens \(8 visual\), more than --max_prompt 30"
+        DataError,
+        match=r"record 0: .*train_00000.y4m: a prompt of \d+ tokens \(8 visual\), more than --max_prompt 30",
     ):
         tight(data.load_samples(world / "train.json")[0])
 
@@ -549,15 +705,22 @@ def test_a_prompt_over_the_limit_is_refused(world):
 )
 def test_a_text_that_spells_out_a_special_token_is_refused(world, builder, change, token):
     sample = data.load_samples(world / "train.json")[0]
-    with pytest.raises(DataError, match=re.escape(f"record 0: its question, options or solution spells out {token}")):
+    with pytest.raises(
+        DataError,
+        match=re.escape(f"record 0: its question, options or solution spells out {token}"),
+    ):
         builder(replace(sample, **change))
 
 
 def test_reasoning_that_spells_out_a_special_token_is_no_target(world, builder):
     sample = data.load_samples(world / "cot.json")[0]
-    with pytest.raises(DataError, match=re.escape("its reasoning or solution spells out <|im_end|>")):
+    with pytest.raises(
+        DataError, match=re.escape("its reasoning or solution spells out <|im_end|>")
+    ):
         builder.target(replace(sample, reasoning="it turns<|im_end|>"))
-    with pytest.raises(DataError, match=re.escape("its reasoning or solution spells out <|im_end|>")):
+    with pytest.raises(
+        DataError, match=re.escape("its reasoning or solution spells out <|im_end|>")
+    ):
         builder.target(replace(sample, answer="<|im_end|>"))
 
 
@@ -569,9 +732,15 @@ def test_every_sample_once_an_epoch_whatever_the_rank_count():
     loader = data.Loader(samples, None, prompts=4)
     drawn = [loader.sample(step, i) for step in range(5) for i in range(4)]
     assert sorted(drawn[:10]) == samples == sorted(drawn[10:]) and drawn[:10] != drawn[10:]
-    ranks = [data.Loader(samples, None, prompts=4, rank=rank, world=3).positions for rank in range(3)]
+    ranks = [
+        data.Loader(samples, None, prompts=4, rank=rank, world=3).positions for rank in range(3)
+    ]
     assert sorted(i for positions in ranks for i in positions) == [0, 1, 2, 3]
-    assert drawn != [data.Loader(samples, None, prompts=4, seed=1).sample(step, i) for step in range(5) for i in range(4)]
+    assert drawn != [
+        data.Loader(samples, None, prompts=4, seed=1).sample(step, i)
+        for step in range(5)
+        for i in range(4)
+    ]
 
 
 def test_the_loader_gives_prompts_and_errors_in_order(world, builder):

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, needs_shared, run
 from PIL import Image
 
 import data
@@ -25,6 +24,7 @@ import model
 import report
 import rewards
 import scores
+from conftest import ROOT, SHARED, needs_shared, run
 from data import Sample
 
 TTS = ["--tts", "--compare", "--start", 8, "--cap", 16, "--m", 3]
@@ -32,7 +32,17 @@ TTS = ["--tts", "--compare", "--start", 8, "--cap", 16, "--m", 3]
 
 def flags(world, cold_start, out, *more, records="train.json"):
     small = ["--min_pixels", 784, "--max_new", 16, "--temperature", 1.5]
-    return ["eval.py", "--model", cold_start, "--data", world / records, "--out", out, *small, *more]
+    return [
+        "eval.py",
+        "--model",
+        cold_start,
+        "--data",
+        world / records,
+        "--out",
+        out,
+        *small,
+        *more,
+    ]
 
 
 def lines(out, method):
@@ -59,14 +69,22 @@ def test_every_method_answers_every_question_once_and_writes_everything(whole, w
     names = ["greedy-8", "greedy-16", "vote-8", "vote-16", "s2d-8-16"]
     assert [m["method"] for m in summary(out)] == names and all(name in printed for name in names)
     assert "on " in printed and "x 784" in printed and f"{len(samples)} questions" in printed
-    assert f"{out} holds the answers and summary.json; `python report.py {out} --open` shows them\n" in printed
+    assert (
+        f"{out} holds the answers and summary.json; `python report.py {out} --open` shows them\n"
+        in printed
+    )
     for method in summary(out):
         answered = lines(out, method["method"])
         assert sorted(r["record"] for r in answered) == list(range(len(samples)))
         assert method["accuracy"] == pytest.approx(sum(r["score"] for r in answered) / len(samples))
         for r in answered:
             sample = samples[r["record"]]
-            assert (r["id"], r["question"], r["answer"], r["pixels"]) == (sample.id, sample.question, sample.answer, 784)
+            assert (r["id"], r["question"], r["answer"], r["pixels"]) == (
+                sample.id,
+                sample.question,
+                sample.answer,
+                784,
+            )
             assert r["score"] == rewards.grade(r["given"], sample) and r["seconds"] > 0
             assert r["gold"] == rewards.normalize_answer(sample.answer, sample) is not None
             assert (r["failure"] is None) == (r["given"] is not None)
@@ -74,7 +92,13 @@ def test_every_method_answers_every_question_once_and_writes_everything(whole, w
             for shown in r["rounds"]:
                 m = 1 if method["method"].startswith("greedy") else 3
                 texts = shown["responses"]
-                assert len(texts) == len(shown["tokens"]) == len(shown["logps"]) == len(shown["truncated"]) == m
+                assert (
+                    len(texts)
+                    == len(shown["tokens"])
+                    == len(shown["logps"])
+                    == len(shown["truncated"])
+                    == m
+                )
                 votes = [rewards.normalize_answer(rewards.extract_answer(t), sample) for t in texts]
                 assert shown["votes"] == votes
                 assert shown["visual_tokens"] == max(1, shown["frames"] // 2)
@@ -90,12 +114,17 @@ def test_sparse_to_dense_asks_as_the_rounds_say_and_draws_what_a_vote_at_that_de
         frames = [x["frames"] for x in r["rounds"]]
         assert frames == ([1] if r["data_type"] == "image" else [8, 16][: len(frames)])
         for x in r["rounds"][:-1]:
-            assert None in x["votes"] or len(set(x["votes"])) > 1  # it went on, so they did not agree
+            assert (
+                None in x["votes"] or len(set(x["votes"])) > 1
+            )  # it went on, so they did not agree
         last = r["rounds"][-1]["votes"]
         if frames[-1] < 16 and r["data_type"] == "video":
             assert last == [r["given"]] * 3
         for n, x in zip((8, 16), r["rounds"]):
-            assert x["votes"] == votes[n][r["record"]]["votes"] and x["responses"] == votes[n][r["record"]]["responses"]
+            assert (
+                x["votes"] == votes[n][r["record"]]["votes"]
+                and x["responses"] == votes[n][r["record"]]["responses"]
+            )
         seen[len(frames)] += 1
     assert seen[1] and seen[2]
 
@@ -104,7 +133,11 @@ def test_sparse_to_dense_asks_as_the_rounds_say_and_draws_what_a_vote_at_that_de
 def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_start, ranks):
     out = tmp_path / "cut"
     command = list(map(str, flags(world, cold_start, out, *TTS)))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29477", "--"] if ranks == 2 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29477", "--"]
+        if ranks == 2
+        else []
+    )
     process = subprocess.Popen(
         [sys.executable, *launcher, *command],
         cwd=ROOT,
@@ -115,10 +148,17 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_st
     )
     written = lambda: sum(f.read_text().count("\n") for f in out.glob("*.jsonl"))
     n = len(lines(whole[0], "greedy-8"))
-    while process.poll() is None and written() < 2 * n + n // 2:  # in the middle of the third method
+    while (
+        process.poll() is None and written() < 2 * n + n // 2
+    ):  # in the middle of the third method
         time.sleep(0.005)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in [process.pid, *map(int, children if ranks == 2 else [])]:  # torchrun's ranks would live on
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    for pid in [
+        process.pid,
+        *map(int, children if ranks == 2 else []),
+    ]:  # torchrun's ranks would live on
         os.kill(pid, signal.SIGKILL)
     process.wait()
     time.sleep(0.5)
@@ -159,12 +199,16 @@ def test_an_answer_does_not_depend_on_its_company(world, cold_start, builder):
 def broken(tmp_path, world):
     """Eight records: a good one, a broken video, a missing one, one option, options null, a folder of frames, and two that
     are no records."""
-    good = next(r for r in json.loads((world / "test.json").read_text()) if r["data_source"] == "flash")
+    good = next(
+        r for r in json.loads((world / "test.json").read_text()) if r["data_source"] == "flash"
+    )
     good["path"] = str(world / good["path"])
     (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
     (tmp_path / "frames").mkdir()
     for i in range(6):
-        Image.fromarray(np.full((28, 28, 3), 40 * i, np.uint8)).save(tmp_path / "frames" / f"{i}.png")
+        Image.fromarray(np.full((28, 28, 3), 40 * i, np.uint8)).save(
+            tmp_path / "frames" / f"{i}.png"
+        )
     records = [
         good,
         good | {"path": "broken.y4m"},
@@ -181,12 +225,18 @@ def broken(tmp_path, world):
 
 def test_what_cannot_be_answered_is_a_line_with_its_reason_and_a_wrong_answer(broken, cold_start):
     out = broken / "out"
-    printed = run(*flags(broken, cold_start, out, "--tts", "--start", 4, "--cap", 16, records="records.json"), ranks=2)
+    printed = run(
+        *flags(broken, cold_start, out, "--tts", "--start", 4, "--cap", 16, records="records.json"),
+        ranks=2,
+    )
     answered = {r["record"]: r for r in lines(out, "s2d-4-16")}
     assert sorted(answered) == list(range(8)) and len(lines(out, "s2d-4-16")) == 8
     assert "broken.y4m: cannot be decoded" in answered[1]["failure"] and answered[1]["rounds"] == []
     assert "nowhere.y4m: no such file" in answered[2]["failure"]
-    assert "multiple choice without options" in answered[6]["failure"] and "record 7: a str" in answered[7]["failure"]
+    assert (
+        "multiple choice without options" in answered[6]["failure"]
+        and "record 7: a str" in answered[7]["failure"]
+    )
     for i in (0, 3, 4, 5):
         assert answered[i]["rounds"] and answered[i]["failure"] in (None, "no valid answer")
     assert max(x["frames"] for x in answered[5]["rounds"]) == 6 and answered[5]["fps"] == 3.0
@@ -201,8 +251,12 @@ def test_what_cannot_be_answered_is_a_line_with_its_reason_and_a_wrong_answer(br
 def test_records_of_any_problem_type_end_in_a_table(tmp_path, world, cold_start):
     good = json.loads((world / "test.json").read_text())[0]
     kinds = [3, False, ["OCR"], {}, "essay", "multiple choice"]
-    (tmp_path / "r.json").write_text(json.dumps([good, *(good | {"problem_type": k, "solution": "Z"} for k in kinds)]))
-    command = flags(tmp_path, cold_start, tmp_path / "out", "--media_root", world, records="r.json")[1:]
+    (tmp_path / "r.json").write_text(
+        json.dumps([good, *(good | {"problem_type": k, "solution": "Z"} for k in kinds)])
+    )
+    command = flags(
+        tmp_path, cold_start, tmp_path / "out", "--media_root", world, records="r.json"
+    )[1:]
     for _ in range(2):  # again, with nothing left to do
         evaluation.main(list(map(str, command)))
         (method,) = summary(tmp_path / "out")
@@ -216,7 +270,10 @@ def test_most_media_missing_or_all_unreadable_is_an_error(tmp_path, world, cold_
     records = json.loads((world / "test.json").read_text())[:3]
     (tmp_path / "r.json").write_text(json.dumps(records))
     command = list(map(str, flags(tmp_path, cold_start, tmp_path / "out", records="r.json")[1:]))
-    with pytest.raises(SystemExit, match=f"error: .*r.json: the media of 3 of 3 records are missing: 3 in {tmp_path}/media; "):
+    with pytest.raises(
+        SystemExit,
+        match=f"error: .*r.json: the media of 3 of 3 records are missing: 3 in {tmp_path}/media; ",
+    ):
         evaluation.main(command)
     evaluation.main([*command, "--media_root", str(world)])
     assert summary(tmp_path / "out")[0]["unreadable"] == 0
@@ -225,7 +282,10 @@ def test_most_media_missing_or_all_unreadable_is_an_error(tmp_path, world, cold_
         (tmp_path / r["path"]).write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
     command[command.index("--out") + 1] = str(tmp_path / "broken")
     for _ in range(2):
-        with pytest.raises(SystemExit, match="error: .*r.json: none of the 3 questions could be asked; the first: record "):
+        with pytest.raises(
+            SystemExit,
+            match="error: .*r.json: none of the 3 questions could be asked; the first: record ",
+        ):
             evaluation.main(command)
     assert summary(tmp_path / "broken")[0]["unreadable"] == 3
 
@@ -234,7 +294,10 @@ def test_frames_of_an_earlier_round_are_not_decoded_again(world, builder):
     sample = next(s for s in data.load_samples(world / "train.json") if s.source == "flash")
     seen = {}
     few = builder(sample, max_frames=8, fps=float("inf"), decoded=seen).media[0]
-    assert sorted(seen) == data.frame_indices(16, 2, target_fps=8, max_frames=8) and few.available == 16
+    assert (
+        sorted(seen) == data.frame_indices(16, 2, target_fps=8, max_frames=8)
+        and few.available == 16
+    )
     marked = next(iter(seen))
     seen[marked] = np.full_like(seen[marked], 7)
     every = builder(sample, max_frames=16, decoded=seen).media[0]
@@ -248,19 +311,28 @@ def test_frames_of_an_earlier_round_are_not_decoded_again(world, builder):
 
 @needs_shared
 def test_frames_of_a_real_video_do_not_depend_on_what_was_decoded_before():
-    sample = Sample("0", "?", [], "numerical", "video", str(SHARED / "media" / "video_r1_example.mp4"), "1")
+    sample = Sample(
+        "0", "?", [], "numerical", "video", str(SHARED / "media" / "video_r1_example.mp4"), "1"
+    )
     seen, how = {}, dict(fps=float("inf"), max_pixels=56 * 84)
     for n in (8, 16, 32):
         media = data.load_media(sample, max_frames=n, decoded=seen, **how)
-        assert torch.equal(media.frames, data.load_media(sample, max_frames=n, **how).frames) and media.available == 490
+        assert (
+            torch.equal(media.frames, data.load_media(sample, max_frames=n, **how).frames)
+            and media.available == 490
+        )
 
 
 # ---- scores
 
 
 @needs_shared
-@pytest.mark.parametrize("file", sorted((SHARED / "benchmarks").glob("*.json*")), ids=lambda f: f.stem)
-def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_answer_is_the_commonest(file):
+@pytest.mark.parametrize(
+    "file", sorted((SHARED / "benchmarks").glob("*.json*")), ids=lambda f: f.stem
+)
+def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_answer_is_the_commonest(
+    file,
+):
     samples = data.load_samples(file)
     golds = [rewards.normalize_answer(s.answer, s) for s in samples]
     assert all(scores.score(gold, s) == 1 for gold, s in zip(golds, samples))
@@ -281,7 +353,9 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
     samples = data.load_samples(SHARED / "benchmarks" / "eval_vsibench.json")
     kinds = [s.about["original_question_type"] for s in samples]
     assert len({k for k in kinds}) == 10
-    right = lambda s: s.about["original_question_type"] in ("object_rel_direction_easy", "room_size_estimation")
+    right = lambda s: (
+        s.about["original_question_type"] in ("object_rel_direction_easy", "room_size_estimation")
+    )
     asked = [
         dict(
             about=s.about,
@@ -293,13 +367,30 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
         for s in samples
     ]
     both = scores.vsi_bench(asked)
-    assert both["vsi_bench_official"] == pytest.approx((1 + 1 / 3) / 8)  # one sub-task, a third of another, of eight
+    assert both["vsi_bench_official"] == pytest.approx(
+        (1 + 1 / 3) / 8
+    )  # one sub-task, a third of another, of eight
     share = lambda kind: np.mean([right(s) for s in samples if s.problem_type == kind])
-    assert both["vsi_bench_video_r1"] == pytest.approx((share("regression") + share("multiple choice")) / 2)
-    assert "vsi_bench_unknown" not in both and scores.vsi_bench([r | {"about": {}} for r in asked]) == {}
-    bad = dict(failure="no options", score=0.0, rounds=[], problem_type="multiple choice", about=samples[-1].about)
-    assert scores.vsi_bench([*asked, bad])["vsi_bench_video_r1"] < both["vsi_bench_video_r1"]  # it counts, as 0
-    assert scores.vsi_bench([*asked, dict(failure="not JSON", score=0.0, rounds=[])]) == both | {"vsi_bench_unknown": 1}
+    assert both["vsi_bench_video_r1"] == pytest.approx(
+        (share("regression") + share("multiple choice")) / 2
+    )
+    assert (
+        "vsi_bench_unknown" not in both
+        and scores.vsi_bench([r | {"about": {}} for r in asked]) == {}
+    )
+    bad = dict(
+        failure="no options",
+        score=0.0,
+        rounds=[],
+        problem_type="multiple choice",
+        about=samples[-1].about,
+    )
+    assert (
+        scores.vsi_bench([*asked, bad])["vsi_bench_video_r1"] < both["vsi_bench_video_r1"]
+    )  # it counts, as 0
+    assert scores.vsi_bench([*asked, dict(failure="not JSON", score=0.0, rounds=[])]) == both | {
+        "vsi_bench_unknown": 1
+    }
 
 
 def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
@@ -309,8 +400,13 @@ def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
         dict(score=s, about={"duration": d, "copy": d * 2, "url": str(i)})
         for i, (s, d) in enumerate(((1, "a"), (0, "a"), (1, "b")))
     ]
-    assert scores.by_group(rows) == {"duration": {"a": [0.5, 2], "b": [1.0, 1]}}  # not its copy, nor a url for each question
-    assert rewards.mean_relative_accuracy(1.5, 1.0) == 0.0 and rewards.mean_relative_accuracy(1.5, 1.0, inclusive=True) == 0.1
+    assert scores.by_group(rows) == {
+        "duration": {"a": [0.5, 2], "b": [1.0, 1]}
+    }  # not its copy, nor a url for each question
+    assert (
+        rewards.mean_relative_accuracy(1.5, 1.0) == 0.0
+        and rewards.mean_relative_accuracy(1.5, 1.0, inclusive=True) == 0.1
+    )
     sample = Sample("0", "?", [], "regression", "video", "x", "2")
     assert scores.score(2.5, sample) == 0.5  # evaluation and reward differ here
     assert rewards.grade(2.5, sample) == pytest.approx(0.75)
@@ -340,39 +436,89 @@ def test_a_category_has_2_to_30_values_and_fewer_than_questions(values, expected
 
 
 def test_a_method_that_has_shown_nothing_has_no_means():
-    rows = [dict(score=0.0, failure="x.mp4: no such file", rounds=[], frames=0, pixels=0, visual_tokens=0, seconds=0.0)] * 2
+    rows = [
+        dict(
+            score=0.0,
+            failure="x.mp4: no such file",
+            rounds=[],
+            frames=0,
+            pixels=0,
+            visual_tokens=0,
+            seconds=0.0,
+        )
+    ] * 2
     nothing = scores.summarize(rows, "greedy-4")
     names = ("mean_frames", "pixels", "mean_visual_tokens", "mean_rounds")
-    assert all(nothing[name] is None for name in names) and nothing["accuracy"] == 0 and nothing["unreadable"] == 2
+    assert (
+        all(nothing[name] is None for name in names)
+        and nothing["accuracy"] == 0
+        and nothing["unreadable"] == 2
+    )
     text = scores.table({"model": "m", "data": "d", "constant_answer": 0.25, "methods": [nothing]})
-    assert "greedy-4         0.000  0.000 - 0.658        - x -                   -       -         2      0.0" in text
-    assert "The best constant answer of each problem type, chosen with the gold answers known: 0.250." in text
+    assert (
+        "greedy-4         0.000  0.000 - 0.658        - x -                   -       -         2      0.0"
+        in text
+    )
+    assert (
+        "The best constant answer of each problem type, chosen with the gold answers known: 0.250."
+        in text
+    )
 
 
 def test_methods_sort_as_a_reader_counts():
     names = ["vote-16", "greedy-16", "s2d-4-16", "greedy-8", "²", "7"]
-    assert sorted(names, key=scores.natural) == ["7", "greedy-8", "greedy-16", "s2d-4-16", "vote-16", "²"]
+    assert sorted(names, key=scores.natural) == [
+        "7",
+        "greedy-8",
+        "greedy-16",
+        "s2d-4-16",
+        "vote-16",
+        "²",
+    ]
 
 
 # ---- the command
 
 
-def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(tmp_path, world, cold_start, whole):
+def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(
+    tmp_path, world, cold_start, whole
+):
     out = tmp_path / "out"
     run(*flags(world, cold_start, out, "--frames", 4))
     with open(out / "vote-4.rank0.jsonl", "w") as f:
         f.write('{"record": 0}\n')
-    printed = run(*flags(world, cold_start, out, "--frames", 8, "--workers", 1))  # another method, the same answers
-    assert [m["method"] for m in summary(out)] == ["greedy-8", "greedy-4"] and "greedy-4 " in printed
+    printed = run(
+        *flags(world, cold_start, out, "--frames", 8, "--workers", 1)
+    )  # another method, the same answers
+    assert [m["method"] for m in summary(out)] == [
+        "greedy-8",
+        "greedy-4",
+    ] and "greedy-4 " in printed
     assert "vote-4: has answers to 1 of 39 questions, so it is not in summary.json" in printed
-    assert "--max_pixels 5000" in run(*flags(world, cold_start, out, "--frames", 4, "--max_pixels", 5000), expect=1)
-    command = [x if x != cold_start else world / "model" for x in flags(world, cold_start, out, "--frames", 4)]
+    assert "--max_pixels 5000" in run(
+        *flags(world, cold_start, out, "--frames", 4, "--max_pixels", 5000), expect=1
+    )
+    command = [
+        x if x != cold_start else world / "model"
+        for x in flags(world, cold_start, out, "--frames", 4)
+    ]
     assert "# weights" in run(*command, expect=1)
     records = tmp_path / "records.json"
     records.write_text((world / "test.json").read_text())
-    command = flags(tmp_path, cold_start, tmp_path / "b", "--frames", 4, "--media_root", world, records="records.json")
+    command = flags(
+        tmp_path,
+        cold_start,
+        tmp_path / "b",
+        "--frames",
+        4,
+        "--media_root",
+        world,
+        records="records.json",
+    )
     run(*command)
-    records.write_text(json.dumps(json.loads(records.read_text())[::-1]))  # other records under the same name
+    records.write_text(
+        json.dumps(json.loads(records.read_text())[::-1])
+    )  # other records under the same name
     assert "was run otherwise" in run(*command, expect=1)
 
 
@@ -380,7 +526,9 @@ def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(tmp
 def test_answers_without_what_they_were_made_with_are_refused(tmp_path, world, config):
     """As if config.txt had been deleted, emptied or edited; and answers of the same weights with another chat template."""
     shutil.copytree(world / "model", tmp_path / "m")
-    args = evaluation.parse_args([str(x) for x in flags(world, tmp_path / "m", tmp_path / "out")[1:]])
+    args = evaluation.parse_args(
+        [str(x) for x in flags(world, tmp_path / "m", tmp_path / "out")[1:]]
+    )
     with contextlib.ExitStack() as at_end:
         evaluation.open_answers(args, tmp_path / "m", at_end)
     (tmp_path / "out" / "greedy-16.rank0.jsonl").write_text('{"record": 0}\n')
@@ -389,10 +537,18 @@ def test_answers_without_what_they_were_made_with_are_refused(tmp_path, world, c
     kept = (tmp_path / "out" / "config.txt").read_text()
     template = tmp_path / "m" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    with pytest.raises(SystemExit, match="was run otherwise.* # weights"), contextlib.ExitStack() as at_end:
+    with (
+        pytest.raises(SystemExit, match="was run otherwise.* # weights"),
+        contextlib.ExitStack() as at_end,
+    ):
         evaluation.open_answers(args, tmp_path / "m", at_end)
-    (tmp_path / "out" / "config.txt").unlink() if config is None else (tmp_path / "out" / "config.txt").write_text(config)
-    with pytest.raises(data.DataError, match="out/config.txt: missing, or without its line"), contextlib.ExitStack() as at_end:
+    (tmp_path / "out" / "config.txt").unlink() if config is None else (
+        tmp_path / "out" / "config.txt"
+    ).write_text(config)
+    with (
+        pytest.raises(data.DataError, match="out/config.txt: missing, or without its line"),
+        contextlib.ExitStack() as at_end,
+    ):
         evaluation.open_answers(args, tmp_path / "m", at_end)
     (tmp_path / "out" / "config.txt").write_text(kept + "--\n\n")  # a line that is no flag
     template.write_text(template.read_text()[:-1])
@@ -404,13 +560,21 @@ def test_the_filter_writes_over_no_records_and_no_folder(tmp_path, monkeypatch, 
     (tmp_path / "r.json").write_text("[]")
     (tmp_path / "link.json").symlink_to(tmp_path / "r.json")
     monkeypatch.chdir(tmp_path)
-    for target, message in (("r.json", "is the file of --data"), ("./link.json", "is the file of --data"), (".", "is a folder")):
+    for target, message in (
+        ("r.json", "is the file of --data"),
+        ("./link.json", "is the file of --data"),
+        (".", "is a folder"),
+    ):
         with pytest.raises(SystemExit):
-            evaluation.parse_args(["--model", "m", "--data", str(tmp_path / "r.json"), "--filter", target])
+            evaluation.parse_args(
+                ["--model", "m", "--data", str(tmp_path / "r.json"), "--filter", target]
+            )
         assert f"error: --filter {target}: {message}" in capsys.readouterr().err
 
 
-def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(tmp_path, world, cold_start):
+def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(
+    tmp_path, world, cold_start
+):
     out = tmp_path / "out"
     command = flags(world, cold_start, out, "--frames", 4)
     run(*command)
@@ -427,7 +591,9 @@ def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(tmp_path
 @pytest.mark.parametrize("text", ['{"record": 3, "id"', "null", "[]", "{}", '{"record": [1]}', "7"])
 def test_a_line_that_is_no_answer_is_named(tmp_path, text):
     (tmp_path / "greedy-4.rank0.jsonl").write_text('{"record": 0}\n' + text + "\n")
-    with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: not JSON with the number of a 'record'"):
+    with pytest.raises(
+        data.DataError, match="greedy-4.rank0.jsonl, line 2: not JSON with the number of a 'record'"
+    ):
         evaluation.read(tmp_path, "greedy-4")
 
 
@@ -448,7 +614,9 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, text):
 )
 def test_an_answer_that_was_edited_is_named_by_eval_and_report(tmp_path, change, message):
     whole = dict(record=0, score=0.0, failure="a.mp4: no such file", rounds=[], about={})
-    (tmp_path / "greedy-4.rank0.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole | {"record": 1} | change) + "\n")
+    (tmp_path / "greedy-4.rank0.jsonl").write_text(
+        json.dumps(whole) + "\n" + json.dumps(whole | {"record": 1} | change) + "\n"
+    )
     with pytest.raises(data.DataError, match=f"greedy-4.rank0.jsonl, line 2: {message}"):
         evaluation.read(tmp_path, "greedy-4")
     with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: '"):
@@ -457,14 +625,22 @@ def test_an_answer_that_was_edited_is_named_by_eval_and_report(tmp_path, change,
 
 def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):
     """MVBench: `start` and `end` in seconds, of a video and of a folder of frames."""
-    sample = next(s for s in data.load_samples(world / "train.json") if s.data_type == "video")  # 16 frames, 8 seconds
+    sample = next(
+        s for s in data.load_samples(world / "train.json") if s.data_type == "video"
+    )  # 16 frames, 8 seconds
     whole = data.load_media(sample, min_pixels=784)
     part = data.load_media(dataclasses.replace(sample, segment=(2.0, 6.0)), min_pixels=784)
-    assert torch.equal(part.frames, whole.frames[4:12]) and part.seconds_per_grid == 1.0 and part.available == 8
+    assert (
+        torch.equal(part.frames, whole.frames[4:12])
+        and part.seconds_per_grid == 1.0
+        and part.available == 8
+    )
     for i, frame in enumerate(whole.frames):
         Image.fromarray(frame.numpy().transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
     record = json.loads((world / "train.json").read_text())[0]
-    (tmp_path / "r.json").write_text(json.dumps([record | dict(path=str(tmp_path), data_type="frame", fps=2, start=2, end=6.0)]))
+    (tmp_path / "r.json").write_text(
+        json.dumps([record | dict(path=str(tmp_path), data_type="frame", fps=2, start=2, end=6.0)])
+    )
     (folder,) = data.load_samples(tmp_path / "r.json")
     assert torch.equal(data.load_media(folder, min_pixels=784).frames, whole.frames[4:12])
     (tmp_path / "r.json").write_text(json.dumps([record | dict(start=5, end=5)]))
@@ -475,19 +651,42 @@ def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):
 def test_flags_are_judged_with_the_defaults_of_the_toy(tmp_path):
     (tmp_path / "out" / "toy" / "grpo").mkdir(parents=True)
     (tmp_path / "out" / "toy" / "world").mkdir()
-    record = dict(problem="How many?", problem_type="numerical", solution="1", image="test.json")  # any file that is there
+    record = dict(
+        problem="How many?", problem_type="numerical", solution="1", image="test.json"
+    )  # any file that is there
     (tmp_path / "out" / "toy" / "world" / "test.json").write_text(json.dumps([record]))
     ask = lambda *more: (
-        subprocess.run([sys.executable, ROOT / "eval.py", "--tts", *more], cwd=tmp_path, capture_output=True, text=True).stderr
+        subprocess.run(
+            [sys.executable, ROOT / "eval.py", "--tts", *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        ).stderr
     )
-    assert "--cap" not in ask("--cap", "8") and "--cap 2: expected at least 4, even" in ask("--cap", "2")
+    assert "--cap" not in ask("--cap", "8") and "--cap 2: expected at least 4, even" in ask(
+        "--cap", "2"
+    )
     assert "out/toy/grpo: no config.json" in ask("--m", "3")  # which is not --model
 
 
 @pytest.mark.parametrize("m, temperature", [(1, 0.0), (2, 0.7)])
 def test_a_single_response_is_greedy(m, temperature):
-    args = ["--model", "m", "--data", "d", "--tts", "--compare", "--m", str(m), "--temperature", "0.7"]
-    found = {method.name: method.temperature for method in evaluation.methods(evaluation.parse_args(args))}
+    args = [
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--tts",
+        "--compare",
+        "--m",
+        str(m),
+        "--temperature",
+        "0.7",
+    ]
+    found = {
+        method.name: method.temperature
+        for method in evaluation.methods(evaluation.parse_args(args))
+    }
     assert found["s2d-32-128"] == found["vote-64"] == temperature and found["greedy-64"] == 0
 
 
@@ -508,23 +707,36 @@ def test_bad_flags_end_with_one_clear_line(tmp_path, world, cold_start, change, 
 
 
 def test_without_a_trained_toy_the_default_says_what_to_do(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--tts"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode and "train the toy with `python train.py` first" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval.py", "--tts"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        done.returncode
+        and "train the toy with `python train.py` first" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
-def test_the_filter_keeps_what_is_neither_always_right_nor_always_wrong(tmp_path, world, cold_start):
+def test_the_filter_keeps_what_is_neither_always_right_nor_always_wrong(
+    tmp_path, world, cold_start
+):
     """The records as they were, with their rates; the same again after a kill, and written as .jsonl too."""
     out, kept = tmp_path / "out", tmp_path / "kept.json"
     command = flags(world, cold_start, out, "--frames", 16, "--m", 4, records="train.json")
     printed = run(*command, "--filter", kept)
     source = json.loads((world / "train.json").read_text())
     rates = {
-        r["record"]: np.mean([v == r["answer"] or str(v) == f"{r['answer']}.0" for v in r["rounds"][0]["votes"]])
+        r["record"]: np.mean(
+            [v == r["answer"] or str(v) == f"{r['answer']}.0" for v in r["rounds"][0]["votes"]]
+        )
         for r in lines(out, "vote-16")
     }
     expected = [source[i] | {"pass_rate": rates[i]} for i in sorted(rates) if 0 < rates[i] < 1]
     assert json.loads(kept.read_text()) == expected and 0 < len(expected) < len(source)
-    assert f"{len(expected)} of {len(source)} records kept; always right: {sum(x == 1 for x in rates.values())}" in printed
+    assert (
+        f"{len(expected)} of {len(source)} records kept; always right: {sum(x == 1 for x in rates.values())}"
+        in printed
+    )
     (file,) = out.glob("vote-16.*")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
     run(*command, "--filter", tmp_path / "kept.jsonl")

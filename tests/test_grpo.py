@@ -7,7 +7,9 @@ import torch
 
 import grpo
 
-REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 3.0, 0.0, 0.0]], dtype=torch.float64)
+REWARDS = torch.tensor(
+    [[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 3.0, 0.0, 0.0]], dtype=torch.float64
+)
 
 
 def test_advantages_divide_by_the_unbiased_std_of_the_group():
@@ -23,9 +25,14 @@ def test_advantages_divide_by_the_unbiased_std_of_the_group():
 
 def test_advantages_none_only_subtracts_the_mean_and_batch_uses_one_std():
     centred = [[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0], [-0.75, 2.25, -0.75, -0.75]]
-    torch.testing.assert_close(grpo.group_advantages(REWARDS, "none"), torch.tensor(centred, dtype=torch.float64))
+    torch.testing.assert_close(
+        grpo.group_advantages(REWARDS, "none"), torch.tensor(centred, dtype=torch.float64)
+    )
     std = math.sqrt((4 * 0.25 + 2.25**2 + 3 * 0.75**2) / 12)
-    torch.testing.assert_close(grpo.group_advantages(REWARDS, "batch"), torch.tensor(centred, dtype=torch.float64) / (std + 1e-4))
+    torch.testing.assert_close(
+        grpo.group_advantages(REWARDS, "batch"),
+        torch.tensor(centred, dtype=torch.float64) / (std + 1e-4),
+    )
     with pytest.raises(ValueError, match="norm 'max'"):
         grpo.group_advantages(REWARDS, "max")
 
@@ -39,13 +46,19 @@ def test_equal_rewards_give_exactly_zero():
 
 def test_kl_estimators_by_hand():
     logp, ref = torch.tensor([-1.0, -2.0, 0.0]), torch.tensor([-1.5, -1.0, -100.0])
-    torch.testing.assert_close(grpo.kl_penalty(logp, ref, "k1"), torch.tensor([0.5, -1.0, 10.0]))  # the last is clamped
+    torch.testing.assert_close(
+        grpo.kl_penalty(logp, ref, "k1"), torch.tensor([0.5, -1.0, 10.0])
+    )  # the last is clamped
     torch.testing.assert_close(grpo.kl_penalty(logp, ref, "k2"), torch.tensor([0.125, 0.5, 50.0]))
-    expected = torch.tensor([math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1, math.exp(-10) - 1 + 10])
+    expected = torch.tensor(
+        [math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1, math.exp(-10) - 1 + 10]
+    )
     torch.testing.assert_close(grpo.kl_penalty(logp, ref), expected)
 
 
-@pytest.mark.parametrize("estimator, direction", [("k1", None), ("k2", "pi||ref"), ("k3", "ref||pi")])
+@pytest.mark.parametrize(
+    "estimator, direction", [("k1", None), ("k2", "pi||ref"), ("k3", "ref||pi")]
+)
 def test_kl_gradients_are_the_ones_documented(estimator, direction):
     """Expectation over the policy of the gradient of the penalty = zero, of KL(pi||ref), of KL(ref||pi)."""
     logits = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
@@ -56,9 +69,11 @@ def test_kl_gradients_are_the_ones_documented(estimator, direction):
     ).sum()  # tokens sampled from pi, sampling not differentiated
     (got,) = torch.autograd.grad(penalty, logits)
     logp = logits.log_softmax(0)
-    exact = {None: 0 * logp.sum(), "pi||ref": (logp.exp() * (logp - ref)).sum(), "ref||pi": (ref.exp() * (ref - logp)).sum()}[
-        direction
-    ]
+    exact = {
+        None: 0 * logp.sum(),
+        "pi||ref": (logp.exp() * (logp - ref)).sum(),
+        "ref||pi": (ref.exp() * (ref - logp)).sum(),
+    }[direction]
     torch.testing.assert_close(got, torch.autograd.grad(exact, logits)[0])
 
 
@@ -90,7 +105,10 @@ def test_loss_adds_beta_times_kl():
 def test_on_policy_gradient_is_reinforce():
     """One update per rollout: rho = 1, the loss is -A whatever the clip, and its gradient is that of -A log pi."""
     logp = torch.tensor([[-1.0, -2.0], [-0.3, -0.7]], dtype=torch.float64, requires_grad=True)
-    A, mask = torch.tensor([0.8, -1.3], dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    A, mask = (
+        torch.tensor([0.8, -1.3], dtype=torch.float64),
+        torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64),
+    )
     (got,) = torch.autograd.grad(grpo.grpo_loss(logp, logp.detach(), A, mask)[0], logp)
     torch.testing.assert_close(got, -A[:, None] * mask / mask.sum(1, keepdim=True) / 2)
 
@@ -99,7 +117,10 @@ def test_on_policy_gradient_is_reinforce():
 def test_parts_of_a_batch_add_up_with_global_denominators(average):
     g = torch.Generator().manual_seed(0)
     logp, old = (torch.randn(6, 5, generator=g, dtype=torch.float64) for _ in range(2))
-    A, mask = torch.randn(6, generator=g, dtype=torch.float64), torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
+    A, mask = (
+        torch.randn(6, generator=g, dtype=torch.float64),
+        torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None],
+    )
     whole = grpo.grpo_loss(logp, old, A, mask, average=average)[0]
     denominator = 6 if average == "sequence" else int(mask.sum())
     parts = [
@@ -111,7 +132,10 @@ def test_parts_of_a_batch_add_up_with_global_denominators(average):
 
 # ---- the variants, on a policy small enough for plain numbers: two prompts, three responses each, a vocabulary of two tokens
 
-P_NEW, P_OLD = 0.6, 0.5  # the policy gives token 1 this probability everywhere; the policy that sampled gave 0.5
+P_NEW, P_OLD = (
+    0.6,
+    0.5,
+)  # the policy gives token 1 this probability everywhere; the policy that sampled gave 0.5
 TOKENS = [[1, 1], [0], [1, 0], [0, 0], [1], [1, 1]]
 REWARDS_2x3 = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
 
@@ -120,7 +144,9 @@ def small_batch():
     """(logp with gradient to one logit, old, advantages, mask, logit); A = +-1.1547 and +-0.57735."""
     logit = torch.tensor(math.log(P_NEW / (1 - P_NEW)), dtype=torch.float64, requires_grad=True)
     one, zero = torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)
-    pad = lambda rows: torch.nn.utils.rnn.pad_sequence([torch.stack(row) for row in rows], batch_first=True)
+    pad = lambda rows: torch.nn.utils.rnn.pad_sequence(
+        [torch.stack(row) for row in rows], batch_first=True
+    )
     logp = pad([[one if t else zero for t in row] for row in TOKENS])
     mask = pad([[torch.ones(()) for _ in row] for row in TOKENS])
     old = torch.full_like(logp, math.log(P_OLD)).detach()
@@ -128,17 +154,47 @@ def small_batch():
 
 
 UP, DOWN = P_NEW / P_OLD, (1 - P_NEW) / P_OLD  # ratios of token 1 and of token 0: 1.2 and 0.8
-A = [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -2 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3)]
+A = [
+    2 / math.sqrt(3),
+    -1 / math.sqrt(3),
+    -1 / math.sqrt(3),
+    -2 / math.sqrt(3),
+    1 / math.sqrt(3),
+    1 / math.sqrt(3),
+]
 
 
 @pytest.mark.parametrize(
     "settings, per_response",
     [
         # per-token objective, its mean over each response; clip_low = clip_high = 0.1 holds rho A at 1.1 A and 0.9 A
-        (dict(), [1.1 * A[0], 0.9 * A[1], (UP * A[2] + 0.9 * A[2]) / 2, 0.9 * A[3], 1.1 * A[4], 1.1 * A[5]]),
-        (dict(clip_high=0.5), [UP * A[0], 0.9 * A[1], (UP * A[2] + 0.9 * A[2]) / 2, 0.9 * A[3], UP * A[4], UP * A[5]]),
+        (
+            dict(),
+            [
+                1.1 * A[0],
+                0.9 * A[1],
+                (UP * A[2] + 0.9 * A[2]) / 2,
+                0.9 * A[3],
+                1.1 * A[4],
+                1.1 * A[5],
+            ],
+        ),
+        (
+            dict(clip_high=0.5),
+            [UP * A[0], 0.9 * A[1], (UP * A[2] + 0.9 * A[2]) / 2, 0.9 * A[3], UP * A[4], UP * A[5]],
+        ),
         # one ratio for a response: 1.2, 0.8, sqrt(1.2 * 0.8), 0.8, 1.2, 1.2
-        (dict(variant="gspo"), [1.1 * A[0], 0.9 * A[1], math.sqrt(UP * DOWN) * A[2], 0.9 * A[3], 1.1 * A[4], 1.1 * A[5]]),
+        (
+            dict(variant="gspo"),
+            [
+                1.1 * A[0],
+                0.9 * A[1],
+                math.sqrt(UP * DOWN) * A[2],
+                0.9 * A[3],
+                1.1 * A[4],
+                1.1 * A[5],
+            ],
+        ),
         # min(rho, 1.1) A log pi
         (
             dict(variant="cispo"),
@@ -152,7 +208,17 @@ A = [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -2 / math.sqrt(3), 
             ],
         ),
         # a bound of 1.15 on the ratio where A < 0: only the first token of the third response exceeds it
-        (dict(dual_clip=1.15), [1.1 * A[0], 0.9 * A[1], (1.15 * A[2] + 0.9 * A[2]) / 2, 0.9 * A[3], 1.1 * A[4], 1.1 * A[5]]),
+        (
+            dict(dual_clip=1.15),
+            [
+                1.1 * A[0],
+                0.9 * A[1],
+                (1.15 * A[2] + 0.9 * A[2]) / 2,
+                0.9 * A[3],
+                1.1 * A[4],
+                1.1 * A[5],
+            ],
+        ),
     ],
 )
 def test_variants_by_hand(settings, per_response):
@@ -173,7 +239,9 @@ def test_on_the_sampling_policy_variants_have_one_gradient(average):
     gradients = {}
     for variant in grpo.VARIANTS:
         logp, _, advantages, mask, logit = small_batch()
-        loss, _ = grpo.grpo_loss(logp, logp.detach(), advantages, mask, variant=variant, average=average, dual_clip=3.0)
+        loss, _ = grpo.grpo_loss(
+            logp, logp.detach(), advantages, mask, variant=variant, average=average, dual_clip=3.0
+        )
         (gradients[variant],) = torch.autograd.grad(loss, logit)
     assert gradients["grpo"].abs() > 1e-3
     torch.testing.assert_close(gradients["cispo"], gradients["grpo"])
@@ -184,8 +252,13 @@ def test_on_the_sampling_policy_variants_have_one_gradient(average):
 def test_a_clipped_token_keeps_its_gradient_in_cispo_only():
     for variant, moves in (("grpo", False), ("cispo", True)):
         logp = torch.tensor([[math.log(0.9)]], dtype=torch.float64, requires_grad=True)
-        old, advantage = torch.tensor([[math.log(0.5)]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        old, advantage = (
+            torch.tensor([[math.log(0.5)]], dtype=torch.float64),
+            torch.ones(1, dtype=torch.float64),
+        )
         loss, stats = grpo.grpo_loss(logp, old, advantage, torch.ones(1, 1), variant=variant)
-        assert (torch.autograd.grad(loss, logp)[0].abs() > 0).item() == moves and stats["clipped"] == 1
+        assert (torch.autograd.grad(loss, logp)[0].abs() > 0).item() == moves and stats[
+            "clipped"
+        ] == 1
     with pytest.raises(ValueError, match="variant 'x'"):
         grpo.grpo_loss(logp, old, advantage, torch.ones(1, 1), variant="x")

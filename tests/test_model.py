@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED, needs_shared
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -23,12 +22,16 @@ import model
 import mrsp
 import rollout
 import toy
+from conftest import SHARED, needs_shared
+from infra import model_folder
 
 VIDEO, IMAGE, TEXT = 9, 8, 1
 
 
 def positions(ids, media, **kw):
-    where, following = model.mrope_positions(torch.tensor(ids), media, video_token=VIDEO, image_token=IMAGE, **kw)
+    where, following = model.mrope_positions(
+        torch.tensor(ids), media, video_token=VIDEO, image_token=IMAGE, **kw
+    )
     return where.tolist(), following
 
 
@@ -41,7 +44,9 @@ def test_mrope_text_only():
 
 def test_mrope_long_seconds_per_grid():
     """Grid (8, 16, 32) in patches, 7.5 s per grid, the video at 5: 15 ids a grid, the last is 5 + 105, text goes on at 111."""
-    where, following = positions([TEXT] * 5 + [VIDEO] * (8 * 8 * 16) + [TEXT] * 2, [((8, 16, 32), 7.5)])
+    where, following = positions(
+        [TEXT] * 5 + [VIDEO] * (8 * 8 * 16) + [TEXT] * 2, [((8, 16, 32), 7.5)]
+    )
     assert [max(axis[:-2]) for axis in where] == [110, 12, 20]
     assert [axis[-2:] for axis in where] == [[111, 112]] * 3 and following == 113
 
@@ -54,12 +59,19 @@ def test_mrope_many_grids():
 
 def test_mrope_image_advances_by_its_larger_side():
     where, following = positions([TEXT] + [IMAGE] * 6 + [TEXT], [((1, 4, 6), 0.0)])
-    assert where == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]] and following == 5
+    assert (
+        where == [[0, 1, 1, 1, 1, 1, 1, 4], [0, 1, 1, 1, 2, 2, 2, 4], [0, 1, 2, 3, 1, 2, 3, 4]]
+        and following == 5
+    )
 
 
 def test_mrope_two_media_in_one_prompt():
-    where, following = positions([IMAGE] + [TEXT] + [VIDEO] * 2 + [TEXT], [((1, 2, 2), 0.0), ((2, 2, 2), 0.75)])
-    assert where == [[0, 1, 2, 3, 4], [0, 1, 2, 2, 4], [0, 1, 2, 2, 4]] and following == 5  # floor(0.75 * 2) = 1
+    where, following = positions(
+        [IMAGE] + [TEXT] + [VIDEO] * 2 + [TEXT], [((1, 2, 2), 0.0), ((2, 2, 2), 0.75)]
+    )
+    assert (
+        where == [[0, 1, 2, 3, 4], [0, 1, 2, 2, 4], [0, 1, 2, 2, 4]] and following == 5
+    )  # floor(0.75 * 2) = 1
 
 
 def test_mrope_qwen2_vl_counts_grids():
@@ -86,7 +98,9 @@ def test_mrope_refuses_tokens_that_do_not_fit_the_media(ids, media):
 
 def random_responses(prompts, lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [[torch.randint(10, 250, (n,), generator=g) for n in ns] for _, ns in zip(prompts, lengths)]
+    return [
+        [torch.randint(10, 250, (n,), generator=g) for n in ns] for _, ns in zip(prompts, lengths)
+    ]
 
 
 LENGTHS = ([3, 1, 7], [5], [2, 9, 1, 1], [4, 4], [6, 2], [1])
@@ -106,8 +120,12 @@ def plain_log_probs(net, policy, prompts, responses):
             else dict(pixel_values=pixels, image_grid_thw=grid)
         )
         for r in group:
-            position_ids = torch.cat([where, (following + torch.arange(len(r))).expand(3, -1)], dim=1)[:, None]
-            logits = net(input_ids=torch.cat([prompt.ids, r])[None], position_ids=position_ids, **inputs).logits[0]
+            position_ids = torch.cat(
+                [where, (following + torch.arange(len(r))).expand(3, -1)], dim=1
+            )[:, None]
+            logits = net(
+                input_ids=torch.cat([prompt.ids, r])[None], position_ids=position_ids, **inputs
+            ).logits[0]
             logp = logits.index_fill(-1, policy.banned, -1e30).log_softmax(-1)
             out.append(logp[len(prompt.ids) - 1 : -1].gather(-1, r[:, None])[:, 0])
     return out
@@ -115,7 +133,10 @@ def plain_log_probs(net, policy, prompts, responses):
 
 def weighted(logps):
     """A scalar whose gradient tells every token apart."""
-    return sum((x * torch.linspace(0.5, 2, len(x), dtype=x.dtype)).sum() * (i + 1) for i, x in enumerate(logps))
+    return sum(
+        (x * torch.linspace(0.5, 2, len(x), dtype=x.dtype)).sum() * (i + 1)
+        for i, x in enumerate(logps)
+    )
 
 
 def assert_equals_plain(policy, net, prompts, responses):
@@ -130,14 +151,20 @@ def assert_equals_plain(policy, net, prompts, responses):
     slow = dict(net.named_parameters())
     for name, p in policy.net.named_parameters():
         scale = slow[name].grad.abs().max() + 1e-12
-        assert (p.grad - slow[name].grad).abs().max() / scale < 1e-5, name  # fp32 inside RMSNorm and RoPE bounds it
-    assert any("visual" in name and p.grad.abs().max() > 0 for name, p in policy.net.named_parameters())
+        assert (p.grad - slow[name].grad).abs().max() / scale < 1e-5, (
+            name
+        )  # fp32 inside RMSNorm and RoPE bounds it
+    assert any(
+        "visual" in name and p.grad.abs().max() > 0 for name, p in policy.net.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [0, 1, 2])
 def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
     """Unequal prompts, several sizes of video, an image, groups of 1 to 4 (more responses than a short row has tokens)."""
-    policy = model.Policy.load(world / "model", dtype=torch.float64, checkpointing=checkpointing).train()
+    policy = model.Policy.load(
+        world / "model", dtype=torch.float64, checkpointing=checkpointing
+    ).train()
     net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
     assert_equals_plain(policy, net, prompts, random_responses(prompts, LENGTHS))
 
@@ -154,9 +181,21 @@ def test_qwen2_vl_too(tmp_path, world, builder, prompts):
 
     c = toy.tiny_config(builder.tokenizer).to_dict()
     text = c["text_config"] | {"model_type": "qwen2_vl_text"}
-    vision = dict(depth=2, embed_dim=64, hidden_size=128, num_heads=2, mlp_ratio=2, initializer_range=0.08)
-    tokens = {k: c[k] for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    shutil.copytree(world / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    vision = dict(
+        depth=2, embed_dim=64, hidden_size=128, num_heads=2, mlp_ratio=2, initializer_range=0.08
+    )
+    tokens = {
+        k: c[k]
+        for k in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
+    shutil.copytree(
+        world / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     torch.manual_seed(0)
     Qwen2VLForConditionalGeneration(
         Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
@@ -197,7 +236,9 @@ def test_the_rows_of_a_group_attend_as_one(size):
     for lengths in ROWS:
         mask = dense_mask(lengths)
         q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64) for h in (6, 2, 2))
-        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=True
+        )[0].transpose(0, 1)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         for rank in range(size):
             row = mrsp.ShardedRow(lengths, "cpu", mrsp.Group(size, rank))
@@ -212,18 +253,25 @@ def test_block_attention_equals_masked_attention():
     torch.manual_seed(0)
     for lengths in ROWS:
         mask = dense_mask(lengths)
-        q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
-        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(
-            1, 2
+        q, k, v = (
+            torch.randn(1, h, len(mask), 8, dtype=torch.float64, requires_grad=True)
+            for h in (6, 2, 2)
         )
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True
+        ).transpose(1, 2)
         ours = attention.PackedRow(lengths, "cpu").attend(0, q, k, v, 0.3)
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
         weights = torch.randn_like(plain)
-        for a, b in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, plain))):
+        for a, b in zip(
+            *(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, plain))
+        ):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("n, runs", [(0, [1, 1, 1, 1]), (1, [2, 2, 2, 2]), (2, [2, 1, 2, 1]), (3, [2, 1, 1, 2])])
+@pytest.mark.parametrize(
+    "n, runs", [(0, [1, 1, 1, 1]), (1, [2, 2, 2, 2]), (2, [2, 1, 2, 1]), (3, [2, 1, 1, 2])]
+)
 def test_every_nth_layer_is_recomputed(policy, prompts, n, runs):
     policy.train().set_checkpointing(n)
     seen = []
@@ -235,10 +283,16 @@ def test_every_nth_layer_is_recomputed(policy, prompts, n, runs):
 
 def test_the_last_layer_computes_what_predicts_a_token(policy, prompts):
     seen = []
-    policy.text.layers[-1].mlp.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
-    responses = [[torch.arange(100, 100 + n) for n in lengths] for lengths in ([5, 1], [3], [1, 1, 1])]
+    policy.text.layers[-1].mlp.register_forward_hook(
+        lambda module, inputs, out: seen.append(out.shape[1])
+    )
+    responses = [
+        [torch.arange(100, 100 + n) for n in lengths] for lengths in ([5, 1], [3], [1, 1, 1])
+    ]
     policy(prompts[:3], responses)
-    assert seen == [(1 + 4) + (1 + 2) + 1]  # the last token of each prompt, and all but the last of each response
+    assert seen == [
+        (1 + 4) + (1 + 2) + 1
+    ]  # the last token of each prompt, and all but the last of each response
 
 
 def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
@@ -285,7 +339,11 @@ def test_no_groups_still_touches_every_parameter(policy):
 
 def test_everything_moves_to_the_device_together(world):
     policy = model.Policy.load(world / "model", device="meta")
-    assert {x.device.type for x in (*policy.parameters(), *policy.buffers())} == {"meta"} == {policy.device.type}
+    assert (
+        {x.device.type for x in (*policy.parameters(), *policy.buffers())}
+        == {"meta"}
+        == {policy.device.type}
+    )
 
 
 def test_attention_without_a_plan_is_refused(policy, prompts):
@@ -302,7 +360,12 @@ def test_save_and_load(tmp_path, policy, prompts, builder):
     again = model.Policy.load(tmp_path / "a", dtype=torch.float64)
     responses = random_responses(prompts, LENGTHS)
     assert torch.equal(again(prompts, responses)[0], policy(prompts, responses)[0])
-    assert Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "a").config._attn_implementation != attention.NAME
+    assert (
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            tmp_path / "a"
+        ).config._attn_implementation
+        != attention.NAME
+    )
     assert data.PromptBuilder(tmp_path / "a").tokenizer.get_vocab() == builder.tokenizer.get_vocab()
 
 
@@ -326,19 +389,46 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
     [
         ("config.json", None, "no config.json, so not a model folder"),
         ("config.json", "[1, 2]", "config.json holds a list, expected an object"),
-        ("config.json", '{"model_type": "bert"}', "model type 'bert', expected one of qwen2_vl, qwen2_5_vl"),
+        (
+            "config.json",
+            '{"model_type": "bert"}',
+            "model type 'bert', expected one of qwen2_vl, qwen2_5_vl",
+        ),
         ("config.json", '{"model_type": ', "config.json: not JSON, or cut off"),
-        ("config.json", lambda c: c | {"quantization_config": {"quant_method": "awq"}}, "quantised weights, expected"),
+        (
+            "config.json",
+            lambda c: c | {"quantization_config": {"quant_method": "awq"}},
+            "quantised weights, expected",
+        ),
         ("generation_config.json", "garbage", "generation_config.json: not JSON, or cut off"),
         ("generation_config.json", "[]", "generation_config.json holds a list, expected an object"),
-        ("generation_config.json", '{"eos_token_id": ["2"]}', r"'eos_token_id' is \['2'\], expected token ids"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": ["2"]}',
+            r"'eos_token_id' is \['2'\], expected token ids",
+        ),
         ("model.safetensors.index.json", "[]", "expected an object with a 'weight_map'"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}', "cannot be loaded.*model-1.safetensors"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "model.safetensors"}}', "index.json: no object 'metadata'"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "model-1.safetensors"}}',
+            "cannot be loaded.*model-1.safetensors",
+        ),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "model.safetensors"}}',
+            "index.json: no object 'metadata'",
+        ),
         ("config.json", lambda c: c | {"text_config": 5}, "cannot be loaded"),
         (
             "config.json",
-            lambda c: c | {"text_config": {k: v for k, v in c["text_config"].items() if k != "rope_parameters"}},
+            lambda c: (
+                c
+                | {
+                    "text_config": {
+                        k: v for k, v in c["text_config"].items() if k != "rope_parameters"
+                    }
+                }
+            ),
             "config.json: 'mrope_section' of the rotary embedding is None, expected three numbers with the sum",
         ),
         ("config.json", lambda c: c | {"vision_config": 5}, "cannot be loaded"),
@@ -346,8 +436,16 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         ("model.safetensors", b"0123456789", "cannot be loaded"),
         ("model.safetensors", "cut", "cannot be loaded"),
         ("model.safetensors", without(PROJECTION), "1 weights are missing, first .*q_proj"),
-        ("model.safetensors", lambda w: w | {NORM: w[NORM][:64].clone()}, r"norm.weight has the shape \[64\], expected \[128\]"),
-        ("model.safetensors", lambda w: w | {NORM: w[NORM] * float("nan")}, "norm.weight is not finite"),
+        (
+            "model.safetensors",
+            lambda w: w | {NORM: w[NORM][:64].clone()},
+            r"norm.weight has the shape \[64\], expected \[128\]",
+        ),
+        (
+            "model.safetensors",
+            lambda w: w | {NORM: w[NORM] * float("nan")},
+            "norm.weight is not finite",
+        ),
         ("model.safetensors", lambda w: w | {NORM: w[NORM] / 0}, "norm.weight is not finite"),
         ("tokenizer.json", None, "no tokenizer"),
         ("tokenizer.json", "garbage", "the tokenizer cannot be read"),
@@ -357,7 +455,11 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         ("chat_template.jinja", b"\xff\xfe{", "the tokenizer cannot be read"),
         ("chat_template.jinja", "{% for m in messages %}", "the chat template is broken"),
         ("chat_template.jinja", "{{ raise_exception('no') }}", "the chat template is broken"),
-        ("chat_template.jinja", "{% for m in messages %}{{ 'a' + m['content'] }}{% endfor %}", "made for text only"),
+        (
+            "chat_template.jinja",
+            "{% for m in messages %}{{ 'a' + m['content'] }}{% endfor %}",
+            "made for text only",
+        ),
         ("chat_template.jinja", "{{ messages[0]['role'] }}", "0 places for one video"),
     ],
 )
@@ -414,12 +516,17 @@ def test_a_run_without_a_checkpoint_yet_says_so(tmp_path):
 @pytest.mark.parametrize(
     "at_the_root, found",
     [
-        (("config.json", "model.safetensors"), "."),  # a trainer's last model, with checkpoints of its training inside
+        (
+            ("config.json", "model.safetensors"),
+            ".",
+        ),  # a trainer's last model, with checkpoints of its training inside
         (("config.json",), "checkpoint-10"),
         ((), "checkpoint-10"),
     ],
 )
-def test_a_model_folder_is_itself_and_a_run_folder_its_newest_checkpoint(tmp_path, at_the_root, found):
+def test_a_model_folder_is_itself_and_a_run_folder_its_newest_checkpoint(
+    tmp_path, at_the_root, found
+):
     for folder in (".", "checkpoint-9", "checkpoint-10"):
         (tmp_path / folder).mkdir(exist_ok=True)
         for name in at_the_root if folder == "." else ("config.json", "model.safetensors"):
@@ -427,27 +534,42 @@ def test_a_model_folder_is_itself_and_a_run_folder_its_newest_checkpoint(tmp_pat
     assert model.local_folder(str(tmp_path)) == tmp_path / found
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "merges.txt",
+    ],
+)
 def test_the_texts_of_a_model_tell_it_from_others_by_their_whole_content(tmp_path, name):
     content = b"a" * 200_000
     (tmp_path / name).write_bytes(content)
-    before = model.text_fingerprint(tmp_path)
+    before = model_folder.text_fingerprint(tmp_path)
     (tmp_path / "config.txt").write_text("of a run, as other files beside the model")
-    assert model.text_fingerprint(tmp_path) == before
+    assert model_folder.text_fingerprint(tmp_path) == before
     (tmp_path / name).write_bytes(content[:100_001] + b"b" + content[100_002:])
-    assert model.text_fingerprint(tmp_path) != before
+    assert model_folder.text_fingerprint(tmp_path) != before
 
 
 def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys):
     shutil.copytree(world / "model", tmp_path / "m")
-    rewrite(tmp_path / "m" / "model.safetensors", lambda w: w | {"model.layers.9.extra": torch.ones(2)})
+    rewrite(
+        tmp_path / "m" / "model.safetensors", lambda w: w | {"model.layers.9.extra": torch.ones(2)}
+    )
     model.Policy.load(tmp_path / "m")
     printed = capsys.readouterr().err
-    assert "1 weights have no place in this architecture and are not used, first model.language_model.layers.9.extra" in printed
+    assert (
+        "1 weights have no place in this architecture and are not used, first model.language_model.layers.9.extra"
+        in printed
+    )
 
 
 @pytest.mark.parametrize(
-    "dtypes, kept", [(["bfloat16"], "bfloat16"), (["float16"], "float16"), (["bfloat16", "float16"], "float32")]
+    "dtypes, kept",
+    [(["bfloat16"], "bfloat16"), (["float16"], "float16"), (["bfloat16", "float16"], "float32")],
 )
 def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, kept):
     """Half of the bytes for a half dtype; of two that do not hold each other, the one that holds both."""
@@ -459,12 +581,24 @@ def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, ke
     policy = model.Policy.load(folder)
     assert policy.net.dtype == torch.float32
     policy.save(tmp_path / "saved")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[n].float(), x.float()) for n, x in after.items())
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "saved" / "model.safetensors"),
+    )
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[n].float(), x.float()) for n, x in after.items()
+    )
     assert {x.dtype for x in after.values()} == {getattr(torch, kept)}
-    assert ((tmp_path / "saved" / "model.safetensors").stat().st_size < 0.6 * size) == (kept != "float32")
+    assert ((tmp_path / "saved" / "model.safetensors").stat().st_size < 0.6 * size) == (
+        kept != "float32"
+    )
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert config["dtype"] == config["text_config"]["dtype"] == config["vision_config"]["dtype"] == kept
+    assert (
+        config["dtype"]
+        == config["text_config"]["dtype"]
+        == config["vision_config"]["dtype"]
+        == kept
+    )
 
 
 @pytest.mark.parametrize("listed", [[0], 0, None])
@@ -472,19 +606,26 @@ def test_responses_end_at_the_tokenizers_end_too_and_it_is_saved(tmp_path, world
     """What --algo sft teaches is <|im_end|>; a generation config may list <|endoftext|> only, as one number, or nothing."""
     shutil.copytree(world / "model", tmp_path / "m")
     change = {} if listed is None else {"eos_token_id": listed}
-    rewrite(tmp_path / "m" / "generation_config.json", lambda g: without("eos_token_id")(g) | change)
+    rewrite(
+        tmp_path / "m" / "generation_config.json", lambda g: without("eos_token_id")(g) | change
+    )
     policy = model.Policy.load(tmp_path / "m")
     end = data.PromptBuilder(tmp_path / "m").tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert policy.eos_ids == ([end] if listed is None else [0, end])
     policy.save(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"] == policy.eos_ids
+    assert (
+        json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"]
+        == policy.eos_ids
+    )
 
 
 def test_the_newer_chat_template_wins(tmp_path, world, builder):
     """chat_template.jinja over chat_template.json, as in transformers; alone, the older file is read."""
     shutil.copytree(world / "model", tmp_path / "m")
     new = builder.tokenizer.chat_template
-    (tmp_path / "m" / "chat_template.json").write_text(json.dumps({"chat_template": new.replace("<|im_start|>", "###")}))
+    (tmp_path / "m" / "chat_template.json").write_text(
+        json.dumps({"chat_template": new.replace("<|im_start|>", "###")})
+    )
     assert data.PromptBuilder(tmp_path / "m").tokenizer.chat_template == new
     (tmp_path / "m" / "chat_template.jinja").unlink()
     assert "###" in data.PromptBuilder(tmp_path / "m").tokenizer.chat_template
@@ -518,7 +659,11 @@ def test_processors_open_the_toy_and_what_is_saved(tmp_path, world, policy):
     policy.save(tmp_path / "saved")
     for folder in (world / "model", tmp_path / "saved"):
         images = AutoImageProcessor.from_pretrained(folder)
-        assert (images.patch_size, images.merge_size, tuple(images.image_mean)) == (14, 2, data.MEAN)
+        assert (images.patch_size, images.merge_size, tuple(images.image_mean)) == (
+            14,
+            2,
+            data.MEAN,
+        )
         try:
             assert type(AutoProcessor.from_pretrained(folder)).__name__ == "Qwen2_5_VLProcessor"
         except ImportError as e:
@@ -530,12 +675,18 @@ def test_a_small_model_of_the_real_architecture(tmp_path, prompts):
     """The real configuration and tokenizer, cut to a size for trials; it saves, loads and answers."""
     toy.main(["--like", str(SHARED / "qwen2_5_vl"), str(tmp_path / "small")])
     policy = model.Policy.load(tmp_path / "small")
-    assert sum(p.numel() for p in policy.text.layers.parameters()) < 2e6 and policy.eos_ids == [151645, 151643]
+    assert sum(p.numel() for p in policy.text.layers.parameters()) < 2e6 and policy.eos_ids == [
+        151645,
+        151643,
+    ]
     assert policy.config.text_config.vocab_size == 152064 and policy.saved_dtype == torch.bfloat16
     builder = data.PromptBuilder(tmp_path / "small", min_pixels=784)
-    group, = rollout.generate(policy, [builder(prompts[0].sample)], 2, max_new=3)
+    (group,) = rollout.generate(policy, [builder(prompts[0].sample)], 2, max_new=3)
     assert all(0 < len(r) <= 3 for r in group.responses)
-    for argv in (["--like", "nowhere/at all", str(tmp_path / "a")], ["--like", str(tmp_path / "small"), str(tmp_path / "small")]):
+    for argv in (
+        ["--like", "nowhere/at all", str(tmp_path / "a")],
+        ["--like", str(tmp_path / "small"), str(tmp_path / "small")],
+    ):
         with pytest.raises(SystemExit, match="error: "):
             toy.main(argv)
 
@@ -549,7 +700,10 @@ def test_the_real_7b_has_the_weight_names_of_its_index(tmp_path):
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config)
     index = json.loads((SHARED / "qwen2_5_vl" / "model.safetensors.index.json").read_text())
-    names = {n.replace("model.visual.", "visual.").replace("model.language_model.", "model.") for n, _ in net.named_parameters()}
+    names = {
+        n.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        for n, _ in net.named_parameters()
+    }
     assert names == set(index["weight_map"])
     assert sum(p.numel() for p in net.parameters()) * 2 == index["metadata"]["total_size"]
 
@@ -564,4 +718,6 @@ def test_segments_of_the_tower_taken_together_are_the_segments_one_by_one(policy
         (features * torch.arange(features.numel()).view_as(features).sin()).sum().backward()
         results.append([features, *(p.grad for p in policy.net.model.visual.parameters())])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12 * max(1.0, float(a.detach().abs().max())), rtol=0)
+        torch.testing.assert_close(
+            a, b, atol=1e-12 * max(1.0, float(a.detach().abs().max())), rtol=0
+        )

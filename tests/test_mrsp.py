@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, run
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import data
@@ -24,6 +23,9 @@ import step
 import tgrpo
 import toy
 import train
+from conftest import ROOT, flags, run
+from infra import embedding_cache
+from infra.model_folder import newest_checkpoint
 
 # ---- stage 2
 
@@ -34,22 +36,40 @@ def results(tmp_path_factory, world):
     out = tmp_path_factory.mktemp("mrsp")
     for ranks in (1, 2, 3, 4):
         run("tests/mrsp_worker.py", world, out / f"of{ranks}", ranks=ranks)
-    return {ranks: [torch.load(out / f"of{ranks}.{r}") for r in range(ranks)] for ranks in (1, 2, 3, 4)}
+    return {
+        ranks: [torch.load(out / f"of{ranks}.{r}") for r in range(ranks)] for ranks in (1, 2, 3, 4)
+    }
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_group_computes_what_one_rank_computes(results, ranks):
     """Videos of several shapes and images in one row, groups of unequal size, visual tokens that divide by no degree."""
     (one,) = results[1]
-    close = lambda a, b: torch.testing.assert_close(a, b, atol=2e-6, rtol=0)  # RMSNorm and RoPE are fp32 in transformers
+    close = lambda a, b: torch.testing.assert_close(
+        a, b, atol=2e-6, rtol=0
+    )  # RMSNorm and RoPE are fp32 in transformers
     for many in results[ranks]:
         for a, b in zip(many["features"], one["features"], strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-        for name in ("logp", "entropy", "one token", "greedy logps", "sampled logps", "sampled entropies", "greedy scored"):
+        for name in (
+            "logp",
+            "entropy",
+            "one token",
+            "greedy logps",
+            "sampled logps",
+            "sampled entropies",
+            "greedy scored",
+        ):
             close(many[name], one[name])
         for name in ("greedy", "sampled"):
-            assert [len(g) for g in many[name]] == [5] * 6 and many[f"{name} truncated"] == one[f"{name} truncated"]
-            assert all(torch.equal(a, b) for g, h in zip(many[name], one[name]) for a, b in zip(g, h, strict=True))
+            assert [len(g) for g in many[name]] == [5] * 6 and many[f"{name} truncated"] == one[
+                f"{name} truncated"
+            ]
+            assert all(
+                torch.equal(a, b)
+                for g, h in zip(many[name], one[name])
+                for a, b in zip(g, h, strict=True)
+            )
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -57,9 +77,14 @@ def test_mistakes_of_the_release(results, ranks):
     """Embeddings of another video after re-ordering; videos mixed in a row; the first response token's logits taken elsewhere;
     positions of the sampler and of the scorer that differ."""
     for r in results[ranks]:
-        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(r["features"], r["reversed"], strict=True))
+        assert all(
+            torch.allclose(a, b, atol=1e-12)
+            for a, b in zip(r["features"], r["reversed"], strict=True)
+        )
         assert not torch.allclose(r["features"][3], r["features"][4], atol=1e-3)
-        scored = torch.cat([x[:n] for x, n in zip(r["greedy scored"], (len(t) for g in r["greedy"] for t in g))])
+        scored = torch.cat(
+            [x[:n] for x, n in zip(r["greedy scored"], (len(t) for g in r["greedy"] for t in g))]
+        )
         torch.testing.assert_close(scored, r["greedy logps"], atol=2e-6, rtol=0)
 
 
@@ -86,7 +111,10 @@ def test_every_token_is_dealt_once_for_any_length_and_any_degree():
     random = np.random.default_rng(0)
     for _ in range(300):
         size = int(random.integers(1, 9))
-        lengths = [(int(random.integers(1, 60)), random.integers(0, 9, random.integers(0, 5)).tolist()) for _ in range(3)]
+        lengths = [
+            (int(random.integers(1, 60)), random.integers(0, 9, random.integers(0, 5)).tolist())
+            for _ in range(3)
+        ]
         spans = mrsp.deal(lengths, size)
         tokens = sorted(t for s in spans for a, b in s for t in range(a, b))
         assert tokens == list(range(sum(P + sum(R) for P, R in lengths)))
@@ -111,7 +139,12 @@ def test_grids_are_dealt_by_cost():
 def test_few_prompts_are_loaded_in_different_groups():
     order = lambda world, sp="auto": sorted(range(world), key=lambda r: mrsp.turn(r, world, sp))
     assert order(24, "8")[:4] == [0, 8, 16, 1] and order(4, "1") == order(4, "4") == [0, 1, 2, 3]
-    assert order(8) == [0, 4, 2, 6, 1, 5, 3, 7] and order(6)[:2] == [0, 3] and order(3) == [0, 1, 2] and order(1) == [0]
+    assert (
+        order(8) == [0, 4, 2, 6, 1, 5, 3, 7]
+        and order(6)[:2] == [0, 3]
+        and order(3) == [0, 1, 2]
+        and order(1) == [0]
+    )
 
 
 # ---- the embedding cache
@@ -124,14 +157,16 @@ def media(world):
 
 
 def cache(folder, gigabytes=1.0, tower="digest"):
-    return mrsp.EmbeddingCache(folder, gigabytes, tower)
+    return embedding_cache.EmbeddingCache(folder, gigabytes, tower)
 
 
 def test_an_entry_comes_back_bit_for_bit_and_only_for_its_own_key(tmp_path, media):
     x = torch.randn(8, 16, dtype=torch.bfloat16)
     assert cache(tmp_path).get(media) is None
     cache(tmp_path).put(media, x)
-    assert torch.equal(cache(tmp_path).get(media), x) and cache(tmp_path).get(media).dtype == x.dtype
+    assert (
+        torch.equal(cache(tmp_path).get(media), x) and cache(tmp_path).get(media).dtype == x.dtype
+    )
     assert cache(tmp_path, tower="other weights").get(media) is None
     assert cache(tmp_path).get(replace(media, key=None)) is None
 
@@ -146,7 +181,9 @@ def test_another_file_other_frames_or_another_size_is_another_entry(tmp_path, wo
     assert load() == first
     assert len({first, load(max_frames=8), load(min_pixels=5000)}) == 3
     stat = path.stat()
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # replaced by a file of the same size
+    os.utime(
+        path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1)
+    )  # replaced by a file of the same size
     assert load() != first
 
 
@@ -154,9 +191,16 @@ def test_frames_in_another_order_have_no_entry(world, prompts):
     """T-GRPO's shuffled frames must not be answered with the embedding of the ordered ones."""
     args = SimpleNamespace(shuffle="frame", shuffles=1, seed=0)
     asked = [s.prompt for s in step.shuffled_prompts(list(enumerate(prompts)), [None] * 6, 0, args)]
-    assert len(asked) == 4 and all(p.media[0].key is None for p in asked) and all(p.media[0].key for p in prompts)
+    assert (
+        len(asked) == 4
+        and all(p.media[0].key is None for p in asked)
+        and all(p.media[0].key for p in prompts)
+    )
     assert torch.equal(
-        asked[0].media[0].frames, tgrpo.reorder(prompts[0].media[0].frames, tgrpo.permutation(16, step.seed(0, 0, 0, "order", 0)))
+        asked[0].media[0].frames,
+        tgrpo.reorder(
+            prompts[0].media[0].frames, tgrpo.permutation(16, step.seed(0, 0, 0, "order", 0))
+        ),
     )
 
 
@@ -195,9 +239,10 @@ def test_the_bound_is_kept_and_what_was_used_longest_ago_goes_first(tmp_path, me
 def test_two_processes_write_at_once(tmp_path):
     """Each puts and gets the same few entries under a bound that holds only some: never a wrong one, never an error."""
     code = """
-import random, sys, torch, mrsp
+import random, sys, torch
 from data import Media
-store = mrsp.EmbeddingCache(sys.argv[1], 70e3 / 1e9, "t")
+from infra.embedding_cache import EmbeddingCache
+store = EmbeddingCache(sys.argv[1], 70e3 / 1e9, "t")
 hits = 0
 for i in range(200):
     n = random.randrange(4)
@@ -210,7 +255,11 @@ print(hits)
 """
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, tmp_path],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2)
     ]
@@ -224,7 +273,8 @@ print(hits)
 def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prompts):
     grids = []
     policy.net.model.visual.register_forward_pre_hook(
-        lambda module, args, kwargs: grids.append(int(kwargs["grid_thw"][:, 0].sum())), with_kwargs=True
+        lambda module, args, kwargs: grids.append(int(kwargs["grid_thw"][:, 0].sum())),
+        with_kwargs=True,
     )
     with torch.no_grad():
         plain = policy.encode(prompts)
@@ -244,21 +294,37 @@ def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prom
 def test_auto_takes_the_smallest_degree_that_fits_and_leaves_no_rank_idle(world):
     policy = model.Policy.load(world / "model", dtype=torch.float64)
     args = SimpleNamespace(sp="auto", group=8, max_new=16, row_tokens=1000, fsdp=False)
-    degree = lambda lengths, world=8: mrsp.smallest_group(policy, None, lengths, 3e9, args, world)[0]
-    assert degree([100] * 8) == 1 and degree([100] * 2) == 4 and degree([100]) == 8 and degree([]) == 8
+    degree = lambda lengths, world=8: mrsp.smallest_group(policy, None, lengths, 3e9, args, world)[
+        0
+    ]
+    assert (
+        degree([100] * 8) == 1 and degree([100] * 2) == 4 and degree([100]) == 8 and degree([]) == 8
+    )
     degrees = [degree([int(2 ** (n / 4))] * 8) for n in range(40, 120)]
     assert degrees == sorted(degrees) and set(degrees) == {1, 2, 4, 8}
     text = mrsp.smallest_group(policy, None, [100] * 8, 3e9, args, 8)[1]
-    assert "weights, gradients, moments" in text and ("layer inputs" in text or "prompts' K/V" in text)
+    assert "weights, gradients, moments" in text and (
+        "layer inputs" in text or "prompts' K/V" in text
+    )
     args.sp = "2"
     assert degree([100] * 8) == 2
 
 
 def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypatch):
     """Qwen2.5-VL-7B's sizes, the recipe's flags, the longest prompts of a video of 16 frames, with a reference."""
-    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
-    config = Qwen2_5_VLConfig(text_config=text | dict(intermediate_size=18944), vision_config=vision)
+    text = dict(
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+    )
+    vision = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text | dict(intermediate_size=18944), vision_config=vision
+    )
     with torch.device("meta"):
         net = Qwen2_5_VLForConditionalGeneration(config)
     assert sum(p.numel() for p in net.parameters()) == 8_292_166_656
@@ -268,10 +334,18 @@ def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypat
         layer.gradient_checkpointing = True
     args = train.parse_args([f"@{ROOT}/configs/video_r1_7b.txt"])
     degree, text = mrsp.smallest_group(policy, policy, [2500] * 8, 80e9, args, 8)
-    assert degree == 1 and "weights, gradients, moments 16.58 + reference 3.26 + " in text  # 16 bytes / 8; 2 / 8, and a tower
-    assert "gathered weights and gradients 17.86" in text and float(text.split(" GB of ")[0].split()[-1]) < 50
+    assert (
+        degree == 1 and "weights, gradients, moments 16.58 + reference 3.26 + " in text
+    )  # 16 bytes / 8; 2 / 8, and a tower
+    assert (
+        "gathered weights and gradients 17.86" in text
+        and float(text.split(" GB of ")[0].split()[-1]) < 50
+    )
     args.fsdp = False
-    assert "weights, gradients, moments 132.67 + " in mrsp.smallest_group(policy, None, [2500] * 8, 80e9, args, 8)[1]
+    assert (
+        "weights, gradients, moments 132.67 + "
+        in mrsp.smallest_group(policy, None, [2500] * 8, 80e9, args, 8)[1]
+    )
 
 
 # ---- whole runs
@@ -281,19 +355,34 @@ def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_on_a_group_is_the_run_on_one_rank_with_and_without_the_cache(tmp_path, world, cold_start):
+def test_a_run_on_a_group_is_the_run_on_one_rank_with_and_without_the_cache(
+    tmp_path, world, cold_start
+):
     common = dict(steps=2, model=cold_start, prompts=4, beta=0.1)
     command = lambda name, **extra: [
-        x for x in flags(world, tmp_path / name, "tgrpo", **common, **extra) if x != "--train_vision"
+        x
+        for x in flags(world, tmp_path / name, "tgrpo", **common, **extra)
+        if x != "--train_vision"
     ]
     run(*command("one"))
     entries = lambda: {f.name: f.stat().st_ino for f in (tmp_path / "cache").glob("*.safetensors")}
     for i in range(2):
         before = entries() if i else {}
-        out = run(*command(f"two{i}", sp="auto" if i else 2, embedding_cache=tmp_path / "cache"), ranks=2)
+        out = run(
+            *command(f"two{i}", sp="auto" if i else 2, embedding_cache=tmp_path / "cache"), ranks=2
+        )
         assert "sequence parallelism: " in out and ("layer inputs" in out or "prompts' K/V" in out)
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / f"two{i}"), strict=True):
-            for key in ("accuracy", "response_length", "loss", "kl", "entropy", "frames", "zero_std_groups", "shuffled_accuracy"):
+            for key in (
+                "accuracy",
+                "response_length",
+                "loss",
+                "kl",
+                "entropy",
+                "frames",
+                "zero_std_groups",
+                "shuffled_accuracy",
+            ):
                 assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), key
             assert (a["sp"], b["sp"]) == (1, 1 if i else 2)
     assert entries() == before  # the second run found every embedding
@@ -303,12 +392,18 @@ def test_a_cold_start_uses_the_cache_and_another_tower_does_not(tmp_path, world,
     entries = lambda: {f.name: f.stat().st_ino for f in (tmp_path / "cache").glob("*.safetensors")}
 
     def steps(name, start):
-        command = flags(world, tmp_path / name, "sft", steps=2, model=start, embedding_cache=tmp_path / "cache")
+        command = flags(
+            world, tmp_path / name, "sft", steps=2, model=start, embedding_cache=tmp_path / "cache"
+        )
         run(*[x for x in command if x != "--train_vision"])
         return entries()
 
     first = steps("a", cold_start)
-    assert first and steps("b", cold_start) == first and log(tmp_path / "a")[-1]["loss"] == log(tmp_path / "b")[-1]["loss"]
+    assert (
+        first
+        and steps("b", cold_start) == first
+        and log(tmp_path / "a")[-1]["loss"] == log(tmp_path / "b")[-1]["loss"]
+    )
     other = steps("c", world / "model")  # another checkpoint: other weights of the tower
     assert len(other) == 2 * len(first) and first.items() <= other.items()
 
@@ -324,10 +419,20 @@ def test_flags_that_do_not_go_together(tmp_path, world, change, message):
     assert message in run(*flags(world, tmp_path / "a", steps=1), *change, expect=1)
 
 
-def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number_of_ranks(tmp_path, world, cold_start):
+def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number_of_ranks(
+    tmp_path, world, cold_start
+):
     out = tmp_path / "a"
     command = list(map(str, flags(world, out, steps=400, model=cold_start, sp=2, save_every=1)))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29466", "--"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29466",
+        "--",
+    ]
     process = subprocess.Popen(
         [sys.executable, *launcher, *command],
         cwd=ROOT,
@@ -338,11 +443,13 @@ def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number_of_ranks(
     )
     while process.poll() is None and not (out / "checkpoint-000002").exists():
         time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     printed, _ = process.communicate(timeout=90)  # bounded
     assert process.returncode and "exitcode  : -9" in printed
-    reached = int(model.newest_checkpoint(out).name.split("-")[1])
+    reached = int(newest_checkpoint(out).name.split("-")[1])
     command = [x for x in command if x not in ("--sp", "2")]
     command[command.index("--steps") + 1] = str(reached + 1)
     run(*command, "--resume")
@@ -354,9 +461,21 @@ def test_an_hour_of_video_on_two_ranks(tmp_path, world, cold_start):
     rng = np.random.default_rng(0)
     frames = np.repeat(rng.integers(0, 255, (3600, 1, 1, 3), np.uint8), 28, 1).repeat(28, 2)
     toy.write_y4m(tmp_path / "hour.y4m", frames, fps=1)
-    record = json.loads((world / "train.json").read_text())[0] | {"path": "hour.y4m", "data_type": "video"}
+    record = json.loads((world / "train.json").read_text())[0] | {
+        "path": "hour.y4m",
+        "data_type": "video",
+    }
     (tmp_path / "hour.json").write_text(json.dumps([record]))
-    extra = dict(data=tmp_path / "hour.json", model=cold_start, sp=2, fps=1, max_frames=3600, prompts=1, steps=1, beta=0.01)
+    extra = dict(
+        data=tmp_path / "hour.json",
+        model=cold_start,
+        sp=2,
+        fps=1,
+        max_frames=3600,
+        prompts=1,
+        steps=1,
+        beta=0.01,
+    )
     run(*flags(world, tmp_path / "a", "tgrpo", **extra), ranks=2)
     (entry,) = log(tmp_path / "a")
     assert entry["frames"] == 3600 and entry["trained_groups"] == 1 and "shuffled_accuracy" in entry
@@ -377,7 +496,11 @@ reply, frames = video.decode(sys.argv[1], max_frames=3600, **how)
 print(len(reply["indices"]), sum(frame.nbytes for frame in frames) / 1e6, peak() - before)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "hour.y4m"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, tmp_path / "hour.y4m"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     n, megabytes, grown = map(float, done.stdout.split())
     assert n == 3600 and megabytes == pytest.approx(8.5, abs=0.1) and grown < 50

@@ -12,15 +12,17 @@ import time
 
 import numpy as np
 import pytest
-from conftest import SHARED, needs_shared, run
 from PIL import Image
 
 import data
 import report
 import rewards
 import toy
+from conftest import SHARED, needs_shared, run
 
-HOSTILE = """</script><img src=x onerror="document.title='owned'"> & <b>'bold'</b> <!-- \u2028 \ud800"""
+HOSTILE = (
+    """</script><img src=x onerror="document.title='owned'"> & <b>'bold'</b> <!-- \u2028 \ud800"""
+)
 
 
 def write_lines(path, lines, end=""):
@@ -29,7 +31,9 @@ def write_lines(path, lines, end=""):
 
 def blob(text):
     """The data that a page holds."""
-    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script type="application/json">(.*?)</script>', text, re.DOTALL)[1]
+    )
 
 
 def pixels(sheet):
@@ -45,8 +49,17 @@ def draw(frames, *votes, **more):
     """A round; a vote of None has no valid answer."""
     n = len(votes)
     responses = [f"<think>so &amp; so</think>\n<answer>{v}</answer>" for v in votes]
-    numbers = dict(frames=frames, visual_tokens=frames // 2, seconds=0.5, tokens=[15] * n, truncated=[v is None for v in votes])
-    return dict(votes=list(votes), logps=[-0.25 - k for k in range(n)], responses=responses, **numbers) | more
+    numbers = dict(
+        frames=frames,
+        visual_tokens=frames // 2,
+        seconds=0.5,
+        tokens=[15] * n,
+        truncated=[v is None for v in votes],
+    )
+    return (
+        dict(votes=list(votes), logps=[-0.25 - k for k in range(n)], responses=responses, **numbers)
+        | more
+    )
 
 
 def line(record, sample, given, *rounds, failure=None, **more):
@@ -75,7 +88,9 @@ def line(record, sample, given, *rounds, failure=None, **more):
 
 @pytest.fixture(scope="module")
 def samples(world):
-    return [s for s in data.load_samples(world / "train.json") if s.data_type == "video" and s.options]
+    return [
+        s for s in data.load_samples(world / "train.json") if s.data_type == "video" and s.options
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +100,21 @@ def answers(tmp_path_factory, samples):
     wrong = next(x for x in "ABCD" if x != samples[1].answer)
     lines = [
         line(0, samples[0], samples[0].answer, draw(4, *[samples[0].answer] * 3)),
-        line(1, samples[1], wrong, draw(4, wrong, None, samples[1].answer), draw(8, wrong, wrong, samples[1].answer)),
-        line(2, samples[2], None, draw(4, None, None), draw(16, None, None), failure="no valid answer"),
+        line(
+            1,
+            samples[1],
+            wrong,
+            draw(4, wrong, None, samples[1].answer),
+            draw(8, wrong, wrong, samples[1].answer),
+        ),
+        line(
+            2,
+            samples[2],
+            None,
+            draw(4, None, None),
+            draw(16, None, None),
+            failure="no valid answer",
+        ),
         line(3, samples[3], samples[3].answer, draw(4, samples[3].answer), path="/nowhere/x.mp4"),
         line(
             4,
@@ -101,7 +129,10 @@ def answers(tmp_path_factory, samples):
     ]
     write_lines(out / "s2d-4-16.rank0.jsonl", lines[::2])
     write_lines(out / "s2d-4-16.rank1.jsonl", lines[1::2], end='{"record": 7, "id": "7", "sco')
-    write_lines(out / "greedy-4.rank0.jsonl", [line(i, s, s.answer, draw(4, s.answer)) for i, s in enumerate(samples[:4])])
+    write_lines(
+        out / "greedy-4.rank0.jsonl",
+        [line(i, s, s.answer, draw(4, s.answer)) for i, s in enumerate(samples[:4])],
+    )
     methods = [{"method": "s2d-4-16"}, {"method": "greedy-4"}]
     summary = {"model": "m", "data": "d.json", "constant_answer": 0.25, "methods": methods}
     (out / "summary.json").write_text(json.dumps(summary))
@@ -119,10 +150,18 @@ def answers_page(answers):
 def test_an_evaluations_page_holds_its_methods_questions_and_rounds(answers_page, samples):
     shown = blob(answers_page.read_text())["evaluation"]
     s2d, greedy = shown["methods"]
-    assert (s2d["method"], s2d["questions"], s2d["failures"], greedy["method"]) == ("s2d-4-16", 6, 3, "greedy-4")
+    assert (s2d["method"], s2d["questions"], s2d["failures"], greedy["method"]) == (
+        "s2d-4-16",
+        6,
+        3,
+        "greedy-4",
+    )
     assert s2d["accuracy"] == pytest.approx(2 / 6) and greedy["accuracy"] == 1.0
     assert [r["record"] for r in s2d["results"]] == [0, 1, 2, 3, 4, 5]
-    assert shown["questions"]["1"]["question"] == samples[1].question and shown["constant_answer"] == 0.25
+    assert (
+        shown["questions"]["1"]["question"] == samples[1].question
+        and shown["constant_answer"] == 0.25
+    )
     assert [part["frames"] for part in s2d["results"][1]["rounds"]] == [4, 8]
     assert s2d["results"][5]["rounds"] == [] and "no 'solution'" in s2d["results"][5]["failure"]
 
@@ -135,8 +174,12 @@ def test_frames_are_those_that_were_shown_once_for_all_methods(answers_page, sam
     for number, n in zip(numbers, (4, 8)):
         sheet = page["sheets"][number]
         assert (sheet["of"], sheet["at"], sheet["seconds"]) == (n, list(range(n)), 8.0)
-        truth = data.load_media(samples[1], fps=float("inf"), min_frames=n, max_frames=n, min_pixels=784).frames
-        assert np.abs(pixels(sheet).astype(int) - truth.permute(0, 2, 3, 1).numpy()).mean() < 3  # JPEG
+        truth = data.load_media(
+            samples[1], fps=float("inf"), min_frames=n, max_frames=n, min_pixels=784
+        ).frames
+        assert (
+            np.abs(pixels(sheet).astype(int) - truth.permute(0, 2, 3, 1).numpy()).mean() < 3
+        )  # JPEG
     assert page["sheets"][s2d[3]["rounds"][0]["sheet"]]["error"] == "/nowhere/x.mp4: no such file"
 
 
@@ -151,7 +194,9 @@ def test_an_evaluation_that_is_going_on(tmp_path, samples):
     """No summary yet, an empty file of a rank that has just begun, NaN, a line that a kill has cut."""
     cut = json.dumps(line(9, samples[0], "A"))[:40]
     write_lines(
-        tmp_path / "vote-4.rank0.jsonl", [line(0, samples[0], samples[0].answer, draw(4, "A", logps=[float("nan")]))], end=cut
+        tmp_path / "vote-4.rank0.jsonl",
+        [line(0, samples[0], samples[0].answer, draw(4, "A", logps=[float("nan")]))],
+        end=cut,
     )
     (tmp_path / "vote-4.rank1.jsonl").write_text("")
     (tmp_path / "vote-8.rank0.jsonl").write_text(cut + "\n" + cut)
@@ -160,31 +205,51 @@ def test_an_evaluation_that_is_going_on(tmp_path, samples):
     assert (method["method"], method["questions"], method["accuracy"]) == ("vote-4", 1, 1.0)
     assert method["results"][0]["rounds"][0]["logps"] == [None]
     assert any("No summary.json yet" in note for note in page["notes"])
-    assert [note for note in page["notes"] if "vote" in note] == ["vote-8.rank0.jsonl: 1 lines that cannot be read are left out"]
+    assert [note for note in page["notes"] if "vote" in note] == [
+        "vote-8.rank0.jsonl: 1 lines that cannot be read are left out"
+    ]
 
 
 def test_500_questions_stay_within_the_budget(tmp_path):
     """Noise, the worst that a JPEG can meet, and responses of 3,000 characters: 500 questions, three rounds each."""
     rng = np.random.default_rng(0)
     for k in range(30):
-        toy.write_y4m(tmp_path / f"{k}.y4m", rng.integers(0, 256, (16, 112, 112, 3), np.uint8), fps=4)
+        toy.write_y4m(
+            tmp_path / f"{k}.y4m", rng.integers(0, 256, (16, 112, 112, 3), np.uint8), fps=4
+        )
     for k in range(60):
-        Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(tmp_path / f"{k}.png", compress_level=0)
+        Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(
+            tmp_path / f"{k}.png", compress_level=0
+        )
     long = "".join(map(chr, rng.integers(0x4E00, 0x9FFF, 3000)))  # three bytes a character
     lines = []
     for i in range(500):
         name, kind = (f"{i // 2 % 60}.png", "image") if i % 2 else (f"{i // 2 % 30}.y4m", "video")
         sample = data.Sample(
-            str(i), "What?", ["A. x", "B. y"], "multiple choice", kind, str(tmp_path / name), "B", about={"k": "v"}
+            str(i),
+            "What?",
+            ["A. x", "B. y"],
+            "multiple choice",
+            kind,
+            str(tmp_path / name),
+            "B",
+            about={"k": "v"},
         )
-        rounds = [draw(n if kind == "video" else 1, *"AAAAB", responses=[long] * 5) for n in (8, 12, 16)]
+        rounds = [
+            draw(n if kind == "video" else 1, *"AAAAB", responses=[long] * 5) for n in (8, 12, 16)
+        ]
         lines.append(line(i, sample, "A", *rounds))
     write_lines(tmp_path / "s2d-8-16.rank0.jsonl", lines)
     began = time.monotonic()
     text = report.page(tmp_path)
     page = blob(text)
     images = sum(len(sheet["jpeg"]) for sheet in page["sheets"])
-    responses = [x for r in page["evaluation"]["methods"][0]["results"] for part in r["rounds"] for x in part["responses"]]
+    responses = [
+        x
+        for r in page["evaluation"]["methods"][0]["results"]
+        for part in r["rounds"]
+        for x in part["responses"]
+    ]
     total = sum(len(x.encode()) for x in responses)
     assert len(page["sheets"]) == 150 and all(sheet["jpeg"] for sheet in page["sheets"])
     assert 0.6 * report.IMAGES < images <= report.IMAGES and len(text.encode()) < 10e6
@@ -208,16 +273,30 @@ def test_beyond_500_questions_frames_are_for_what_went_wrong(tmp_path, monkeypat
 def test_real_videos(tmp_path):
     lines = []
     for i, (name, n) in enumerate(
-        (("video_r1_example.mp4", 64), ("video_90.mov", 8), ("corrupted.mp4", 8), ("coco_580957.jpg", 1))
+        (
+            ("video_r1_example.mp4", 64),
+            ("video_90.mov", 8),
+            ("corrupted.mp4", 8),
+            ("coco_580957.jpg", 1),
+        )
     ):
         kind = "image" if name.endswith("jpg") else "video"
         sample = data.Sample(str(i), "?", [], "free-form", kind, str(SHARED / "media" / name), "x")
         lines.append(line(i, sample, "y", draw(n, "y")))
     write_lines(tmp_path / "greedy-64.rank0.jsonl", lines)
     example, rotated, corrupted, image = blob(report.page(tmp_path))["sheets"]
-    assert example["of"] == 64 and len(example["at"]) == 16 and example["at"][-1] == 63 and example["seconds"] > 10
+    assert (
+        example["of"] == 64
+        and len(example["at"]) == 16
+        and example["at"][-1] == 63
+        and example["seconds"] > 10
+    )
     assert rotated["height"] > rotated["width"] and rotated["of"] == 2
-    assert "corrupted.mp4: cannot be decoded" in corrupted["error"] and image["of"] == 1 and image["jpeg"]
+    assert (
+        "corrupted.mp4: cannot be decoded" in corrupted["error"]
+        and image["of"] == 1
+        and image["jpeg"]
+    )
 
 
 # ---- a training run
@@ -225,38 +304,80 @@ def test_real_videos(tmp_path):
 
 def group(step, sample, accuracies, **more):
     """The lines of samples.jsonl of one prompt; advantages are the accuracies less 0.25."""
-    about = {key: getattr(sample, key) for key in ("id", "path", "data_type", "fps", "segment", "question", "answer")}
+    about = {
+        key: getattr(sample, key)
+        for key in ("id", "path", "data_type", "fps", "segment", "question", "answer")
+    }
     parts = [
-        dict(reward=1 + a, accuracy=a, format=1.0, length_bonus=0.0, temporal_bonus=0.3, advantage=a - 0.25) for a in accuracies
+        dict(
+            reward=1 + a,
+            accuracy=a,
+            format=1.0,
+            length_bonus=0.0,
+            temporal_bonus=0.3,
+            advantage=a - 0.25,
+        )
+        for a in accuracies
     ]
-    return [dict(step=step, **about, response=f"{step}.{k} {HOSTILE}", **p) | more for k, p in enumerate(parts)]
+    return [
+        dict(step=step, **about, response=f"{step}.{k} {HOSTILE}", **p) | more
+        for k, p in enumerate(parts)
+    ]
 
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory, world, samples):
     """A run of 30 steps: evaluated at 0 and 30, step 7 without a sample that loads, a half-written last line."""
     out = tmp_path_factory.mktemp("training")
-    log = [dict(step=0, eval_accuracy=0.2, eval_questions=50, eval_failures=0, seconds={"evaluate": 2.0})]
+    log = [
+        dict(
+            step=0, eval_accuracy=0.2, eval_questions=50, eval_failures=0, seconds={"evaluate": 2.0}
+        )
+    ]
     for i in range(1, 31):
         seconds = {"data": 0.1, "train": 1.0, "step": 2.0}
         log.append(
-            dict(step=i, accuracy=i / 30, reward=1 + i / 30, kl=0.0, loss=None if i == 3 else 1 / i**3, grad_norm=1.0 + i % 3)
+            dict(
+                step=i,
+                accuracy=i / 30,
+                reward=1 + i / 30,
+                kl=0.0,
+                loss=None if i == 3 else 1 / i**3,
+                grad_norm=1.0 + i % 3,
+            )
         )
         log[-1] |= dict(skipped_samples=0, skipped_update=False, seconds=seconds)
-    log[7] = dict(step=7, skipped_update=True, skipped_samples=4, seconds={"data": 0.1, "step": 0.1})
+    log[7] = dict(
+        step=7, skipped_update=True, skipped_samples=4, seconds={"data": 0.1, "step": 0.1}
+    )
     log[30] |= dict(eval_accuracy=0.9, eval_questions=50, eval_failures=1)
-    for entry, by in ((log[0], {"flash": 0.1, "place": 0.3}), (log[30], {"flash": 0.85, "place": 0.95})):
+    for entry, by in (
+        (log[0], {"flash": 0.1, "place": 0.3}),
+        (log[30], {"flash": 0.85, "place": 0.95}),
+    ):
         entry["eval_by_source"] = by
     write_lines(out / "log.jsonl", log, end='{"step": 31, "rew')
     sampled = []
     for i in range(1, 31):
         for position in (0, 3):
             about = dict(position=position, options=samples[i % len(samples)].options)
-            accuracies = (1.0, 1.0, 1.0, 1.0) if position == 0 else (0.0, 1.0, 0.0, 0.0) if i % 10 else (0.0, 0.0, 0.0, 0.0)
-            more = dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0]) if i == 30 and position == 0 else {}
+            accuracies = (
+                (1.0, 1.0, 1.0, 1.0)
+                if position == 0
+                else (0.0, 1.0, 0.0, 0.0)
+                if i % 10
+                else (0.0, 0.0, 0.0, 0.0)
+            )
+            more = (
+                dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0])
+                if i == 30 and position == 0
+                else {}
+            )
             sampled += group(i, samples[i % len(samples)], accuracies, **about, **more)
     write_lines(out / "samples.jsonl", sampled)
-    (out / "config.txt").write_text("--algo tgrpo\n--steps 40\n--fps 2.0\n--min_frames 4\n--max_frames 8\n--train_vision\n")
+    (out / "config.txt").write_text(
+        "--algo tgrpo\n--steps 40\n--fps 2.0\n--min_frames 4\n--max_frames 8\n--train_vision\n"
+    )
     return out
 
 
@@ -271,24 +392,48 @@ def test_a_training_runs_figures_curves_and_samples(training_page, samples):
     figures = {name: (value, what) for name, value, what in page["training"]["figures"]}
     assert figures["steps"] == ("30", "of 40")
     first, last = (sum(x for x in range(1, 12) if x != 7) / 300, sum(range(21, 31)) / 300)
-    assert figures["training accuracy"] == (f"{first:.3f} → {last:.3f}", "means of the first and last 10 steps")
-    assert figures["held-out accuracy"] == ("0.200 → 0.900", "steps 0 and 30; 50 questions, 1 failed")
+    assert figures["training accuracy"] == (
+        f"{first:.3f} → {last:.3f}",
+        "means of the first and last 10 steps",
+    )
+    assert figures["held-out accuracy"] == (
+        "0.200 → 0.900",
+        "steps 0 and 30; 50 questions, 1 failed",
+    )
     assert figures["skipped samples"] == ("4", "could not be loaded")
     assert figures["steps without an update"] == ("1", "of 30")
     assert figures["time"] == ("58.1 s", "and 2.0 s of evaluations")
     curves = page["training"]["curves"]
-    assert curves["eval_by_source.flash"] == [[0, 30], [0.1, 0.85]] and curves["kl"][1] == [0.0] * 29
-    assert 3 not in curves["loss"][0] and 7 not in curves["accuracy"][0] and 31 not in curves["reward"][0]
+    assert (
+        curves["eval_by_source.flash"] == [[0, 30], [0.1, 0.85]] and curves["kl"][1] == [0.0] * 29
+    )
+    assert (
+        3 not in curves["loss"][0]
+        and 7 not in curves["accuracy"][0]
+        and 31 not in curves["reward"][0]
+    )
     assert page["algo"] == "tgrpo"
 
 
 def test_a_group_is_one_card_with_all_its_responses(training_page, samples):
     page = blob(training_page.read_text())
     shown, sample = page["training"]["groups"], samples[30 % len(samples)]
-    assert [(g["step"], g["position"], g["kind"]) for g in shown[:3]] == [(30, 0, "right"), (30, 3, "wrong"), (29, 0, "right")]
-    assert len(shown) == 60 and [g["kind"] for g in shown].count("mixed") == 27 and page["training"]["left_out"] == 0
+    assert [(g["step"], g["position"], g["kind"]) for g in shown[:3]] == [
+        (30, 0, "right"),
+        (30, 3, "wrong"),
+        (29, 0, "right"),
+    ]
+    assert (
+        len(shown) == 60
+        and [g["kind"] for g in shown].count("mixed") == 27
+        and page["training"]["left_out"] == 0
+    )
     assert shown[0]["responses"] == [f"30.{k} " + HOSTILE.replace("\ud800", "?") for k in range(4)]
-    assert (shown[0]["id"], shown[0]["options"], shown[0]["gold"]) == (sample.id, sample.options, sample.answer)
+    assert (shown[0]["id"], shown[0]["options"], shown[0]["gold"]) == (
+        sample.id,
+        sample.options,
+        sample.answer,
+    )
     names = "reward", "accuracy", "format", "length_bonus", "temporal_bonus", "advantage"
     assert shown[0]["numbers"] == [dict(zip(names, (2.0, 1.0, 1.0, 0.0, 0.3, 0.75)))] * 4
     assert page["sheets"][shown[0]["sheet"]]["of"] == 8
@@ -300,7 +445,10 @@ def test_the_newest_groups_of_each_kind_are_shown(tmp_path, monkeypatch, samples
     (tmp_path / "log.jsonl").write_text("")
     mixed, right = (0.0, 1.0), (1.0, 1.0)
     kinds = [mixed, right, right, right, mixed]
-    write_lines(tmp_path / "samples.jsonl", [x for i, a in enumerate(kinds) for x in group(i, samples[0], a, position=0)])
+    write_lines(
+        tmp_path / "samples.jsonl",
+        [x for i, a in enumerate(kinds) for x in group(i, samples[0], a, position=0)],
+    )
     training = blob(report.page(tmp_path))["training"]
     assert [g["step"] for g in training["groups"]] == [4, 3, 2, 0] and training["left_out"] == 1
 
@@ -309,16 +457,30 @@ def test_samples_of_the_older_form(tmp_path, samples):
     """No position, no options, no advantage; two responses to each of two prompts a step."""
     (tmp_path / "log.jsonl").write_text("")
     lines = [x for i in (1, 2) for s in samples[:2] for x in group(i, s, (1.0, 0.0))]
-    write_lines(tmp_path / "samples.jsonl", [{k: v for k, v in x.items() if k != "advantage"} for x in lines])
+    write_lines(
+        tmp_path / "samples.jsonl",
+        [{k: v for k, v in x.items() if k != "advantage"} for x in lines],
+    )
     found = blob(report.page(tmp_path))["training"]["groups"]
-    assert [(g["step"], g["id"], len(g["responses"])) for g in found] == [(i, s.id, 2) for i in (2, 1) for s in samples[:2]]
-    assert found[0]["options"] == [] and found[0]["gold"] is None and "advantage" not in found[0]["numbers"][0]
+    assert [(g["step"], g["id"], len(g["responses"])) for g in found] == [
+        (i, s.id, 2) for i in (2, 1) for s in samples[:2]
+    ]
+    assert (
+        found[0]["options"] == []
+        and found[0]["gold"] is None
+        and "advantage" not in found[0]["numbers"][0]
+    )
 
 
 def test_what_was_not_computed_is_no_0(tmp_path):
     """Step 2 had no gradient, so its loss is none; step 3 had one that was not finite. Nothing counts skipped samples."""
-    idle = dict(step=2, skipped_update=True, grad_norm=0.0, loss=0.0, kl=0.0, entropy=0.07, reward=0.0)
-    taught, broken = idle | dict(step=1, skipped_update=False, grad_norm=1.0), idle | dict(step=3, grad_norm=None, loss=0.25)
+    idle = dict(
+        step=2, skipped_update=True, grad_norm=0.0, loss=0.0, kl=0.0, entropy=0.07, reward=0.0
+    )
+    taught, broken = (
+        idle | dict(step=1, skipped_update=False, grad_norm=1.0),
+        idle | dict(step=3, grad_norm=None, loss=0.25),
+    )
     write_lines(tmp_path / "log.jsonl", [taught, idle, broken])
     training = blob(report.page(tmp_path))["training"]
     assert training["figures"][1:] == [
@@ -331,9 +493,15 @@ def test_what_was_not_computed_is_no_0(tmp_path):
 
 
 def test_a_supervised_run_and_one_that_has_just_begun(tmp_path):
-    write_lines(tmp_path / "log.jsonl", [dict(step=i, loss=2.0 / i, seconds={"step": 1.0}) for i in (1, 2)])
+    write_lines(
+        tmp_path / "log.jsonl", [dict(step=i, loss=2.0 / i, seconds={"step": 1.0}) for i in (1, 2)]
+    )
     page = blob(report.page(tmp_path))
-    assert page["training"]["figures"][1] == ["training loss", "1.500 → 1.500", "means of the first and last 2 steps"]
+    assert page["training"]["figures"][1] == [
+        "training loss",
+        "1.500 → 1.500",
+        "means of the first and last 2 steps",
+    ]
     assert page["training"]["groups"] == [] and page["sheets"] == []
     (tmp_path / "log.jsonl").write_text("")
     assert blob(report.page(tmp_path))["training"]["figures"][0] == ["steps", "0", "of ?"]
@@ -343,7 +511,10 @@ def test_errors_are_one_line(tmp_path):
     missing = run("report.py", tmp_path / "nowhere", expect=1)
     assert missing.strip() == f"error: {tmp_path}/nowhere: no such folder"
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(SystemExit, match="error: .*: neither a training log .log.jsonl. nor answers of an evaluation"):
+    with pytest.raises(
+        SystemExit,
+        match="error: .*: neither a training log .log.jsonl. nor answers of an evaluation",
+    ):
         report.main([str(tmp_path)])
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(SystemExit, match="error: .*/no/such/page.html"):
@@ -356,10 +527,26 @@ def test_errors_are_one_line(tmp_path):
         ("config.txt", b'--model "x\n', "config.txt, line 1: cannot be read: No closing quotation"),
         ("config.txt", b"--fps abc\n", "config.txt: --fps abc: expected a number"),
         ("config.txt", "--fps 2\n".encode("utf-16"), "config.txt: not UTF-8 text"),
-        ("log.jsonl", b'{"step": 1}\n{"step": 2, "loss": 1e999}\n', "log.jsonl, line 2: holds the number 1e999, expected"),
-        ("log.jsonl", b'{"step": "1"}\n', "log.jsonl, line 1: 'step' is \"1\", expected a whole number"),
-        ("samples.jsonl", b'{"step": null, "response": "a"}\n', "samples.jsonl, line 1: 'step' is null, expected a whole"),
-        ("samples.jsonl", b'{"step": 1, "response": 3}\n', "samples.jsonl, line 1: 'response' is 3, expected text"),
+        (
+            "log.jsonl",
+            b'{"step": 1}\n{"step": 2, "loss": 1e999}\n',
+            "log.jsonl, line 2: holds the number 1e999, expected",
+        ),
+        (
+            "log.jsonl",
+            b'{"step": "1"}\n',
+            "log.jsonl, line 1: 'step' is \"1\", expected a whole number",
+        ),
+        (
+            "samples.jsonl",
+            b'{"step": null, "response": "a"}\n',
+            "samples.jsonl, line 1: 'step' is null, expected a whole",
+        ),
+        (
+            "samples.jsonl",
+            b'{"step": 1, "response": 3}\n',
+            "samples.jsonl, line 1: 'response' is 3, expected text",
+        ),
     ],
 )
 def test_a_file_that_was_edited_is_named_with_its_line(tmp_path, file, content, message):
@@ -374,8 +561,14 @@ def test_no_decoder_is_left_behind(answers):
     """The pool's threads own decoder processes; these end with the threads."""
 
     def decoders():
-        ps = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,stat=,args="], capture_output=True, text=True).stdout
-        return {row.split()[0] for row in ps.splitlines() if "video.py" in row and " Z" not in row}
+        ps = subprocess.run(
+            ["ps", "--ppid", str(os.getpid()), "-o", "pid=,stat=,args="],
+            capture_output=True,
+            text=True,
+        ).stdout
+        return {
+            row.split()[0] for row in ps.splitlines() if "infra.video" in row and " Z" not in row
+        }
 
     before = decoders()
     report.page(answers)
@@ -400,10 +593,28 @@ def browse(tmp_path_factory):
     def dom(page, address="", script=""):
         copy = folder / "page.html"
         text = page.read_text() if hasattr(page, "read_text") else page
-        copy.write_text(text + (f"<script>setTimeout(() => {{ {script} }}, 100)</script>" if script else ""))
-        command = [chromium, "--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr", "--v=0"]
-        command += [f"--user-data-dir={folder}/profile", "--virtual-time-budget=5000", *(f"--disable-{x}" for x in quiet)]
-        done = subprocess.run([*command, "--dump-dom", f"file://{copy}#{address}"], capture_output=True, text=True, timeout=120)
+        copy.write_text(
+            text + (f"<script>setTimeout(() => {{ {script} }}, 100)</script>" if script else "")
+        )
+        command = [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--no-first-run",
+            "--enable-logging=stderr",
+            "--v=0",
+        ]
+        command += [
+            f"--user-data-dir={folder}/profile",
+            "--virtual-time-budget=5000",
+            *(f"--disable-{x}" for x in quiet),
+        ]
+        done = subprocess.run(
+            [*command, "--dump-dom", f"file://{copy}#{address}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert "CONSOLE" not in done.stderr and "Uncaught" not in done.stderr, done.stderr
         return done.stdout.split('<script type="application/json">')[0]
 
@@ -432,19 +643,44 @@ def test_the_page_may_load_nothing(browse, answers_page):
 @needs_chromium
 def test_an_evaluation_in_the_browser(browse, answers_page, samples):
     everything = articles(browse(answers_page))
-    assert [kind for kind, _ in everything] == ["right", "wrong", "failed", "right", "failed", "failed"]
+    assert [kind for kind, _ in everything] == [
+        "right",
+        "wrong",
+        "failed",
+        "right",
+        "failed",
+        "failed",
+    ]
     ((kind, text),) = articles(browse(answers_page, "show=wrong"))
     wrong, gold = next(x for x in "ABCD" if x != samples[1].answer), samples[1].answer
     assert kind == "wrong" and "✗ wrong" in text and samples[1].question in text
-    assert f"{wrong} × 1" in text and f"{wrong} × 2" in text and f"{gold} × 1 ✓" in text and "no valid answer × 1" in text
-    assert "4 of 4 frames" in text and "8 of 8 frames" in text and "round 2: 8 frames, 4 visual tokens, 0.50 s" in text
-    assert re.search(r"✓ right answer(?!.*✓ right answer).*round 1", text, re.DOTALL) and text.count("✗ given") == 1
-    assert "3 responses" in text and "<think>so &amp; so</think>" in text  # as the model wrote it, not as HTML
+    assert (
+        f"{wrong} × 1" in text
+        and f"{wrong} × 2" in text
+        and f"{gold} × 1 ✓" in text
+        and "no valid answer × 1" in text
+    )
+    assert (
+        "4 of 4 frames" in text
+        and "8 of 8 frames" in text
+        and "round 2: 8 frames, 4 visual tokens, 0.50 s" in text
+    )
+    assert (
+        re.search(r"✓ right answer(?!.*✓ right answer).*round 1", text, re.DOTALL)
+        and text.count("✗ given") == 1
+    )
+    assert (
+        "3 responses" in text and "<think>so &amp; so</think>" in text
+    )  # as the model wrote it, not as HTML
     failed = articles(browse(answers_page, "method=s2d-4-16&show=failed"))
     assert [re.search(r"record (\d)", text)[1] for _, text in failed] == ["2", "4", "5"]
     hostile = HOSTILE.replace("\ud800", "?")
-    assert failed[1][1].count(hostile) == 3 and f"! record 4: {hostile}" in failed[1][1]  # question, option, failure
-    assert "could not be read" in failed[2][1] and "! f.json, record 5: no 'solution'" in failed[2][1]
+    assert (
+        failed[1][1].count(hostile) == 3 and f"! record 4: {hostile}" in failed[1][1]
+    )  # question, option, failure
+    assert (
+        "could not be read" in failed[2][1] and "! f.json, record 5: no 'solution'" in failed[2][1]
+    )
     assert "! no valid answer" in failed[0][1]
 
 
@@ -475,8 +711,17 @@ def test_right_is_what_scores_and_equals_the_normalised_gold(browse, tmp_path):
     write_lines(tmp_path / "greedy-4.rank0.jsonl", rows)
     text = browse(report.page(tmp_path))
     found = re.findall(r"<article.*?</article>", text, re.DOTALL)
-    marked = [{kind: re.findall(rf'<li class="{kind}">(.*?) ?<small>', card) for kind in ("right", "wrong")} for card in found]
-    chips = [re.findall(r'<span class="chip right"[^>]*><b>(.*?)</b>(.*?)</span>', card) for card in found]
+    marked = [
+        {
+            kind: re.findall(rf'<li class="{kind}">(.*?) ?<small>', card)
+            for kind in ("right", "wrong")
+        }
+        for card in found
+    ]
+    chips = [
+        re.findall(r'<span class="chip right"[^>]*><b>(.*?)</b>(.*?)</span>', card)
+        for card in found
+    ]
     for (options, answer, gold, given, _, right, wrong), mark, chip in zip(GOLDS, marked, chips):
         assert mark["wrong"] == [wrong] * bool(wrong), (answer, given)
         if options:
@@ -488,29 +733,67 @@ def test_right_is_what_scores_and_equals_the_normalised_gold(browse, tmp_path):
 @needs_chromium
 def test_what_a_bad_record_holds_becomes_no_attribute(browse, tmp_path, samples):
     """An object where text is expected, in every field and key of the page."""
-    hostile = {"ONCLICK": "1", "style": "2", "title": "3", "constructor": "4", "__proto__": {"title": "5"}}
-    bad = dict(record=0, score=0.0, failure="bad", rounds=[], problem_type=hostile, about={"category": hostile}, id=hostile)
-    fields = dict(question=hostile, answer=hostile, given=None, path="/x.mp4", data_type="video", fps=1.0)
-    write_lines(tmp_path / "greedy-4.rank0.jsonl", [bad, bad | dict(record=1, problem_type=["x"], **fields)])
+    hostile = {
+        "ONCLICK": "1",
+        "style": "2",
+        "title": "3",
+        "constructor": "4",
+        "__proto__": {"title": "5"},
+    }
+    bad = dict(
+        record=0,
+        score=0.0,
+        failure="bad",
+        rounds=[],
+        problem_type=hostile,
+        about={"category": hostile},
+        id=hostile,
+    )
+    fields = dict(
+        question=hostile, answer=hostile, given=None, path="/x.mp4", data_type="video", fps=1.0
+    )
+    write_lines(
+        tmp_path / "greedy-4.rank0.jsonl", [bad, bad | dict(record=1, problem_type=["x"], **fields)]
+    )
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss=hostile, title=3.0)) + "\n")
-    write_lines(tmp_path / "samples.jsonl", [dict(step=1, response="x", id=hostile, question=hostile, accuracy=hostile)])
+    write_lines(
+        tmp_path / "samples.jsonl",
+        [dict(step=1, response="x", id=hostile, question=hostile, accuracy=hostile)],
+    )
     dom = browse(report.page(tmp_path), "show=constructor")
     assert [kind for kind, _ in articles(dom)] == ["wrong", "failed", "failed"]
     written = dom.split("<main>")[1]
-    assert not re.search(r'onclick=|constructor=|__proto__=|(style|title)="[235]"', written) and "[object" not in written
+    assert (
+        not re.search(r'onclick=|constructor=|__proto__=|(style|title)="[235]"', written)
+        and "[object" not in written
+    )
 
 
 @needs_chromium
 def test_the_address_chooses_what_is_shown(browse, answers_page, samples):
     dom = browse(answers_page, "method=greedy-4")
     assert len(articles(dom)) == 4 and {kind for kind, _ in articles(dom)} == {"right"}
-    assert "frames not readable: /nowhere/x.mp4: no such file" in articles(browse(answers_page, "record=3"))[0][1]
-    assert [kind for kind, _ in articles(browse(answers_page, "show=escalated"))] == ["wrong", "failed"]
+    assert (
+        "frames not readable: /nowhere/x.mp4: no such file"
+        in articles(browse(answers_page, "record=3"))[0][1]
+    )
+    assert [kind for kind, _ in articles(browse(answers_page, "show=escalated"))] == [
+        "wrong",
+        "failed",
+    ]
     assert len(articles(browse(answers_page, "q=NO+%27solution%27"))) == 1
     source = samples[0].about["data_source"]
     expected = sum(s.about["data_source"] == source for s in samples[:4])
-    assert 0 < len(articles(browse(answers_page, f"method=greedy-4&by.data_source={source}"))) == expected < 4
-    assert len(articles(browse(answers_page, "method=nobody&show=nothing&by.data_source=%3Cimg%3E"))) == 0
+    assert (
+        0
+        < len(articles(browse(answers_page, f"method=greedy-4&by.data_source={source}")))
+        == expected
+        < 4
+    )
+    assert (
+        len(articles(browse(answers_page, "method=nobody&show=nothing&by.data_source=%3Cimg%3E")))
+        == 0
+    )
     title = re.search(r"<title>(.*?)</title>", dom)[1]
     assert "owned" not in title and "<img" not in dom
 
@@ -542,15 +825,35 @@ def test_4000_questions_are_shown_20_at_a_time(browse, tmp_path, samples):
 def test_a_training_run_in_the_browser(browse, training_page):
     dom = browse(training_page)
     charts = re.findall(r'data-chart="(.*?)"', dom)
-    assert charts[:4] == ["accuracy", "held-out accuracy by source", "reward", "loss"] and "kl" not in charts
-    assert {"grad_norm", "skipped_samples", "seconds of a step, by phase"} <= set(charts) and "shuffled" not in " ".join(charts)
-    assert "The same at every step: kl 0." in dom and dom.count("<circle") == 2 + 2 * 2 and "0.200 → 0.900" in dom
+    assert (
+        charts[:4] == ["accuracy", "held-out accuracy by source", "reward", "loss"]
+        and "kl" not in charts
+    )
+    assert {"grad_norm", "skipped_samples", "seconds of a step, by phase"} <= set(
+        charts
+    ) and "shuffled" not in " ".join(charts)
+    assert (
+        "The same at every step: kl 0." in dom
+        and dom.count("<circle") == 2 + 2 * 2
+        and "0.200 → 0.900" in dom
+    )
     assert "NaN" not in dom and "Infinity" not in dom and "undefined" not in dom
     assert len(articles(dom)) == 20 and "left out" not in dom
     kind, text = articles(dom)[0]
-    assert kind == "right" and "step 30" in text and "prompt 1" in text and "4 of 4 responses right" in text
-    assert text.count("advantage +0.75") == text.count("temporal_bonus 0.3") == 4 and text.count("8 of 8 frames") == 1
-    assert all(f"30.{k} {HOSTILE[:20]}" in text for k in range(4)) and text.count("✓ right answer") == 1
+    assert (
+        kind == "right"
+        and "step 30" in text
+        and "prompt 1" in text
+        and "4 of 4 responses right" in text
+    )
+    assert (
+        text.count("advantage +0.75") == text.count("temporal_bonus 0.3") == 4
+        and text.count("8 of 8 frames") == 1
+    )
+    assert (
+        all(f"30.{k} {HOSTILE[:20]}" in text for k in range(4))
+        and text.count("✓ right answer") == 1
+    )
     assert "in the order 2 1 4 3: accuracies 0 1" in text
     mixed = articles(browse(training_page, "show=mixed"))
     assert {kind for kind, _ in mixed} == {"mixed"} and "1 of 4 responses right" in mixed[0][1]
@@ -562,17 +865,40 @@ def test_pointing_at_a_curve_reads_all_curves_at_that_step(browse, training_page
     svg = "const v = document.querySelector('[data-chart=accuracy] > svg'), b = v.getBoundingClientRect();"
     move = "v.dispatchEvent(new PointerEvent('pointermove', { clientX: b.left + b.width * (40 + 268 * 15 / 30) / 320 }));"
     dom = browse(training_page, script=svg + move)
-    legend = lambda chart: re.search(rf'data-chart="{chart}".*?class="legend">(.*?)</div>', dom, re.DOTALL)[1]
-    assert "<b>0.5</b>" in legend("accuracy") and "<b>1.5</b>" in legend("reward") and ", step 15<" in dom
+    legend = lambda chart: re.search(
+        rf'data-chart="{chart}".*?class="legend">(.*?)</div>', dom, re.DOTALL
+    )[1]
+    assert (
+        "<b>0.5</b>" in legend("accuracy")
+        and "<b>1.5</b>" in legend("reward")
+        and ", step 15<" in dom
+    )
 
 
 @needs_chromium
 def test_charts_are_read_by_keyboard(browse, training_page):
-    keys = ["Home", "ArrowRight", "ArrowRight", "PageUp", "ArrowLeft", "x"]  # steps 0, 1, 2, 13 (7 has none), 12
-    press = "".join(f"v.dispatchEvent(new KeyboardEvent('keydown', {{ key: '{key}' }}));" for key in keys)
-    dom = browse(training_page, script=f"const v = document.querySelector('[data-chart=accuracy] > svg'); v.focus(); {press}")
+    keys = [
+        "Home",
+        "ArrowRight",
+        "ArrowRight",
+        "PageUp",
+        "ArrowLeft",
+        "x",
+    ]  # steps 0, 1, 2, 13 (7 has none), 12
+    press = "".join(
+        f"v.dispatchEvent(new KeyboardEvent('keydown', {{ key: '{key}' }}));" for key in keys
+    )
+    dom = browse(
+        training_page,
+        script=f"const v = document.querySelector('[data-chart=accuracy] > svg'); v.focus(); {press}",
+    )
     svg = re.search(r'data-chart="accuracy".*?(<svg[^>]*role="slider"[^>]*>)', dom, re.DOTALL)[1]
-    assert 'tabindex="0"' in svg and 'aria-valuenow="12"' in svg and 'aria-valuemin="0"' in svg and 'aria-valuemax="30"' in svg
+    assert (
+        'tabindex="0"' in svg
+        and 'aria-valuenow="12"' in svg
+        and 'aria-valuemin="0"' in svg
+        and 'aria-valuemax="30"' in svg
+    )
     assert 'aria-valuetext="step 12: accuracy 0.4, eval_accuracy 0.2"' in svg
 
 
@@ -586,8 +912,12 @@ def test_charts_are_read_by_keyboard(browse, training_page):
     ],
 )
 def test_a_constant_curve_is_drawn_on_an_axis_with_0(browse, tmp_path, values, ticks):
-    write_lines(tmp_path / "log.jsonl", [dict(step=10 * i, eval_accuracy=v) for i, v in enumerate(values)])
-    labels = re.findall(r'<text[^>]*text-anchor="end"[^>]*>(.*?)</text>', browse(report.page(tmp_path)))
+    write_lines(
+        tmp_path / "log.jsonl", [dict(step=10 * i, eval_accuracy=v) for i, v in enumerate(values)]
+    )
+    labels = re.findall(
+        r'<text[^>]*text-anchor="end"[^>]*>(.*?)</text>', browse(report.page(tmp_path))
+    )
     assert labels == ticks
 
 
@@ -595,12 +925,19 @@ def test_a_constant_curve_is_drawn_on_an_axis_with_0(browse, tmp_path, values, t
 def test_no_curve_hides_another_and_tables_and_fields_have_names(browse, tmp_path, answers_page):
     log = [dict(step=i, temporal_passed=i % 2, temporal_vacuous=i % 2) for i in range(9)]
     write_lines(tmp_path / "log.jsonl", log)
-    passed, vacuous = re.findall(r'<path fill="none"[^>]*stroke-width="1.6"[^>]*>', browse(report.page(tmp_path)))
+    passed, vacuous = re.findall(
+        r'<path fill="none"[^>]*stroke-width="1.6"[^>]*>', browse(report.page(tmp_path))
+    )
     assert 'stroke-dasharray="none"' in passed and 'stroke-dasharray="6 4"' in vacuous
     dom = browse(answers_page)
     heads = re.findall(r"<th[ >].*?</th>", dom)
-    assert heads and all(re.match(r'<th scope="(col|row)">.', head) and "><" not in head.split("<a")[0] for head in heads)
-    assert dom.count('scope="row"') == dom.count("<tr>") - dom.count("<table>")  # every row but the first has a head
+    assert heads and all(
+        re.match(r'<th scope="(col|row)">.', head) and "><" not in head.split("<a")[0]
+        for head in heads
+    )
+    assert dom.count('scope="row"') == dom.count("<tr>") - dom.count(
+        "<table>"
+    )  # every row but the first has a head
     assert all("aria-label=" in tag for tag in re.findall(r"<(?:select|input)[^>]*>", dom))
 
 
@@ -614,7 +951,11 @@ def luminance(colour):
 
 @pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
 def test_every_colour_has_a_contrast_of_4_5_to_the_page_and_to_the_cards(mode):
-    roots = re.findall(r":root \{(.*?)\}", (report.Path(report.__file__).parent / "report.html").read_text(), re.DOTALL)
+    roots = re.findall(
+        r":root \{(.*?)\}",
+        (report.Path(report.__file__).parent / "report.html").read_text(),
+        re.DOTALL,
+    )
     colours = dict(re.findall(r"--(\w+): (#\w+)", roots[mode]))
     grounds = [luminance(colours.pop(name)) for name in ("paper", "card")]
     assert colours.pop("line") and {f"c{i}" for i in range(8)} < set(colours)

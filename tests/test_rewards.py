@@ -6,15 +6,23 @@ import re
 import time
 
 import pytest
-from conftest import ROOT, SHARED, needs_shared
 
 import rewards
-import stem
+from conftest import ROOT, SHARED, needs_shared
 from data import DataError, Sample, load_samples
+from infra import stem
 
 
 def sample(problem_type="multiple choice", answer="B", options=("A. left", "B. right", "C. A")):
-    return Sample("1", "?", list(options) if problem_type == "multiple choice" else [], problem_type, "video", "x.mp4", answer)
+    return Sample(
+        "1",
+        "?",
+        list(options) if problem_type == "multiple choice" else [],
+        problem_type,
+        "video",
+        "x.mp4",
+        answer,
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,17 +73,110 @@ def test_choice_letter(text, letter):
 @pytest.mark.parametrize(
     "text",
     [
-        *("B.right", "(B)right", "B:right", "B, right", "B; right", "B、right", "B - right", "B — right", "B)right"),
-        *("B,", "B;", "B!", "B。", "( B )", "[B]", "{B}", "<B>", '"B"', "'B'", "“B”", "「B」", "- B", "B...", "b)."),
-        *("**B**", "**B.** right", "**B**right", "`B`", "__B__", "$B$", "$$B$$", "~~B~~", "<b>B</b>", "### B", "*b*: right"),
-        *(r"\boxed{B}", r"\text{B}", r"\mathrm{B}", r"\mathbf{(B)}", r"$\boxed{\text{B}}$", r"\(B\)", r"\boxed{B. right}"),
-        *("Option B", "Option B: right", "Choice B", "Answer: B", "answer: b", "The answer is B.", "The answer is: (B)"),
-        *("The correct answer is **B**.", "Final answer: B", "My answer is option B", "The best option is B. right"),
-        *("Ｂ", "（B）", "Ｂ．right", "Answer:\nB", "\ufeffB", "B\u200b", "\u200b(\u200dB\u2060)", "\u00a0B\u3000"),
-        *("B. it's at 9 a.m.", "B. I'm sure", "B. a U-turn", "B: a lady in a T-shirt", "B. righteous"),
-        *("B\n\nBecause it turns.", "B. right, plan B", "B. at 20 °C", "(B) is the answer", "B. all in all"),
-        *("B is correct", "Option B is correct.", "B is right", "**B** is the best option", "B is the answer: it turns"),
-        *("So, the answer is B", "Thus B", "It is B", "It's (b).", "Letter B", "The correct answer is letter B: right"),
+        *(
+            "B.right",
+            "(B)right",
+            "B:right",
+            "B, right",
+            "B; right",
+            "B、right",
+            "B - right",
+            "B — right",
+            "B)right",
+        ),
+        *(
+            "B,",
+            "B;",
+            "B!",
+            "B。",
+            "( B )",
+            "[B]",
+            "{B}",
+            "<B>",
+            '"B"',
+            "'B'",
+            "“B”",
+            "「B」",
+            "- B",
+            "B...",
+            "b).",
+        ),
+        *(
+            "**B**",
+            "**B.** right",
+            "**B**right",
+            "`B`",
+            "__B__",
+            "$B$",
+            "$$B$$",
+            "~~B~~",
+            "<b>B</b>",
+            "### B",
+            "*b*: right",
+        ),
+        *(
+            r"\boxed{B}",
+            r"\text{B}",
+            r"\mathrm{B}",
+            r"\mathbf{(B)}",
+            r"$\boxed{\text{B}}$",
+            r"\(B\)",
+            r"\boxed{B. right}",
+        ),
+        *(
+            "Option B",
+            "Option B: right",
+            "Choice B",
+            "Answer: B",
+            "answer: b",
+            "The answer is B.",
+            "The answer is: (B)",
+        ),
+        *(
+            "The correct answer is **B**.",
+            "Final answer: B",
+            "My answer is option B",
+            "The best option is B. right",
+        ),
+        *(
+            "Ｂ",
+            "（B）",
+            "Ｂ．right",
+            "Answer:\nB",
+            "\ufeffB",
+            "B\u200b",
+            "\u200b(\u200dB\u2060)",
+            "\u00a0B\u3000",
+        ),
+        *(
+            "B. it's at 9 a.m.",
+            "B. I'm sure",
+            "B. a U-turn",
+            "B: a lady in a T-shirt",
+            "B. righteous",
+        ),
+        *(
+            "B\n\nBecause it turns.",
+            "B. right, plan B",
+            "B. at 20 °C",
+            "(B) is the answer",
+            "B. all in all",
+        ),
+        *(
+            "B is correct",
+            "Option B is correct.",
+            "B is right",
+            "**B** is the best option",
+            "B is the answer: it turns",
+        ),
+        *(
+            "So, the answer is B",
+            "Thus B",
+            "It is B",
+            "It's (b).",
+            "Letter B",
+            "The correct answer is letter B: right",
+        ),
         *("答案：B", "正确答案是 **B**。", "选B", "故选B。", "选项B正确", "B是正确的", "我选B"),
     ],
 )
@@ -86,14 +187,78 @@ def test_a_letter_is_read_past_its_markup(text):
 @pytest.mark.parametrize(
     "text",
     [
-        *("A. left or right", "A. left, right, up, down", "A: b", "A. b?", "A. left/right", "A: left; maybe right"),
-        *("A or B", "**A** or **B**", "A / B", "A&B", "A-B", "A, or C", "A. A or B", "(A)(B)", "A! B?", "Ａ，Ｂ", "A. B"),
-        *("The answer is A or B", "Option A, option B", "A: not B", "A. left. B. right", "A. or a right turn", r"\boxed{A,B}"),
-        *("right", "**right**", "The answer is right", "right. B", "not B", "The answer is not B", "answer", "E", "Option E"),
-        *("A is right", "B is correct, not A", "B is incorrect", "B is not correct", "It is A or B", "So it is A. right"),
-        *("B is up", "It is a man", "It is a right turn", "选A或B", "答案不是B", "不选B", "A正确，B错误"),
+        *(
+            "A. left or right",
+            "A. left, right, up, down",
+            "A: b",
+            "A. b?",
+            "A. left/right",
+            "A: left; maybe right",
+        ),
+        *(
+            "A or B",
+            "**A** or **B**",
+            "A / B",
+            "A&B",
+            "A-B",
+            "A, or C",
+            "A. A or B",
+            "(A)(B)",
+            "A! B?",
+            "Ａ，Ｂ",
+            "A. B",
+        ),
+        *(
+            "The answer is A or B",
+            "Option A, option B",
+            "A: not B",
+            "A. left. B. right",
+            "A. or a right turn",
+            r"\boxed{A,B}",
+        ),
+        *(
+            "right",
+            "**right**",
+            "The answer is right",
+            "right. B",
+            "not B",
+            "The answer is not B",
+            "answer",
+            "E",
+            "Option E",
+        ),
+        *(
+            "A is right",
+            "B is correct, not A",
+            "B is incorrect",
+            "B is not correct",
+            "It is A or B",
+            "So it is A. right",
+        ),
+        *(
+            "B is up",
+            "It is a man",
+            "It is a right turn",
+            "选A或B",
+            "答案不是B",
+            "不选B",
+            "A正确，B错误",
+        ),
         *("C. up (not down)", "C. up, then A"),  # what is said of other options is not read
-        *("A man walks", "a man", "a right turn", "B turns", "A.M.", "e.g. right", "D-day", "C'mon", "Bé", "B12", "()", "**"),
+        *(
+            "A man walks",
+            "a man",
+            "a right turn",
+            "B turns",
+            "A.M.",
+            "e.g. right",
+            "D-day",
+            "C'mon",
+            "Bé",
+            "B12",
+            "()",
+            "**",
+        ),
     ],
 )
 def test_what_hedges_or_has_no_letter_is_no_answer(text):
@@ -129,7 +294,16 @@ def test_what_hedges_or_has_no_letter_is_no_answer(text):
     ],
 )
 def test_texts_that_hold_letters_and_each_other(text, letter):
-    options = ["A. red", "B. A man walks away slowly", "C. red and blue", "D. none", "E. A and B", "F. ", "G. -55 mV", "H. 55 mV"]
+    options = [
+        "A. red",
+        "B. A man walks away slowly",
+        "C. red and blue",
+        "D. none",
+        "E. A and B",
+        "F. ",
+        "G. -55 mV",
+        "H. 55 mV",
+    ]
     options += ["I. 95.1%", "J. 95.1"]
     assert rewards.choice_letter(text, options) == letter
 
@@ -137,7 +311,16 @@ def test_texts_that_hold_letters_and_each_other(text, letter):
 @pytest.mark.parametrize("option", ["{}. 左", "{}) 左", "({}) 左", "{}: 左", "{}.左"])
 def test_options_of_any_style_and_script(option):
     options = [option.format("A"), option.format("B").replace("左", "右")]
-    answers = {"B": "B", "B右": "B", "B。右边": "B", "Ｂ、右": "B", "A. 左": "A", "A。左右": None, "A或B": None, "右": None}
+    answers = {
+        "B": "B",
+        "B右": "B",
+        "B。右边": "B",
+        "Ｂ、右": "B",
+        "A. 左": "A",
+        "A。左右": None,
+        "A或B": None,
+        "右": None,
+    }
     assert {text: rewards.choice_letter(text, options) for text in answers} == answers
 
 
@@ -146,10 +329,15 @@ def load_one(folder, **record):
     return load_samples(folder / "records.json")[0]
 
 
-@pytest.mark.parametrize("solution", ["B.right", "(B)", "**B**", "B. right", "<answer>Option B</answer>"])
+@pytest.mark.parametrize(
+    "solution", ["B.right", "(B)", "**B**", "B. right", "<answer>Option B</answer>"]
+)
 def test_a_record_is_accepted_whose_solution_names_an_option(solution, tmp_path):
     loaded = load_one(tmp_path, options=["A. left", "B. right"], solution=solution)
-    assert [rewards.accuracy_reward(f"<answer>{letter}</answer>", loaded) for letter in "AB"] == [0, 1]
+    assert [rewards.accuracy_reward(f"<answer>{letter}</answer>", loaded) for letter in "AB"] == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("solution", ["right", "A or B", "C", "A. right"])
@@ -160,7 +348,9 @@ def test_a_record_is_refused_whose_solution_names_none(solution, tmp_path):
 
 def test_choice_letter_with_closing_brackets_and_many_options():
     options = [f"{c}) option" for c in "ABCDEFGHIJKLMN"]
-    assert rewards.choice_letter("N", options) == "N" and rewards.choice_letter("O", options) is None
+    assert (
+        rewards.choice_letter("N", options) == "N" and rewards.choice_letter("O", options) is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,16 +380,69 @@ def test_choice_letter_with_closing_brackets_and_many_options():
         ("1e", None),
         ("e5", None),
         ("-E3", None),
-        *((text, 5) for text in ("$5$", r"\boxed{5}", r"$\boxed{\text{5}}$", r"\(5\)", "5。", "(5)", "[ 5 ]", "“5”", "５")),
+        *(
+            (text, 5)
+            for text in (
+                "$5$",
+                r"\boxed{5}",
+                r"$\boxed{\text{5}}$",
+                r"\(5\)",
+                "5。",
+                "(5)",
+                "[ 5 ]",
+                "“5”",
+                "５",
+            )
+        ),
         *((text, 5) for text in ("**5**", "`5`.", "**5.**", "_5_", "「5」", "5\u200b", "\ufeff5")),
         *((text, -3) for text in ("–3", "—3", "\u20113", "－3", "(–3)", "$-3$")),
-        *((text, 1000) for text in ("1 000", "1\u2009000", "1\u00a0000", "1\u202f000", "１，０００", "1 000.0", r"1\,000")),
+        *(
+            (text, 1000)
+            for text in (
+                "1 000",
+                "1\u2009000",
+                "1\u00a0000",
+                "1\u202f000",
+                "１，０００",
+                "1 000.0",
+                r"1\,000",
+            )
+        ),
         *((text, 1000) for text in ("1{,}000", "$1{,}000$")),
         *((text, -3) for text in ("- 3", "− 3", "$- 3$", "-\u00a03.0")),
         *((text, None) for text in ("- -3", "10 - 3", "1{,}00", "{,}", "-", "- ")),
         ("12 345 678,5", None),
-        *((text, None) for text in ("$5", "5$", '5"', "5'", "50 %", "５％", "10²", "½", "①", "5!", "5)", "3–5", "x = 5")),
-        *((text, None) for text in ("1 00", "1 0000", "1,000 000", r"\sqrt{5}", r"\frac{1}{2}", "()", "$$", "The answer is 5")),
+        *(
+            (text, None)
+            for text in (
+                "$5",
+                "5$",
+                '5"',
+                "5'",
+                "50 %",
+                "５％",
+                "10²",
+                "½",
+                "①",
+                "5!",
+                "5)",
+                "3–5",
+                "x = 5",
+            )
+        ),
+        *(
+            (text, None)
+            for text in (
+                "1 00",
+                "1 0000",
+                "1,000 000",
+                r"\sqrt{5}",
+                r"\frac{1}{2}",
+                "()",
+                "$$",
+                "The answer is 5",
+            )
+        ),
     ],
 )
 def test_parse_number(text, number):
@@ -240,7 +483,12 @@ def test_extract_answer(response, answer):
         ("numerical", "0.003", "0.0034", 1),
         ("numerical", "1e-5", "0", 0),
         ("numerical", "1e-5", "0.00001", 1),
-        ("numerical", "66.66666666666667", "66.67", 1),  # more than 6 decimals: three digits, at least 2 decimals
+        (
+            "numerical",
+            "66.66666666666667",
+            "66.67",
+            1,
+        ),  # more than 6 decimals: three digits, at least 2 decimals
         ("numerical", "66.66666666666667", "66.666667", 1),
         ("numerical", "66.66666666666667", "66.7", 0),
         ("numerical", "0.30000000000000004", "0.3", 1),
@@ -301,7 +549,9 @@ def test_extract_answer(response, answer):
     ],
 )
 def test_accuracy_by_problem_type(kind, gold, said, reward):
-    assert rewards.accuracy_reward(f"<think>t</think><answer>{said}</answer>", sample(kind, gold)) == pytest.approx(reward)
+    assert rewards.accuracy_reward(
+        f"<think>t</think><answer>{said}</answer>", sample(kind, gold)
+    ) == pytest.approx(reward)
     assert rewards.accuracy_reward(said, sample(kind, gold)) == 0  # no tags, no answer
 
 
@@ -337,9 +587,13 @@ OTHER_SIGNS = {  # gold: wrong answers
 }
 
 
-@pytest.mark.parametrize("gold, said, reward", [
-    *((gold, said, 1) for gold, right in SAME_WORDS.items() for said in right),
-    *((gold, said, 0) for gold, wrong in OTHER_SIGNS.items() for said in wrong)])
+@pytest.mark.parametrize(
+    "gold, said, reward",
+    [
+        *((gold, said, 1) for gold, right in SAME_WORDS.items() for said in right),
+        *((gold, said, 0) for gold, wrong in OTHER_SIGNS.items() for said in wrong),
+    ],
+)
 def test_the_same_words_are_right_unless_their_signs_differ(gold, said, reward):
     assert rewards.accuracy_reward(f"<answer>{said}</answer>", sample("free-form", gold)) == reward
 
@@ -368,13 +622,20 @@ def test_format(response, reward):
 
 def test_length_bonus_needs_a_right_answer_and_both_bounds_count():
     assert [rewards.length_reward(n, 1.0) for n in (319, 320, 512, 513)] == [0, 0.2, 0.2, 0]
-    assert rewards.length_reward(400, 0.1) == 0 and rewards.length_reward(5, 0.5, lo=5, hi=9, bonus=1.0) == 1.0
+    assert (
+        rewards.length_reward(400, 0.1) == 0
+        and rewards.length_reward(5, 0.5, lo=5, hi=9, bonus=1.0) == 1.0
+    )
 
 
 def test_mean_relative_accuracy_by_hand():
     assert rewards.mean_relative_accuracy(100, 100) == 1
-    assert rewards.mean_relative_accuracy(120, 100) == pytest.approx(0.6)  # error 0.2 < 1 - 0.50, ..., 1 - 0.75
-    assert rewards.mean_relative_accuracy(300, 100) == 0 and rewards.mean_relative_accuracy(0, 0) == 1
+    assert rewards.mean_relative_accuracy(120, 100) == pytest.approx(
+        0.6
+    )  # error 0.2 < 1 - 0.50, ..., 1 - 0.75
+    assert (
+        rewards.mean_relative_accuracy(300, 100) == 0 and rewards.mean_relative_accuracy(0, 0) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -406,17 +667,45 @@ def test_no_rounding_decides_mean_relative_accuracy(pred, target, strict, inclus
 def test_any_string_gives_a_number_in_range():
     rng, pieces = (
         random.Random(0),
-        ["<answer>", "</answer>", "B", "A.", "(", "5", ",", ".", "-", "+", "e", "E5", "1e999", "\x00", "\n", "é", "٣", " "],
+        [
+            "<answer>",
+            "</answer>",
+            "B",
+            "A.",
+            "(",
+            "5",
+            ",",
+            ".",
+            "-",
+            "+",
+            "e",
+            "E5",
+            "1e999",
+            "\x00",
+            "\n",
+            "é",
+            "٣",
+            " ",
+        ],
     )
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randrange(8)))
         text = rng.choice([text, f"<answer>{text}</answer>"])
         for kind in rewards.PROBLEM_TYPES:
-            assert 0 <= rewards.accuracy_reward(text, sample(kind, "B" if kind == "multiple choice" else "5")) <= 1
+            assert (
+                0
+                <= rewards.accuracy_reward(
+                    text, sample(kind, "B" if kind == "multiple choice" else "5")
+                )
+                <= 1
+            )
         assert rewards.format_reward(text) in (0, 1)
 
 
-@pytest.mark.parametrize("piece", ["<answer>", "(", " ", "the ", "the answer is ", "1 000", "5.", r"\text{", "' ", "a.", "左"])
+@pytest.mark.parametrize(
+    "piece",
+    ["<answer>", "(", " ", "the ", "the answer is ", "1 000", "5.", r"\text{", "' ", "a.", "左"],
+)
 def test_a_long_response_takes_no_long_time(piece):
     for kind, gold in zip(rewards.PROBLEM_TYPES, ("B", "5", "停止 no entry", "the dog runs", "5")):
         text = "B. " + piece * (100_000 // len(piece))
@@ -431,7 +720,12 @@ def test_a_long_response_takes_no_long_time(piece):
 def vocabulary(rng):
     """Words of our own files, and random stems with every suffix that the stemmer knows."""
     text = " ".join(f.read_text() for f in [*ROOT.glob("*.md"), *ROOT.glob("*.py")]).lower()
-    suffixes = [*stem.STEP_2, *stem.STEP_3, *stem.STEP_4, *"ing ed ies ied eed sses logi logy ally y ll e s".split()]
+    suffixes = [
+        *stem.STEP_2,
+        *stem.STEP_3,
+        *stem.STEP_4,
+        *"ing ed ies ied eed sses logi logy ally y ll e s".split(),
+    ]
     random_stem = lambda: "".join(rng.choices("aeiousytnlrd", k=rng.randrange(1, 7)))
     made = {random_stem() + suffix for suffix in suffixes for _ in range(60)}
     return sorted(made | set(re.findall("[a-z]{2,}", text)) | set(stem.IRREGULAR))
@@ -454,11 +748,17 @@ def test_rouge_and_word_error_rate_equal_known_libraries():
     words = vocabulary(rng)
     for _ in range(500):
         few = rng.sample(words, 10)  # so that texts share words
-        text, reference = (rng.choice([" ", ", ", "-", "_"]).join(rng.choices(few, k=rng.randrange(n, 15))) for n in (0, 1))
+        text, reference = (
+            rng.choice([" ", ", ", "-", "_"]).join(rng.choices(few, k=rng.randrange(n, 15)))
+            for n in (0, 1)
+        )
         theirs = [score.fmeasure for score in scorer.score(reference, text).values()]
         assert rewards.rouge(text, reference) == pytest.approx(sum(theirs) / 3)
         assert rewards.word_error_rate(text, reference) == pytest.approx(jiwer.wer(reference, text))
-    assert rewards.rouge("", "a b") == 0 == rewards.rouge("!", "a b") and rewards.word_error_rate("", "") == 0
+    assert (
+        rewards.rouge("", "a b") == 0 == rewards.rouge("!", "a b")
+        and rewards.word_error_rate("", "") == 0
+    )
 
 
 @needs_shared
@@ -466,7 +766,9 @@ def test_rewards_on_every_real_record():
     """The gold answer in the asked form is right, whatever marks it carries; nothing else is, and nothing without tags."""
     for file in sorted((SHARED / "benchmarks").glob("*.json*")):
         for s in load_samples(file):
-            reward = lambda said, s=s: rewards.accuracy_reward(f"<think>so</think>\n<answer>{said}</answer>", s)
+            reward = lambda said, s=s: rewards.accuracy_reward(
+                f"<think>so</think>\n<answer>{said}</answer>", s
+            )
             assert reward(s.answer) == 1 and rewards.accuracy_reward(s.answer, s) == 0, s
             assert rewards.format_reward(f"<think>so</think>\n<answer>{s.answer}</answer>") == 1
             if s.options:
@@ -475,9 +777,20 @@ def test_rewards_on_every_real_record():
                 text = s.options[letters.index(gold)].strip()[2:].strip()
                 forms = ["{}.", "({})", "**{}**", r"\boxed{{{}}}", "The answer is {}."]
                 forms += ["{}. {}", "{}.{}", "({}){}", "{}: {}", "Option {}: {}"]
-                assert [form for form in forms if reward(form.format(gold, text)) != 1] == [] and reward(gold.lower()) == 1, s
+                assert [
+                    form for form in forms if reward(form.format(gold, text)) != 1
+                ] == [] and reward(gold.lower()) == 1, s
                 others = [c for c in letters if c != gold]
                 assert not any(reward(c) for c in others), s
-                hedged = "{} or {}", "{}, {}", "{}. or {}.", "**{}** and **{}**", "The answer is {} or {}", "{}: {}"
-                assert [form for form in hedged for c in others if reward(form.format(gold, c)) != 0] == [], s
+                hedged = (
+                    "{} or {}",
+                    "{}, {}",
+                    "{}. or {}.",
+                    "**{}** and **{}**",
+                    "The answer is {} or {}",
+                    "{}: {}",
+                )
+                assert [
+                    form for form in hedged for c in others if reward(form.format(gold, c)) != 0
+                ] == [], s
                 assert len(text) < 2 or reward(text) == 0, s

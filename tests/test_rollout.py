@@ -24,13 +24,18 @@ def test_greedy_equals_transformers_generate(world, policy, prompts):
     groups = rollout.generate(policy, prompts, 1, max_new=24, temperature=0)
     for prompt, group in zip(prompts, groups):
         (media,) = prompt.media
-        pixels, grid = data.patchify(data.normalize(media.frames, torch.float64))[0], torch.tensor([media.grid])
+        pixels, grid = (
+            data.patchify(data.normalize(media.frames, torch.float64))[0],
+            torch.tensor([media.grid]),
+        )
         inputs = (
             dict(pixel_values_videos=pixels, video_grid_thw=grid)
             if media.kind == "video"
             else dict(pixel_values=pixels, image_grid_thw=grid)
         )
-        where = torch.cat([torch.arange(len(prompt.ids))[None], policy.positions(prompt)[0]])[:, None]  # text row, then M-RoPE
+        where = torch.cat([torch.arange(len(prompt.ids))[None], policy.positions(prompt)[0]])[
+            :, None
+        ]  # text row, then M-RoPE
         out = net.generate(
             input_ids=prompt.ids[None],
             attention_mask=torch.ones_like(prompt.ids)[None],
@@ -44,9 +49,13 @@ def test_greedy_equals_transformers_generate(world, policy, prompts):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_and_entropies_of_the_sampler_are_those_of_the_scorer(talkative, prompts, temperature):
+def test_log_probs_and_entropies_of_the_sampler_are_those_of_the_scorer(
+    talkative, prompts, temperature
+):
     """Every token, the first included, through compaction and unequal lengths."""
-    groups = rollout.generate(talkative, prompts, 8, max_new=40, temperature=temperature, seeds=range(6))
+    groups = rollout.generate(
+        talkative, prompts, 8, max_new=40, temperature=temperature, seeds=range(6)
+    )
     scored = talkative(prompts, [g.responses for g in groups], temperature=temperature)
     assert len({len(x) for g in groups for x in g.logps}) > 5
     for rows, name in zip(scored, ("logps", "entropies")):
@@ -56,10 +65,19 @@ def test_log_probs_and_entropies_of_the_sampler_are_those_of_the_scorer(talkativ
 
 def test_a_rollout_does_not_depend_on_its_batch(talkative, prompts):
     together = rollout.generate(talkative, prompts, 5, max_new=30, seeds=[10, 11, 12, 13, 14, 15])
-    reverse = rollout.generate(talkative, prompts[::-1], 5, max_new=30, seeds=[15, 14, 13, 12, 11, 10])[::-1]
-    alone = [rollout.generate(talkative, [p], 5, max_new=30, seeds=[10 + i])[0] for i, p in enumerate(prompts)]
+    reverse = rollout.generate(
+        talkative, prompts[::-1], 5, max_new=30, seeds=[15, 14, 13, 12, 11, 10]
+    )[::-1]
+    alone = [
+        rollout.generate(talkative, [p], 5, max_new=30, seeds=[10 + i])[0]
+        for i, p in enumerate(prompts)
+    ]
     for a, b, c in zip(together, reverse, alone):
-        assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses] == [x.tolist() for x in c.responses]
+        assert (
+            [x.tolist() for x in a.responses]
+            == [x.tolist() for x in b.responses]
+            == [x.tolist() for x in c.responses]
+        )
     other = rollout.generate(talkative, prompts[:1], 5, max_new=30, seeds=[99])[0]
     assert [x.tolist() for x in other.responses] != [x.tolist() for x in together[0].responses]
 
@@ -79,7 +97,9 @@ def test_finished_rows_stop_costing(talkative, prompts, monkeypatch):
     """The widths of the decode steps shrink: fewer rows are run than responses times steps."""
     widths, run = [], model.Policy.run_text
     monkeypatch.setattr(
-        model.Policy, "run_text", lambda self, x, *a: (widths.append(x.shape[0] * (x.shape[1] == 1)), run(self, x, *a))[1]
+        model.Policy,
+        "run_text",
+        lambda self, x, *a: (widths.append(x.shape[0] * (x.shape[1] == 1)), run(self, x, *a))[1],
     )
     groups = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
     assert max(widths) == 48 and min(w for w in widths if w) < 24
@@ -91,7 +111,9 @@ def test_a_step_that_could_be_a_cuda_graph(talkative, prompts, monkeypatch):
     """With windows of tokens that are not there yet, every step recorded once for its shape: the same responses."""
     shapes = []
     monkeypatch.setattr(rollout, "WINDOW", 16)
-    monkeypatch.setattr(rollout, "record", lambda step: shapes.append(len(step.__self__.rows)) or step)
+    monkeypatch.setattr(
+        rollout, "record", lambda step: shapes.append(len(step.__self__.rows)) or step
+    )
     plain = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
     talkative.cuda_graph = True
     recorded = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
@@ -119,24 +141,42 @@ def test_sampling_follows_the_distribution():
     u = torch.tensor([0.0, 0.0999, 0.11, 0.59, 0.999], dtype=torch.float64)
     token, logp, entropy = rollout.sample(logits, u, 1.0, 1.0)
     assert token.tolist() == [0, 0, 1, 2, 3]
-    torch.testing.assert_close(logp, torch.tensor([0.1, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log())
-    assert entropy.tolist() == pytest.approx([-sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))] * 5)
-    assert rollout.sample(logits, u, 1.0, 0.69)[0].tolist() == [2, 2, 2, 3, 3]  # 3/7 and 4/7 are left
+    torch.testing.assert_close(
+        logp, torch.tensor([0.1, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
+    )
+    assert entropy.tolist() == pytest.approx(
+        [-sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))] * 5
+    )
+    assert rollout.sample(logits, u, 1.0, 0.69)[0].tolist() == [
+        2,
+        2,
+        2,
+        3,
+        3,
+    ]  # 3/7 and 4/7 are left
     assert rollout.sample(logits, u, 1.0, 0.3)[0].tolist() == [3] * 5
     assert rollout.sample(logits, u, 0, 1.0)[0].tolist() == [3] * 5
 
 
-def test_prompts_that_do_not_fit_the_cache_together_are_decoded_in_parts(talkative, prompts, monkeypatch):
+def test_prompts_that_do_not_fit_the_cache_together_are_decoded_in_parts(
+    talkative, prompts, monkeypatch
+):
     together = rollout.generate(talkative, prompts, 3, max_new=10, seeds=range(6))
     widest, build = [], rollout.DecodeCache
     monkeypatch.setattr(
-        rollout, "DecodeCache", lambda config, lengths, *a, **kw: widest.append(lengths) or build(config, lengths, *a, **kw)
+        rollout,
+        "DecodeCache",
+        lambda config, lengths, *a, **kw: (
+            widest.append(lengths) or build(config, lengths, *a, **kw)
+        ),
     )
     monkeypatch.setattr(rollout, "CACHE_TOKENS", 200)
     parts = rollout.generate(talkative, prompts, 3, max_new=10, seeds=range(6))
     assert sum(widest, []) == sorted(len(p.ids) for p in prompts) and len(widest) > 2
     for a, b in zip(together, parts, strict=True):
-        assert a.prompt is b.prompt and [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses]
+        assert a.prompt is b.prompt and [x.tolist() for x in a.responses] == [
+            x.tolist() for x in b.responses
+        ]
 
 
 def test_no_prompts():
@@ -160,11 +200,16 @@ def test_bf16_compute_with_fp32_weights_as_on_a_gpu(world, prompts):
     logp.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
     sampled = torch.cat([x for g in groups for x in g.logps])
-    scored = torch.cat([row[: len(x)] for row, x in zip(logp.detach(), [x for g in groups for x in g.logps])])
+    scored = torch.cat(
+        [row[: len(x)] for row, x in zip(logp.detach(), [x for g in groups for x in g.logps])]
+    )
     exact = torch.cat(
         [
             row[: len(x)]
-            for row, x in zip(policy(prompts, [g.responses for g in groups])[0].detach(), [x for g in groups for x in g.logps])
+            for row, x in zip(
+                policy(prompts, [g.responses for g in groups])[0].detach(),
+                [x for g in groups for x in g.logps],
+            )
         ]
     )
     assert (sampled - scored).abs().mean() < 0.05 and (scored - exact).abs().mean() < 0.05

@@ -7,27 +7,54 @@ import data
 import grpo
 import tgrpo
 
-ORDERED = torch.tensor([[1.0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0.6, 0.4, 0.5, 1]], dtype=torch.float64)
+ORDERED = torch.tensor(
+    [[1.0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0.6, 0.4, 0.5, 1]],
+    dtype=torch.float64,
+)
 SHUFFLED = torch.tensor([[1.0, 0], [1, 0], [0, 0], [1, 0], [0.9, 0.2]], dtype=torch.float64)
 
 
 def test_bonus_by_hand():
     """p = 1/2, 1/4, 0, 0, 1/2 (0.6 and 1 are right, 0.5 is not) against p~ = 1/2, 1/2, 0, 1/2, 1/2."""
     passed, vacuous = tgrpo.temporal_test(ORDERED, SHUFFLED)
-    assert passed.tolist() == [True, False, True, False, True] and vacuous.tolist() == [False, False, True, False, False]
+    assert passed.tolist() == [True, False, True, False, True] and vacuous.tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     expected = [[0.3, 0, 0.3, 0], [0.0] * 4, [0.0] * 4, [0.0] * 4, [0.3, 0, 0, 0.3]]
     assert tgrpo.temporal_bonus(ORDERED, SHUFFLED).tolist() == expected
 
 
 def test_mu_alpha_and_correct():
-    assert tgrpo.temporal_test(ORDERED, SHUFFLED, mu=0.5)[0].tolist() == [True, True, True, False, True]
-    assert tgrpo.temporal_test(ORDERED, SHUFFLED, mu=1.5)[0].tolist() == [False, False, True, False, False]
-    assert tgrpo.temporal_bonus(ORDERED, SHUFFLED, alpha=1.0, correct=0.1)[4].tolist() == [1, 1, 1, 1]
+    assert tgrpo.temporal_test(ORDERED, SHUFFLED, mu=0.5)[0].tolist() == [
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert tgrpo.temporal_test(ORDERED, SHUFFLED, mu=1.5)[0].tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert tgrpo.temporal_bonus(ORDERED, SHUFFLED, alpha=1.0, correct=0.1)[4].tolist() == [
+        1,
+        1,
+        1,
+        1,
+    ]
     assert tgrpo.temporal_bonus(ORDERED.float(), SHUFFLED.float()).dtype == torch.float32
 
 
 def test_a_tie_passes_whatever_rounding_makes_of_it():
     """8/12 of the ordered and 5/6 of the shuffled at mu 0.8, and all other counts of G = 12 and G' = 6, in integers."""
+
     def right(n, of):
         return (torch.arange(of) < n).double()[None]
 
@@ -45,7 +72,9 @@ def test_the_published_bonus_cancels_for_binary_accuracy_and_constant_format(alp
     bonus = tgrpo.temporal_bonus(accuracy, shuffled, alpha=alpha)
     assert bonus[0].any() and not bonus[1].any()
     with_bonus = grpo.group_advantages(accuracy + 1.0 + bonus, eps=0.0)
-    torch.testing.assert_close(with_bonus, grpo.group_advantages(accuracy + 1.0, eps=0.0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        with_bonus, grpo.group_advantages(accuracy + 1.0, eps=0.0), atol=1e-12, rtol=0
+    )
 
 
 def test_where_the_bonus_does_act():
@@ -54,9 +83,13 @@ def test_where_the_bonus_does_act():
     bonus = tgrpo.temporal_bonus(accuracy, shuffled)
     mixed = accuracy + torch.tensor([[1.0, 1, 0, 1]], dtype=torch.float64)
     assert (grpo.group_advantages(mixed + bonus) - grpo.group_advantages(mixed)).abs().max() > 0.05
-    assert (grpo.group_advantages(accuracy + bonus, "none") - grpo.group_advantages(accuracy, "none")).abs().max() > 0.1
+    assert (
+        grpo.group_advantages(accuracy + bonus, "none") - grpo.group_advantages(accuracy, "none")
+    ).abs().max() > 0.1
     in_advantage = grpo.group_advantages(accuracy) + bonus
-    torch.testing.assert_close(in_advantage.sum(), bonus.sum())  # no longer centred: right responses are pushed up on the whole
+    torch.testing.assert_close(
+        in_advantage.sum(), bonus.sum()
+    )  # no longer centred: right responses are pushed up on the whole
 
 
 def test_contrast_by_hand():
@@ -93,7 +126,9 @@ def test_a_permutation_is_seeded_and_never_the_identity():
 def test_shuffling_frames_changes_their_order_and_nothing_else(prompts):
     frames = prompts[0].media[0].frames
     order = tgrpo.permutation(16, 3)
-    assert torch.equal(tgrpo.reorder(frames, order), frames[order]) and not torch.equal(frames[order], frames)
+    assert torch.equal(tgrpo.reorder(frames, order), frames[order]) and not torch.equal(
+        frames[order], frames
+    )
     grids = tgrpo.reorder(frames, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0]))
     assert torch.equal(grids[:4], frames[[14, 15, 12, 13]])
 
@@ -106,6 +141,12 @@ def test_permuted_embeddings_are_the_embeddings_of_the_permuted_video(policy, pr
         feature = policy.encode([prompt])[0]
         order = tgrpo.permutation(media.grid[0], 5)
         frames, permuted = tgrpo.reorder(media.frames, order), tgrpo.reorder(feature, order)
-        again = policy.encode([data.Prompt(prompt.sample, prompt.ids, [data.Media(frames, "video", media.seconds_per_grid)])])[0]
+        again = policy.encode(
+            [
+                data.Prompt(
+                    prompt.sample, prompt.ids, [data.Media(frames, "video", media.seconds_per_grid)]
+                )
+            ]
+        )[0]
     assert not torch.equal(permuted, feature) and not torch.equal(frames, media.frames)
     torch.testing.assert_close(permuted, again, atol=1e-12, rtol=0)

@@ -15,20 +15,24 @@ from collections import deque
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, flags, needs_shared, run
 from safetensors.torch import load_file, save_file
 
 import bench
 import data
 import eval
-import fsdp
 import grpo
 import model
 import report
-import run as runs
 import step
 import toy
 import train
+from conftest import ROOT, SHARED, flags, needs_shared, run
+from infra import fsdp, run_folder
+from infra.checkpoints import torn
+from infra.files import append
+from infra.flags import flag_lines
+from infra.model_folder import checkpoints
+from infra.run_folder import claimed, resumable, stop_signals
 
 
 def log(out):
@@ -36,7 +40,9 @@ def log(out):
 
 
 def without_times(entries):
-    return [{k: v for k, v in e.items() if k not in ("seconds", "tokens_per_second")} for e in entries]
+    return [
+        {k: v for k, v in e.items() if k not in ("seconds", "tokens_per_second")} for e in entries
+    ]
 
 
 def weights(out, step):
@@ -44,7 +50,9 @@ def weights(out, step):
 
 
 def test_grpo_from_files_to_files(tmp_path, world, cold_start):
-    out = run(*flags(world, tmp_path / "rl", steps=2, eval_data=world / "test.json", model=cold_start))
+    out = run(
+        *flags(world, tmp_path / "rl", steps=2, eval_data=world / "test.json", model=cold_start)
+    )
     assert "step     2" in out and "held-out accuracy" in out
     first, *steps = log(tmp_path / "rl")
     assert first["step"] == 0 and 0 <= first["eval_accuracy"] <= 1
@@ -67,33 +75,62 @@ def test_grpo_from_files_to_files(tmp_path, world, cold_start):
         "seconds",
         "tokens_per_second",
     }
-    assert [s["step"] for s in steps] == [1, 2] and all(expected <= set(s) for s in steps) and "eval_accuracy" in steps[-1]
-    assert {"data", "encode", "rollout", "train", "optimizer"} <= set(steps[0]["seconds"]) and steps[0]["pixels"] == 784
+    assert (
+        [s["step"] for s in steps] == [1, 2]
+        and all(expected <= set(s) for s in steps)
+        and "eval_accuracy" in steps[-1]
+    )
+    assert {"data", "encode", "rollout", "train", "optimizer"} <= set(
+        steps[0]["seconds"]
+    ) and steps[0]["pixels"] == 784
     assert steps[0]["grad_norm"] > 0 and steps[0]["entropy"] > 0 and steps[0]["mismatch"] < 1e-5
-    assert (steps[0]["updates"], steps[0]["skipped_updates"], steps[0]["skipped_update"]) == (1, 0, False)
-    assert re.search(r"step     1  .*  zero_std_groups \d\.\d+  truncated \d\.\d+  skipped_updates \d", out)
+    assert (steps[0]["updates"], steps[0]["skipped_updates"], steps[0]["skipped_update"]) == (
+        1,
+        0,
+        False,
+    )
+    assert re.search(
+        r"step     1  .*  zero_std_groups \d\.\d+  truncated \d\.\d+  skipped_updates \d", out
+    )
     assert out.rstrip().endswith(f"`python report.py {tmp_path}/rl --open` shows them")
     again = (tmp_path / "rl" / "config.txt").read_text()
     assert "--lr 0.001" in again and train.parse_args([f"@{tmp_path}/rl/config.txt"]).prompts == 4
 
 
-def test_all_responses_of_two_groups_of_a_step_are_written_with_their_advantages(tmp_path, world, cold_start):
+def test_all_responses_of_two_groups_of_a_step_are_written_with_their_advantages(
+    tmp_path, world, cold_start
+):
     """The same two whatever the number of ranks: one has prompts 0 and 2, the other prompts 1 and 3."""
     texts = []
     for ranks in (1, 2):
         run(*flags(world, tmp_path / f"{ranks}", steps=1, model=cold_start), ranks=ranks)
-        lines = [json.loads(x) for x in (tmp_path / f"{ranks}" / "samples.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(x)
+            for x in (tmp_path / f"{ranks}" / "samples.jsonl").read_text().splitlines()
+        ]
         assert [(x["step"], x["position"]) for x in lines] == [(1, 0)] * 4 + [(1, 1)] * 4
         texts.append([x["response"] for x in lines])
     assert texts[0] == texts[1]
     records = {str(r["problem_id"]): r for r in json.loads((world / "train.json").read_text())}
     for group in (lines[:4], lines[4:]):
-        rewards = torch.tensor([[x["reward"] + x["temporal_bonus"] for x in group]], dtype=torch.float64)
-        assert [x["advantage"] for x in group] == pytest.approx(grpo.group_advantages(rewards)[0].tolist())
+        rewards = torch.tensor(
+            [[x["reward"] + x["temporal_bonus"] for x in group]], dtype=torch.float64
+        )
+        assert [x["advantage"] for x in group] == pytest.approx(
+            grpo.group_advantages(rewards)[0].tolist()
+        )
         for x in group:
             record = records[x["id"]]
             assert (x["question"], x["options"]) == (record["problem"], record["options"])
-            assert {"response", "reward", "accuracy", "format", "length_bonus", "answer", "path"} <= set(x)
+            assert {
+                "response",
+                "reward",
+                "accuracy",
+                "format",
+                "length_bonus",
+                "answer",
+                "path",
+            } <= set(x)
 
 
 def gradients(tmp_path, world, ranks, *extra):
@@ -108,12 +145,39 @@ def gradients(tmp_path, world, ranks, *extra):
         (["--algo", "sft"], [(3, ""), (2, "--sp 2"), (3, "--fsdp")]),
         (
             ["--algo", "grpo", "--average", "token"],
-            [(2, ""), (2, "--sp 2"), (3, "--sp 3"), (4, "--sp 4"), (4, "--sp 2"), (2, "--fsdp"), (4, "--sp 2 --fsdp")],
+            [
+                (2, ""),
+                (2, "--sp 2"),
+                (3, "--sp 3"),
+                (4, "--sp 4"),
+                (4, "--sp 2"),
+                (2, "--fsdp"),
+                (4, "--sp 2 --fsdp"),
+            ],
         ),
         (["--algo", "grpo", "frozen"], [(2, ""), (2, "--fsdp")]),
-        ("--algo tgrpo --group 4 --temporal advantage --shuffle grid --correct 0.2".split(), [(4, "--sp 2")]),
-        ("--algo tgrpo --group 4 --temporal contrast --shuffles 2 --correct 0.01".split(), [(4, "--sp 2 --fsdp")]),
-        (["--algo", "grpo", "--drop_zero_std", "--refill", "2", "--prompts", "7", "--updates", "2"], [(2, ""), (2, "--sp 2")]),
+        (
+            "--algo tgrpo --group 4 --temporal advantage --shuffle grid --correct 0.2".split(),
+            [(4, "--sp 2")],
+        ),
+        (
+            "--algo tgrpo --group 4 --temporal contrast --shuffles 2 --correct 0.01".split(),
+            [(4, "--sp 2 --fsdp")],
+        ),
+        (
+            [
+                "--algo",
+                "grpo",
+                "--drop_zero_std",
+                "--refill",
+                "2",
+                "--prompts",
+                "7",
+                "--updates",
+                "2",
+            ],
+            [(2, ""), (2, "--sp 2")],
+        ),
     ],
 )
 def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags, ranks_and_how):
@@ -127,13 +191,21 @@ def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags,
         for many in gradients(tmp_path, world, ranks, *flags, *how.split()):
             assert many["grads"].keys() == one["grads"].keys()
             for name, g in one["grads"].items():
-                torch.testing.assert_close(many["grads"][name], g, atol=1e-5 * float(g.abs().max()) + 1e-12, rtol=0, msg=name)
+                torch.testing.assert_close(
+                    many["grads"][name],
+                    g,
+                    atol=1e-5 * float(g.abs().max()) + 1e-12,
+                    rtol=0,
+                    msg=name,
+                )
             for key, value in one["entry"].items():
                 assert many["entry"][key] == pytest.approx(value, abs=1e-6), key
     if "--temporal" in flags:
         (without,) = gradients(tmp_path, world, 1, *flags, "--alpha", "0")
         assert one["entry"]["temporal_bonus"] > 0 == without["entry"]["temporal_bonus"]
-        assert any((without["grads"][name] - g).abs().max() > 1e-4 for name, g in one["grads"].items())
+        assert any(
+            (without["grads"][name] - g).abs().max() > 1e-4 for name, g in one["grads"].items()
+        )
     if "--refill" in flags:
         assert one["entry"]["refills"] > 0
 
@@ -152,7 +224,9 @@ def test_two_ranks_take_the_same_steps(tmp_path, world, cold_start):
     assert log(tmp_path / "one")[1]["grad_norm"] > 0
     assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3  # three steps of Adam at 1e-3
     for name, sharded in (("whole", False), ("sharded", True)):
-        run(*flags(world, tmp_path / name, **extra, **(dict(fsdp=True) if sharded else {})), ranks=2)
+        run(
+            *flags(world, tmp_path / name, **extra, **(dict(fsdp=True) if sharded else {})), ranks=2
+        )
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / name), strict=True):
             for key in a.keys() - {"seconds", "tokens_per_second", "eval_by_source"}:
                 assert b[key] == pytest.approx(a[key], abs=1e-4), key
@@ -161,8 +235,17 @@ def test_two_ranks_take_the_same_steps(tmp_path, world, cold_start):
 
 def test_a_checkpoint_is_the_same_from_whole_and_from_sharded_ranks(tmp_path, world, cold_start):
     """What one process wrote goes on sharded over three, and the other way round (the tower frozen, its embeddings cached)."""
-    extra = dict(model=cold_start, prompts=6, beta=0.1, save_every=2, embedding_cache=tmp_path / "cache", fsdp=True)
-    command = lambda name, steps: [x for x in flags(world, tmp_path / name, steps=steps, **extra) if x != "--train_vision"]
+    extra = dict(
+        model=cold_start,
+        prompts=6,
+        beta=0.1,
+        save_every=2,
+        embedding_cache=tmp_path / "cache",
+        fsdp=True,
+    )
+    command = lambda name, steps: [
+        x for x in flags(world, tmp_path / name, steps=steps, **extra) if x != "--train_vision"
+    ]
     run(*command("one", 3))  # one process: --fsdp has nothing to cut
     shutil.copytree(tmp_path / "one", tmp_path / "sharded")
     shutil.rmtree(tmp_path / "sharded" / "checkpoint-000003")
@@ -172,13 +255,20 @@ def test_a_checkpoint_is_the_same_from_whole_and_from_sharded_ranks(tmp_path, wo
     files, state = {}, {}
     for name in ("one", "sharded", "whole"):
         folder = tmp_path / name / "checkpoint-000003"
-        files[name] = sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.suffix != ".pt")
+        files[name] = sorted(
+            (f.name, f.stat().st_size) for f in folder.iterdir() if f.suffix != ".pt"
+        )
         state[name] = torch.load(folder / "optimizer.pt")
-        assert files[name] == files["one"] and state[name]["param_groups"] == state["one"]["param_groups"]
+        assert (
+            files[name] == files["one"]
+            and state[name]["param_groups"] == state["one"]["param_groups"]
+        )
         assert_same_steps(weights(tmp_path / "one", 3), weights(tmp_path / name, 3))
         for i, moments in state["one"]["state"].items():
             assert state[name]["state"][i]["step"] == moments["step"] == 3
-            torch.testing.assert_close(state[name]["state"][i]["exp_avg"], moments["exp_avg"], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                state[name]["state"][i]["exp_avg"], moments["exp_avg"], atol=1e-4, rtol=1e-3
+            )
 
 
 def test_more_ranks_than_prompts(tmp_path, world):
@@ -191,21 +281,33 @@ def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world, cold_start,
     """SIGKILL after a step that no checkpoint holds yet; resumed, parameters and log are those of a run that was left alone.
     Two ranks are sharded, and one of them is killed."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    extra = dict(steps=7, save_every=2, eval_data=world / "test.json", eval_every=3, model=cold_start)
+    extra = dict(
+        steps=7, save_every=2, eval_data=world / "test.json", eval_every=3, model=cold_start
+    )
     if algo == "grpo":
         extra |= dict(beta=0.1)
     if ranks > 1:
         extra |= dict(fsdp=True)
     run(*flags(world, whole, algo, **extra), ranks=ranks)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29467", "--"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29467", "--"]
+        if ranks > 1
+        else []
+    )
     command = [sys.executable, *launcher, *map(str, flags(world, cut, algo, **extra))]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
-    lines = lambda: (cut / "log.jsonl").read_text().count("\n") if (cut / "log.jsonl").exists() else 0
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet
+    )
+    lines = lambda: (
+        (cut / "log.jsonl").read_text().count("\n") if (cut / "log.jsonl").exists() else 0
+    )
     while process.poll() is None and lines() < 4:  # step 0 is the first line
         time.sleep(0.005)
     if ranks > 1:
-        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True
+        )
         os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     else:
         process.send_signal(signal.SIGKILL)
@@ -237,7 +339,11 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
     command = flags(world, out, "sft", steps=1, model=cold_start, data=records, media_root=world)
     assert here(*command) is None
     lines = (out / "config.txt").read_text().splitlines()
-    assert lines[0].startswith("# commit ") and lines[1].startswith("# records ") and "--lr 0.001" in lines
+    assert (
+        lines[0].startswith("# commit ")
+        and lines[1].startswith("# records ")
+        and "--lr 0.001" in lines
+    )
     assert "--resume goes on with it, another --out starts a new one" in here(*command)
     for flag, was, now in (
         ("prompts", "--prompts 4", "3"),
@@ -251,15 +357,26 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
         ("steps", None, "1"),
     ):
         message = here(*command, f"--{flag}", now, "--resume")
-        expected = was and f"error: {out} was run otherwise, so it cannot be resumed: it had {was}; now --{flag} {now}. Another"
+        expected = (
+            was
+            and f"error: {out} was run otherwise, so it cannot be resumed: it had {was}; now --{flag} {now}. Another"
+        )
         assert message is None if was is None else message.startswith(expected), flag
-    assert "it had not; now --drop_zero_std. Another" in here(*command, "--drop_zero_std", "--resume")
+    assert "it had not; now --drop_zero_std. Another" in here(
+        *command, "--drop_zero_std", "--resume"
+    )
     records.write_text(content.replace("red", "RED", 1))
     assert "it had # records " in here(*command, "--resume")
     (tmp_path / "moved.json").write_text(content)
     assert here(*command, "--resume", "--data", tmp_path / "moved.json") is None
-    config = [line for line in (out / "config.txt").read_text().splitlines() if line[0] != "#" and "--kl " not in line]
-    (out / "config.txt").write_text("\n".join(config) + "\n")  # as older code wrote it: without a flag that is newer
+    config = [
+        line
+        for line in (out / "config.txt").read_text().splitlines()
+        if line[0] != "#" and "--kl " not in line
+    ]
+    (out / "config.txt").write_text(
+        "\n".join(config) + "\n"
+    )  # as older code wrote it: without a flag that is newer
     assert here(*command, "--resume") is None
 
 
@@ -273,14 +390,20 @@ def test_a_failed_start_does_not_block_the_corrected_command(tmp_path, world, ca
     assert f"{out}: no checkpoint to resume from, so the run starts anew" in capsys.readouterr().out
     assert [e["step"] for e in log(out)] == [1]
     assert here(*flags(world, tmp_path / "b", "sft", steps=1), "--resume") is None
-    assert f"{tmp_path / 'b'}: no checkpoint to resume from, so the run starts anew" in capsys.readouterr().out
+    assert (
+        f"{tmp_path / 'b'}: no checkpoint to resume from, so the run starts anew"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_folder_is_written_to_by_one_run(tmp_path, world):
     out = tmp_path / "a"
     command = flags(world, out, "sft", steps=1)
-    with runs.claimed(out):
-        assert here(*command) == f"error: other processes are writing to {out}: wait for them, or end them"
+    with claimed(out):
+        assert (
+            here(*command)
+            == f"error: other processes are writing to {out}: wait for them, or end them"
+        )
     assert here(*command) is None
 
 
@@ -302,7 +425,10 @@ def cut(file):
         (lambda c: cut(c / "optimizer.pt"), "optimizer.pt: File is not a zip file"),
         (lambda c: (c / "optimizer.pt").write_bytes(b""), "optimizer.pt: File is not a zip file"),
         (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt: no such file"),
-        (lambda c: cut(c / "model.safetensors"), "model.safetensors: Error while deserializing header"),
+        (
+            lambda c: cut(c / "model.safetensors"),
+            "model.safetensors: Error while deserializing header",
+        ),
         (lambda c: (c / "model.safetensors").unlink(), "no weights"),
         (lambda c: (c / "state.json").write_text(""), "state.json: Expecting value"),
         (lambda c: (c / "state.json").write_text("[]"), "state.json: list indices"),
@@ -316,11 +442,13 @@ def test_a_torn_checkpoint_is_recognised(tmp_path, three_steps, damage, reason):
     checkpoint = tmp_path / "checkpoint-000003"
     shutil.copytree(three_steps / "checkpoint-000003", checkpoint)
     damage(checkpoint)
-    found = runs.torn(checkpoint)
+    found = torn(checkpoint)
     assert found is None if reason is None else found.startswith(reason)
 
 
-def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path, world, cold_start, three_steps, capsys):
+def test_a_run_resumes_from_the_newest_whole_checkpoint(
+    tmp_path, world, cold_start, three_steps, capsys
+):
     """Two are torn: they are set aside, by name, and the run ends as if nothing had happened. All torn: nothing is lost."""
     out = tmp_path / "a"
     shutil.copytree(three_steps, out)
@@ -335,13 +463,18 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path, world, cold_st
     assert done in capsys.readouterr().out
     for n, file in ((3, "optimizer.pt"), (2, "state.json")):
         assert f"{out}/checkpoint-00000{n}: {file}: " in printed
-        assert f"moved to checkpoint-00000{n}.torn; the run resumes from checkpoint-000001" in printed
+        assert (
+            f"moved to checkpoint-00000{n}.torn; the run resumes from checkpoint-000001" in printed
+        )
     assert all(torch.equal(x, weights(three_steps, 3)[name]) for name, x in weights(out, 3).items())
-    assert without_times(log(out)) == without_times(log(three_steps)) and not (out / "checkpoint-000009.partial").exists()
+    assert (
+        without_times(log(out)) == without_times(log(three_steps))
+        and not (out / "checkpoint-000009.partial").exists()
+    )
     for n in (1, 2, 3):
         cut(out / f"checkpoint-00000{n}" / "optimizer.pt")
     assert "no checkpoint is whole (checkpoint-000003: optimizer.pt" in here(*command, "--resume")
-    assert len(log(out)) == 3 and len(model.checkpoints(out)) == 3
+    assert len(log(out)) == 3 and len(checkpoints(out)) == 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -351,27 +484,49 @@ def test_a_half_model_is_saved_in_half_and_resumes_bit_for_bit(tmp_path, world, 
     shutil.copytree(cold_start / "checkpoint-000060", half)
     start = {name: x.bfloat16() for name, x in load_file(half / "model.safetensors").items()}
     save_file(start, half / "model.safetensors", metadata={"format": "pt"})
-    command = lambda name: flags(world, tmp_path / name, "sft", steps=3, save_every=1, keep=9, model=half, fsdp=True)
+    command = lambda name: flags(
+        world, tmp_path / name, "sft", steps=3, save_every=1, keep=9, model=half, fsdp=True
+    )
     run_it = lambda *command: here(*command) if ranks == 1 else run(*command, ranks=2) and None
     assert run_it(*command("whole")) is None
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for n in (2, 3):
         shutil.rmtree(tmp_path / "cut" / f"checkpoint-00000{n}")
     assert run_it(*command("cut"), "--resume") is None
-    masters = [torch.load(tmp_path / name / "checkpoint-000003" / "optimizer.pt")["weights"] for name in ("whole", "cut")]
-    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*masters, strict=True))
+    masters = [
+        torch.load(tmp_path / name / "checkpoint-000003" / "optimizer.pt")["weights"]
+        for name in ("whole", "cut")
+    ]
+    assert all(
+        torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*masters, strict=True)
+    )
     saved = weights(tmp_path / "cut", 3)
-    assert {x.dtype for x in saved.values()} == {torch.bfloat16} and any((saved[n] != start[n]).any() for n in start)
-    assert sorted(float(x.float().sum()) for x in saved.values()) == sorted(float(x.bfloat16().float().sum()) for x in masters[0])
+    assert {x.dtype for x in saved.values()} == {torch.bfloat16} and any(
+        (saved[n] != start[n]).any() for n in start
+    )
+    assert sorted(float(x.float().sum()) for x in saved.values()) == sorted(
+        float(x.bfloat16().float().sum()) for x in masters[0]
+    )
     assert without_times(log(tmp_path / "cut")) == without_times(log(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("algo", ["sft", "grpo"])
-def test_a_policy_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, world, cold_start, algo):
-    message = here(*flags(world, tmp_path / "a", algo, steps=4, save_every=1, model=cold_start, prompts=2), "--lr", "1e38")
-    assert message == "error: step 1: the policy's logits are not finite (a lower --lr?), so no checkpoint of it is saved"
+def test_a_policy_that_is_not_finite_ends_the_run_and_is_not_saved(
+    tmp_path, world, cold_start, algo
+):
+    message = here(
+        *flags(world, tmp_path / "a", algo, steps=4, save_every=1, model=cold_start, prompts=2),
+        "--lr",
+        "1e38",
+    )
+    assert (
+        message
+        == "error: step 1: the policy's logits are not finite (a lower --lr?), so no checkpoint of it is saved"
+    )
     assert not list((tmp_path / "a").glob("checkpoint*"))
-    message = here(*flags(world, tmp_path / "b", algo, steps=4, model=cold_start, prompts=2), "--lr", "1e38")
+    message = here(
+        *flags(world, tmp_path / "b", algo, steps=4, model=cold_start, prompts=2), "--lr", "1e38"
+    )
     assert "not finite" in message and len(log(tmp_path / "b")) == 1
 
 
@@ -380,29 +535,56 @@ def wait_for_lines(process, file, n):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, ranks, code", [(signal.SIGINT, 1, 130), (signal.SIGTERM, 1, 0), (signal.SIGTERM, 2, 0)])
-def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(tmp_path, world, cold_start, number, ranks, code):
+@pytest.mark.parametrize(
+    "number, ranks, code", [(signal.SIGINT, 1, 130), (signal.SIGTERM, 1, 0), (signal.SIGTERM, 2, 0)]
+)
+def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(
+    tmp_path, world, cold_start, number, ranks, code
+):
     """A line with the command that resumes, no traceback. Of two ranks one gets the signal, and both stop after the same step."""
     out = tmp_path / "a"
-    command = list(map(str, flags(world, out, "sft", steps=10**6, save_every=10**6, model=cold_start, prompts=2)))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29468", "--"] if ranks > 1 else []
-    process = subprocess.Popen([sys.executable, *launcher, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
+    command = list(
+        map(
+            str,
+            flags(world, out, "sft", steps=10**6, save_every=10**6, model=cold_start, prompts=2),
+        )
+    )
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29468", "--"]
+        if ranks > 1
+        else []
+    )
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a background job ignores it
     wait_for_lines(process, out / "log.jsonl", 2)
     target = process.pid
     if ranks > 1:
-        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True
+        )
         target = int(children.stdout.split()[-1])
-    (os.kill if ranks > 1 else os.killpg)(target, number)  # ctrl-C reaches all processes of a terminal
+    (os.kill if ranks > 1 else os.killpg)(
+        target, number
+    )  # ctrl-C reaches all processes of a terminal
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == code and "Traceback" not in printed, printed[-3000:]
     done = log(out)[-1]["step"]
-    (checkpoint,) = model.checkpoints(out)
-    assert checkpoint.name == f"checkpoint-{done:06d}" and runs.torn(checkpoint) is None
+    (checkpoint,) = checkpoints(out)
+    assert checkpoint.name == f"checkpoint-{done:06d}" and torn(checkpoint) is None
     (last,) = [line for line in printed.splitlines() if line.startswith("stopped after step")]
     launched = "torchrun --nproc_per_node 2 -- train.py" if ranks > 1 else "python train.py"
-    assert f"step {done} of 1000000 by {signal.Signals(number).name}; to resume: {launched} --algo sft" in last
+    assert (
+        f"step {done} of 1000000 by {signal.Signals(number).name}; to resume: {launched} --algo sft"
+        in last
+    )
     assert last.endswith(" --resume")
 
 
@@ -410,7 +592,7 @@ def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(tmp_path, world, 
 def test_a_second_signal_ends_the_process_at_once(second):
     child = os.fork()
     if child == 0:
-        with runs.stop_signals() as noted:
+        with stop_signals() as noted:
             signal.raise_signal(signal.SIGTERM)
             if noted == [signal.SIGTERM]:
                 signal.raise_signal(second)
@@ -418,7 +600,10 @@ def test_a_second_signal_ends_the_process_at_once(second):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -second
 
 
-@pytest.mark.parametrize("change, message", [(["--model", "./nowhere"], "no such model folder"), (["--group", "1"], "--group 1")])
+@pytest.mark.parametrize(
+    "change, message",
+    [(["--model", "./nowhere"], "no such model folder"), (["--group", "1"], "--group 1")],
+)
 def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change, message):
     """Nothing of the other rank, no usage, no traceback but torchrun's own."""
     out = run(*flags(world, tmp_path / "a", steps=1), *change, ranks=2, expect=1)
@@ -432,9 +617,15 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change
     [
         ("--data 'no end\n", "f.txt, line 1: cannot be read: No closing quotation"),
         ("--lr 1\n@f.txt\n", "f.txt, line 2: @f.txt: a flag file that includes itself"),
-        ("--lr 1\n@nowhere.txt\n", "f.txt, line 2: nowhere.txt: cannot be read: No such file or directory"),
+        (
+            "--lr 1\n@nowhere.txt\n",
+            "f.txt, line 2: nowhere.txt: cannot be read: No such file or directory",
+        ),
         ("--lr 1\n--\n", "f.txt, line 2: -- is no flag"),
-        ("--lr 1\n\n--lr abc # no number\n--seed 3\n", "f.txt, line 3: --lr abc: expected a finite number"),
+        (
+            "--lr 1\n\n--lr abc # no number\n--seed 3\n",
+            "f.txt, line 3: --lr abc: expected a finite number",
+        ),
         ("--lrr=3\n", "f.txt, line 1: unrecognized arguments: --lrr=3"),
         ("--lr 1 extra\n", "f.txt, line 1: unrecognized arguments: extra"),
         ("--algo max\n", "f.txt, line 1: argument --algo: invalid choice: 'max'"),
@@ -444,10 +635,14 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change
         (None, "f.txt: cannot be read: No such file or directory"),
     ],
 )
-def test_an_error_of_a_flag_file_names_file_and_line(tmp_path, monkeypatch, capsys, content, message):
+def test_an_error_of_a_flag_file_names_file_and_line(
+    tmp_path, monkeypatch, capsys, content, message
+):
     monkeypatch.chdir(tmp_path)
     if content is not None:
-        (tmp_path / "f.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / "f.txt").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     with pytest.raises(SystemExit):
         train.parse_args(["--model", "m", "--data", "d", "@f.txt"])
     printed = capsys.readouterr().err
@@ -461,7 +656,9 @@ def test_an_error_of_the_command_line_names_no_flag_file(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: --lr abc: ")
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["without a mark", "with a byte order mark"])
+@pytest.mark.parametrize(
+    "mark", [b"", b"\xef\xbb\xbf"], ids=["without a mark", "with a byte order mark"]
+)
 @pytest.mark.parametrize(
     "text, out",
     [
@@ -476,23 +673,31 @@ def test_a_flag_file_is_read_as_it_is_written(tmp_path, mark, text, out):
     (tmp_path / "f.txt").write_bytes(mark + f"{text}\n--model 'a \"b\" # c'\n--data d\n".encode())
     args = train.parse_args([f"@{tmp_path}/f.txt"])
     assert (args.out, args.model) == (out, 'a "b" # c')
-    args.model = "it's a\\ \"b\" #1"
-    (tmp_path / "again.txt").write_text("\n".join(runs.flag_lines(args)), encoding="utf-8")
+    args.model = 'it\'s a\\ "b" #1'
+    (tmp_path / "again.txt").write_text("\n".join(flag_lines(args)), encoding="utf-8")
     assert train.parse_args([f"@{tmp_path}/again.txt"]) == args
 
 
 def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
-    log.write_bytes(b'{"step": 1}\ngarbled\n{"step": null}\n\xff\xfe\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    runs._rewind(log, 2)
+    log.write_bytes(
+        b'{"step": 1}\ngarbled\n{"step": null}\n\xff\xfe\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo'
+    )
+    run_folder._rewind(log, 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert capsys.readouterr().out == f"{log}: 3 of 6 lines hold no entry of a step; they are dropped\n"
-    runs._rewind(log, 2)
+    assert (
+        capsys.readouterr().out
+        == f"{log}: 3 of 6 lines hold no entry of a step; they are dropped\n"
+    )
+    run_folder._rewind(log, 2)
     log.unlink()
-    runs._rewind(log, -1)  # a run that begins
+    run_folder._rewind(log, -1)  # a run that begins
     assert capsys.readouterr().out == ""
-    runs._rewind(log, 2)
-    assert capsys.readouterr().out == f"{log}: no such file, so what was logged up to step 2 is lost; the log begins again\n"
+    run_folder._rewind(log, 2)
+    assert (
+        capsys.readouterr().out
+        == f"{log}: no such file, so what was logged up to step 2 is lost; the log begins again\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -500,8 +705,14 @@ def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
     [
         (lambda state: state.clear(), "KeyError: 'state'"),
         (lambda state: state.pop("param_groups"), "KeyError: 'param_groups'"),
-        (lambda state: state["state"].update({99: {"step": torch.tensor(1.0)}}), "IndexError: list index out of range"),
-        (lambda state: state["param_groups"].pop(), "ValueError: loaded state dict has a different number of parameter groups"),
+        (
+            lambda state: state["state"].update({99: {"step": torch.tensor(1.0)}}),
+            "IndexError: list index out of range",
+        ),
+        (
+            lambda state: state["param_groups"].pop(),
+            "ValueError: loaded state dict has a different number of parameter groups",
+        ),
         (lambda state: state.update(weights=[]), "ValueError: zip"),
     ],
 )
@@ -513,7 +724,9 @@ def test_a_file_that_is_no_state_of_the_optimizer_is_named(tmp_path, change, err
     state = optimizer.state_dict()
     change(state)
     torch.save(state, tmp_path / "optimizer.pt")
-    with pytest.raises(model.ModelError, match=f"optimizer.pt: not the state of this run's optimizer: {error}"):
+    with pytest.raises(
+        model.ModelError, match=f"optimizer.pt: not the state of this run's optimizer: {error}"
+    ):
         fsdp.load_optimizer(optimizer, tmp_path / "optimizer.pt")
 
 
@@ -521,11 +734,20 @@ def test_a_file_that_is_no_state_of_the_optimizer_is_named(tmp_path, change, err
     "given, said",
     [
         (["--lr", "0"], ["--lr 0: no step changes the weights"]),
-        (["--w_accuracy", "0", "--w_format", "0"], ["--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0, so"]),
-        (["--w_accuracy", "0", "--w_format", "0", "--algo", "tgrpo"], ["every reward is 0 but for the temporal bonus"]),
+        (
+            ["--w_accuracy", "0", "--w_format", "0"],
+            ["--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0, so"],
+        ),
+        (
+            ["--w_accuracy", "0", "--w_format", "0", "--algo", "tgrpo"],
+            ["every reward is 0 but for the temporal bonus"],
+        ),
         (["--w_accuracy", "0", "--w_format", "0", "--algo", "sft"], []),
         (["--w_accuracy", "0"], []),
-        (["--warmup", "10", "--steps", "10"], ["--warmup 10: the run has 10 steps, so the learning rate rises until its end"]),
+        (
+            ["--warmup", "10", "--steps", "10"],
+            ["--warmup 10: the run has 10 steps, so the learning rate rises until its end"],
+        ),
         (["--warmup", "9", "--steps", "10"], []),
     ],
 )
@@ -538,7 +760,11 @@ def test_flags_that_keep_a_run_from_learning_are_named_before_it(capsys, given, 
 def test_every_bad_record_is_named(tmp_path, world, capsys):
     records = json.loads((world / "train.json").read_text())[:1]
     (tmp_path / "bad.json").write_text(json.dumps(records + [records[0] | {"solution": None}] * 12))
-    train.read_data(train.parse_args(["--model", "m", "--data", str(tmp_path / "bad.json"), "--media_root", str(world)]))
+    train.read_data(
+        train.parse_args(
+            ["--model", "m", "--data", str(tmp_path / "bad.json"), "--media_root", str(world)]
+        )
+    )
     printed = capsys.readouterr().out
     assert all(f"skipped: {tmp_path}/bad.json, record {i}" in printed for i in range(1, 13))
 
@@ -547,7 +773,10 @@ def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
     """A broken video, a missing one, a record without solution: the run goes on, nothing stands in for them."""
     records = json.loads((world / "train.json").read_text())[:4]
     (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
-    records[1]["path"], records[2]["path"] = str(tmp_path / "broken.y4m"), str(tmp_path / "nowhere.y4m")
+    records[1]["path"], records[2]["path"] = (
+        str(tmp_path / "broken.y4m"),
+        str(tmp_path / "nowhere.y4m"),
+    )
     records.append(records[0] | {"solution": None, "problem_id": 77})
     (tmp_path / "bad.json").write_text(json.dumps(records))
     (tmp_path / "held.json").write_text(json.dumps(records[:4]))
@@ -557,13 +786,26 @@ def test_bad_samples_are_skipped_named_and_counted(tmp_path, world):
     assert "record 1: " in out and "broken.y4m" in out and "nowhere.y4m: no such file" in out
     first, *steps = log(tmp_path / "a")
     assert [s["skipped_samples"] for s in steps] == [2, 2]
-    assert first["eval_failures"] == 2 and first["eval_questions"] == 4  # a failure is a wrong answer, and is counted
+    assert (
+        first["eval_failures"] == 2 and first["eval_questions"] == 4
+    )  # a failure is a wrong answer, and is counted
 
 
 def test_steps_without_any_sample_are_skipped(tmp_path, world):
     records = json.loads((world / "train.json").read_text())[:2]
-    (tmp_path / "half.json").write_text(json.dumps([records[0], records[1] | {"path": "./nowhere.y4m"}]))
-    run(*flags(world, tmp_path / "half", steps=4, prompts=1, data=tmp_path / "half.json", media_root=world))
+    (tmp_path / "half.json").write_text(
+        json.dumps([records[0], records[1] | {"path": "./nowhere.y4m"}])
+    )
+    run(
+        *flags(
+            world,
+            tmp_path / "half",
+            steps=4,
+            prompts=1,
+            data=tmp_path / "half.json",
+            media_root=world,
+        )
+    )
     entries = log(tmp_path / "half")
     assert sorted(e["skipped_samples"] for e in entries) == [0, 0, 1, 1]
     assert all(e["skipped_update"] and "reward" not in e for e in entries if e["skipped_samples"])
@@ -576,7 +818,9 @@ def test_a_run_ends_when_most_samples_cannot_be_loaded(tmp_path, world, steps, j
     (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
     records[1:] = [r | {"path": str(tmp_path / "broken.y4m")} for r in records[1:]]
     (tmp_path / "bad.json").write_text(json.dumps(records))
-    command = flags(world, tmp_path / "bad", "grpo", steps=steps, data=tmp_path / "bad.json", media_root=world)
+    command = flags(
+        world, tmp_path / "bad", "grpo", steps=steps, data=tmp_path / "bad.json", media_root=world
+    )
     message = f"error: {3 * judged} of the {4 * judged} samples of {judged} steps in a row could not be loaded; the last: "
     with pytest.raises(SystemExit, match=message + ".*bad.json, record [123]: .*broken.y4m: "):
         train.main([str(x) for x in command[1:]])
@@ -596,10 +840,23 @@ def test_a_run_ends_when_most_samples_cannot_be_loaded(tmp_path, world, steps, j
     ],
 )
 def test_most_samples_of_ten_steps_or_of_a_whole_run(failures, ends):
-    args = train.parse_args(["--model", "m", "--data", "d", "--prompts", "4", "--steps", "3" if len(failures) < 4 else "50"])
+    args = train.parse_args(
+        [
+            "--model",
+            "m",
+            "--data",
+            "d",
+            "--prompts",
+            "4",
+            "--steps",
+            "3" if len(failures) < 4 else "50",
+        ]
+    )
     last = deque([["x.mp4: no such file"] * n for n in failures], maxlen=train.EMPTY_STEPS)
     if ends:
-        with pytest.raises(data.DataError, match="could not be loaded; the last: x.mp4: no such file"):
+        with pytest.raises(
+            data.DataError, match="could not be loaded; the last: x.mp4: no such file"
+        ):
             train.refuse_failing(last, args)
     else:
         train.refuse_failing(last, args)
@@ -612,10 +869,16 @@ def test_missing_media_end_a_run_before_its_model_is_loaded(tmp_path, world, fla
     there = [r | {"path": str(world / r["path"])} for r in records]
     (tmp_path / "there.json").write_text(json.dumps(there))
     (tmp_path / "most.json").write_text(json.dumps([there[0], *records[1:]]))
-    files = {"data": tmp_path / "there.json", "eval_data": tmp_path / "there.json"} | {flag: tmp_path / "most.json"}
-    command = [str(x) for x in flags(world, tmp_path / "a", steps=1, **files, model="./nowhere")[1:]]
+    files = {"data": tmp_path / "there.json", "eval_data": tmp_path / "there.json"} | {
+        flag: tmp_path / "most.json"
+    }
+    command = [
+        str(x) for x in flags(world, tmp_path / "a", steps=1, **files, model="./nowhere")[1:]
+    ]
     message = f"error: .*most.json: the media of 3 of 4 records are missing: 3 in {tmp_path}/media; the first: record 1, "
-    root = f"{tmp_path}/media/train_0000.*; --media_root was not set, so paths start from {tmp_path}$"
+    root = (
+        f"{tmp_path}/media/train_0000.*; --media_root was not set, so paths start from {tmp_path}$"
+    )
     with pytest.raises(SystemExit, match=message + root):
         train.main(command)
     assert not (tmp_path / "a").exists()
@@ -625,18 +888,30 @@ def test_missing_media_end_a_run_before_its_model_is_loaded(tmp_path, world, fla
 
 def test_a_few_missing_media_are_counted_before_the_run(tmp_path, world, capsys):
     records = json.loads((world / "train.json").read_text())[:4]
-    (tmp_path / "few.json").write_text(json.dumps([*records[:2], *(r | {"path": "nowhere.y4m"} for r in records[2:])]))
-    args = train.parse_args(["--model", "m", "--data", str(tmp_path / "few.json"), "--media_root", str(world)])
+    (tmp_path / "few.json").write_text(
+        json.dumps([*records[:2], *(r | {"path": "nowhere.y4m"} for r in records[2:])])
+    )
+    args = train.parse_args(
+        ["--model", "m", "--data", str(tmp_path / "few.json"), "--media_root", str(world)]
+    )
     assert len(train.read_data(args)[0]) == 4
-    assert f"the media of 2 of 4 records are missing: 2 in {world}; the first: record 2" in capsys.readouterr().out
+    assert (
+        f"the media of 2 of 4 records are missing: 2 in {world}; the first: record 2"
+        in capsys.readouterr().out
+    )
 
 
 def test_held_out_media_that_cannot_be_read_are_an_error(tmp_path, world):
     (tmp_path / "broken.y4m").write_bytes(b"YUV4MPEG2 W28 H28 F2:1 C444\nFRAME\n")
-    record = json.loads((world / "train.json").read_text())[0] | {"path": str(tmp_path / "broken.y4m")}
+    record = json.loads((world / "train.json").read_text())[0] | {
+        "path": str(tmp_path / "broken.y4m")
+    }
     (tmp_path / "held.json").write_text(json.dumps([record, record]))
     command = flags(world, tmp_path / "a", steps=1, eval_data=tmp_path / "held.json")
-    with pytest.raises(SystemExit, match="held.json: none of the 2 held-out media could be loaded; the first: .*broken.y4m: "):
+    with pytest.raises(
+        SystemExit,
+        match="held.json: none of the 2 held-out media could be loaded; the first: .*broken.y4m: ",
+    ):
         train.main([str(x) for x in command[1:]])
 
 
@@ -648,27 +923,54 @@ def test_a_gradient_that_is_not_finite_skips_the_update(world, prompts):
     (policy(prompts[:1], [[torch.arange(20, 30)]])[0].sum() * float("nan")).backward()
     entry = train.update(optimizer, trained, 0, args)
     assert entry["skipped_update"] and entry["grad_norm"] != entry["grad_norm"]
-    assert all(torch.equal(a, b) for a, b in zip(before, trained)) and not any(p.grad is not None for p in trained)
+    assert all(torch.equal(a, b) for a, b in zip(before, trained)) and not any(
+        p.grad is not None for p in trained
+    )
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        dict(beta=0.5, kl="k2", average="constant", norm="none", mask_truncated=True, len_bonus=0.2, len_lo=1, len_hi=30),
         dict(
-            beta=0.0, average="token", norm="batch", drop_zero_std=True, schedule="cosine", warmup=1, top_p=0.95, temperature=0.9
+            beta=0.5,
+            kl="k2",
+            average="constant",
+            norm="none",
+            mask_truncated=True,
+            len_bonus=0.2,
+            len_lo=1,
+            len_hi=30,
+        ),
+        dict(
+            beta=0.0,
+            average="token",
+            norm="batch",
+            drop_zero_std=True,
+            schedule="cosine",
+            warmup=1,
+            top_p=0.95,
+            temperature=0.9,
         ),
     ],
 )
 def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
     run(*flags(world, tmp_path / "a", steps=3, model=cold_start, checkpointing=0, **change))
     entries = log(tmp_path / "a")
-    assert any(e["grad_norm"] > 0 for e in entries) and (entries[-1]["kl"] > 0) == (change["beta"] > 0)
-    assert entries[0]["length_bonus"] >= 0 and all(e["skipped_update"] == (e["trained_groups"] == 0) for e in entries)
+    assert any(e["grad_norm"] > 0 for e in entries) and (entries[-1]["kl"] > 0) == (
+        change["beta"] > 0
+    )
+    assert entries[0]["length_bonus"] >= 0 and all(
+        e["skipped_update"] == (e["trained_groups"] == 0) for e in entries
+    )
 
 
 @pytest.mark.parametrize(
-    "change", [dict(), dict(temporal="advantage", shuffle="grid", shuffles=2), dict(temporal="contrast", shuffles=2)]
+    "change",
+    [
+        dict(),
+        dict(temporal="advantage", shuffle="grid", shuffles=2),
+        dict(temporal="contrast", shuffles=2),
+    ],
 )
 def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
     """Two ranks with one prompt each, of which one draws an image while the other draws a video, or both do."""
@@ -678,19 +980,35 @@ def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
     extra = dict(model=cold_start, prompts=2, data=tmp_path / "mixed.json", media_root=world)
     run(*flags(world, tmp_path / "a", "tgrpo", steps=4, **extra, **change), ranks=2)
     entries = log(tmp_path / "a")
-    assert sum(e["temporal_not_applicable"] for e in entries) == 2.0 and 0.5 in [e["temporal_not_applicable"] for e in entries]
+    assert sum(e["temporal_not_applicable"] for e in entries) == 2.0 and 0.5 in [
+        e["temporal_not_applicable"] for e in entries
+    ]
     for e in entries:
         contrast = change.get("temporal") == "contrast"
-        assert contrast or 0 <= e["temporal_vacuous"] <= e["temporal_passed"] <= 1 - e["temporal_not_applicable"]
-        assert ("share_lost" if contrast else "shuffled_accuracy") in e or e["temporal_not_applicable"] == 1
+        assert (
+            contrast
+            or 0
+            <= e["temporal_vacuous"]
+            <= e["temporal_passed"]
+            <= 1 - e["temporal_not_applicable"]
+        )
+        assert ("share_lost" if contrast else "shuffled_accuracy") in e or e[
+            "temporal_not_applicable"
+        ] == 1
     run(*flags(world, tmp_path / "b", "grpo", steps=1, **extra))
-    assert log(tmp_path / "b")[0]["accuracy"] == entries[0]["accuracy"]  # the ordered rollouts are those of GRPO
+    assert (
+        log(tmp_path / "b")[0]["accuracy"] == entries[0]["accuracy"]
+    )  # the ordered rollouts are those of GRPO
 
 
 def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, monkeypatch):
     """The same tokens, the same time, the same frames in another order; images get none."""
     asked = {}
-    monkeypatch.setattr(step, "generate", lambda policy, shuffled, G, **kw: asked.update(prompts=shuffled, G=G, **kw) or [])
+    monkeypatch.setattr(
+        step,
+        "generate",
+        lambda policy, shuffled, G, **kw: asked.update(prompts=shuffled, G=G, **kw) or [],
+    )
     args = train.parse_args(["--algo", "tgrpo", "--model", "m", "--data", "d", "--shuffles", "2"])
     shuffled = step.shuffled_prompts(list(enumerate(prompts)), [None] * 6, 0, args)
     step.shuffled_rollout(None, shuffled, builder, 0, {}, args)
@@ -702,9 +1020,15 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, m
     )
     for i, shuffled in zip((0, 0, 1, 1, 3, 3, 4, 4), asked["prompts"]):
         (before,), (after,) = prompts[i].media, shuffled.media
-        assert shuffled.ids is prompts[i].ids and after.seconds_per_grid == before.seconds_per_grid and after.grid == before.grid
+        assert (
+            shuffled.ids is prompts[i].ids
+            and after.seconds_per_grid == before.seconds_per_grid
+            and after.grid == before.grid
+        )
         in_some_order = lambda m: sorted(frame.numpy().tobytes() for frame in m.frames)
-        assert in_some_order(after) == in_some_order(before) and not torch.equal(after.frames, before.frames)
+        assert in_some_order(after) == in_some_order(before) and not torch.equal(
+            after.frames, before.frames
+        )
     first, second = asked["prompts"][:2]
     assert not torch.equal(first.media[0].frames, second.media[0].frames)
 
@@ -712,7 +1036,18 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, m
 @pytest.mark.parametrize("shuffle", ["frame", "grid"])
 def test_the_share_lost_is_that_of_a_forward_pass_of_its_own(policy, prompts, shuffle):
     """Many groups in a row, all responses of a group on one prompt, against each response on each shuffled video."""
-    how = ["--temperature", 0.8, "--group", 3, "--shuffles", 1, "--shuffle", shuffle, "--row_tokens", 500]
+    how = [
+        "--temperature",
+        0.8,
+        "--group",
+        3,
+        "--shuffles",
+        1,
+        "--shuffle",
+        shuffle,
+        "--row_tokens",
+        500,
+    ]
     args = train.parse_args(["--algo", "tgrpo", "--model", "m", "--data", "d", *map(str, how)])
     with torch.no_grad():
         features = policy.encode(prompts)
@@ -723,8 +1058,13 @@ def test_the_share_lost_is_that_of_a_forward_pass_of_its_own(policy, prompts, sh
         for s in shuffled:
             lost, orders = found[s.position]
             total = lambda prompt, r: policy([prompt], [[r]], temperature=0.8)[0].sum()
-            expected = [1 - (total(s.prompt, r) - total(prompts[s.position], r)).exp() for r in groups[s.position].responses]
-            assert orders == [s.order] and lost == pytest.approx([max(0.0, float(x)) for x in expected], abs=1e-5)
+            expected = [
+                1 - (total(s.prompt, r) - total(prompts[s.position], r)).exp()
+                for r in groups[s.position].responses
+            ]
+            assert orders == [s.order] and lost == pytest.approx(
+                [max(0.0, float(x)) for x in expected], abs=1e-5
+            )
     assert max(x for lost, _ in found.values() for x in lost) > 1e-3
 
 
@@ -745,7 +1085,9 @@ def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
     run(*flags(world, tmp_path / "two", **extra), ranks=2)
     one, two = log(tmp_path / "one")[0], log(tmp_path / "two")[0]
     assert one["mismatch"] < 1e-5 and abs(one["ratio"] - 1) > 1e-6 and one["grad_norm"] > 0
-    assert two["ratio"] == pytest.approx(one["ratio"], abs=1e-4) and two["accuracy"] == one["accuracy"]
+    assert (
+        two["ratio"] == pytest.approx(one["ratio"], abs=1e-4) and two["accuracy"] == one["accuracy"]
+    )
     assert_same_steps(weights(tmp_path / "one", 1), weights(tmp_path / "two", 1))
 
 
@@ -769,21 +1111,36 @@ def test_groups_are_shared_out_to_the_updates(learnable, updates, expected):
 @pytest.mark.parametrize(
     "temporal, reward, bonus, taught",
     [
-        ("reward", [2, 2, 2, 2], [0.3] * 4, False),  # all right: the bonus is the same for all, and the mean takes it away
+        (
+            "reward",
+            [2, 2, 2, 2],
+            [0.3] * 4,
+            False,
+        ),  # all right: the bonus is the same for all, and the mean takes it away
         ("advantage", [2, 2, 2, 2], [0.3] * 4, True),
         ("contrast", [2, 2, 2, 2], [0.3, 0.1, 0.0, 0.2], True),
         ("contrast", [2, 2, 2, 2], [0.3] * 4, False),
         ("advantage", [0, 0, 0, 0], [0.0] * 4, False),
         ("contrast", [0, 0, 0, 0], [0.0] * 4, False),
         ("reward", [2, 1, 1, 1], [0.0] * 4, True),
-        ("reward", [1.0, 1.3, 1.3, 1.3], [0.3, 0.0, 0.0, 0.0], False),  # rewards differ, what the gradient sees does not
+        (
+            "reward",
+            [1.0, 1.3, 1.3, 1.3],
+            [0.3, 0.0, 0.0, 0.0],
+            False,
+        ),  # rewards differ, what the gradient sees does not
     ],
 )
 @pytest.mark.parametrize("norm", grpo.NORMS)
-def test_a_group_teaches_where_the_gradient_sees_an_advantage(temporal, reward, bonus, taught, norm):
+def test_a_group_teaches_where_the_gradient_sees_an_advantage(
+    temporal, reward, bonus, taught, norm
+):
     how = ["--algo", "tgrpo", "--model", "m", "--data", "d", "--group", "4"]
     args = train.parse_args([*how, "--temporal", temporal, "--norm", norm])
-    group, mixed = dict(reward=reward, bonus=bonus), dict(reward=[1.0, 0.0, 0.0, 0.0], bonus=[0.0] * 4)
+    group, mixed = (
+        dict(reward=reward, bonus=bonus),
+        dict(reward=[1.0, 0.0, 0.0, 0.0], bonus=[0.0] * 4),
+    )
     assert step.teaching([group, mixed], args) == ([group] if taught else []) + [mixed]
     assert step.teaching([], args) == []
 
@@ -800,8 +1157,12 @@ def test_what_a_step_logs_of_its_updates_by_hand():
     assert step.trained_tokens([empty, made, other]) == pytest.approx(expected)
     assert step.trained_tokens([made, infinite])["loss"] == 0.5
     assert step.trained_tokens([empty]) == {"kl": 0.0}
-    counts = lambda n, skipped, norm: dict(updates=n, skipped_updates=skipped, skipped_update=n == 0, grad_norm=norm)
-    assert step.counted([made, other]) == counts(2, 0, 3.0) and step.counted([empty]) == counts(0, 1, 0.0)
+    counts = lambda n, skipped, norm: dict(
+        updates=n, skipped_updates=skipped, skipped_update=n == 0, grad_norm=norm
+    )
+    assert step.counted([made, other]) == counts(2, 0, 3.0) and step.counted([empty]) == counts(
+        0, 1, 0.0
+    )
     assert step.counted([made, infinite]) == counts(1, 1, math.inf)
 
 
@@ -809,7 +1170,10 @@ def test_what_a_step_logs_of_its_updates_by_hand():
 def one_step(world, cold_start):
     """A function that does a step of GRPO on the first eight prompts -> (log entry, lines of samples, norms of the updates)."""
     policy = model.Policy.load(cold_start, checkpointing=0)
-    builder, samples = data.PromptBuilder(policy.folder, min_pixels=784), data.load_samples(world / "train.json")
+    builder, samples = (
+        data.PromptBuilder(policy.folder, min_pixels=784),
+        data.load_samples(world / "train.json"),
+    )
     prompts = [(i, builder(samples[i])) for i in range(8)]
 
     def do(*changed):
@@ -833,19 +1197,29 @@ def test_as_many_updates_as_groups_allow(one_step):
     assert 2 < taught < 8
     for updates in (2, taught, taught + 1, 8):
         entry, _, made = one_step("--updates", str(updates))
-        assert entry["updates"] == len(made) == min(updates, taught) and entry["skipped_updates"] == 0 < min(made)
+        assert entry["updates"] == len(made) == min(updates, taught) and entry[
+            "skipped_updates"
+        ] == 0 < min(made)
         assert entry["grad_norm"] == max(made)
     dropped, _, _ = one_step("--drop_zero_std")
-    assert (dropped["trained_groups"], dropped["zero_std_groups"]) == (taught, first["zero_std_groups"])
+    assert (dropped["trained_groups"], dropped["zero_std_groups"]) == (
+        taught,
+        first["zero_std_groups"],
+    )
 
 
 def test_entropy_is_of_everything_that_was_sampled(one_step):
     """Trained groups are those that still vary: their entropy hides that of the others."""
     first, _, _ = one_step()
     assert 0 < first["zero_std_groups"] and abs(first["entropy"] - first["entropy_trained"]) > 1e-3
-    masked, _, _ = one_step("--mask_truncated", "--max_new", "2")  # all are cut off, so that no token is trained
+    masked, _, _ = one_step(
+        "--mask_truncated", "--max_new", "2"
+    )  # all are cut off, so that no token is trained
     assert masked["truncated"] == 1 and masked["entropy"] > 0
-    assert not {"entropy_trained", "ratio", "loss", "mismatch"} & set(masked) and masked["skipped_updates"] == 1
+    assert (
+        not {"entropy_trained", "ratio", "loss", "mismatch"} & set(masked)
+        and masked["skipped_updates"] == 1
+    )
 
 
 def test_an_update_under_autocast_is_seen_by_the_next_forward(world, prompts):
@@ -862,8 +1236,17 @@ def test_an_update_under_autocast_is_seen_by_the_next_forward(world, prompts):
         assert torch.equal(policy(prompts[:1], responses)[0], within)
 
 
-def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(tmp_path, world, cold_start):
-    dapo = dict(drop_zero_std=True, refill=3, average="token", clip_high=0.28, mask_truncated=True, prompts=4)
+def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(
+    tmp_path, world, cold_start
+):
+    dapo = dict(
+        drop_zero_std=True,
+        refill=3,
+        average="token",
+        clip_high=0.28,
+        mask_truncated=True,
+        prompts=4,
+    )
     run(*flags(world, tmp_path / "a", steps=2, model=cold_start, **dapo), ranks=2)
     for entry in log(tmp_path / "a"):
         assert 0 < entry["trained_groups"] <= 4 and entry["refills"] <= 3
@@ -873,17 +1256,24 @@ def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(tmp_path
     (entry,) = log(tmp_path / "b")
     assert (entry["trained_groups"], entry["refills"], entry["skipped_update"]) == (0, 3, True)
     start = load_file(world / "model" / "model.safetensors")
-    assert all(torch.equal(x, start[name]) for name, x in weights(tmp_path / "b", 1).items())  # no gradient, no step
+    assert all(
+        torch.equal(x, start[name]) for name, x in weights(tmp_path / "b", 1).items()
+    )  # no gradient, no step
 
 
 def test_a_run_that_teaches_nothing_says_so_once_and_counts_its_updates(tmp_path, world):
     command = flags(world, tmp_path / "a", steps=21, prompts=1, log_every=7)
     out = run(*command, "--max_new", 2, "--group", 2)
     assert out.count("taught nothing") == 1
-    assert "step 10: the last 10 steps taught nothing; 100% of the responses are cut off at --max_new 2: raise it" in out
+    assert (
+        "step 10: the last 10 steps taught nothing; 100% of the responses are cut off at --max_new 2: raise it"
+        in out
+    )
     assert "zero_std_groups 1.000  truncated 1.000  skipped_updates 14  " in out
     entries = log(tmp_path / "a")
-    assert all((e["updates"], e["skipped_updates"], e["skipped_update"]) == (0, 1, True) for e in entries)
+    assert all(
+        (e["updates"], e["skipped_updates"], e["skipped_update"]) == (0, 1, True) for e in entries
+    )
 
 
 @pytest.mark.parametrize(
@@ -901,7 +1291,11 @@ def test_advice(change, words):
 
 
 def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
-    run(*flags(world, tmp_path / "a", "sft", steps=1, eval_data=world / "test.json", model=cold_start))
+    run(
+        *flags(
+            world, tmp_path / "a", "sft", steps=1, eval_data=world / "test.json", model=cold_start
+        )
+    )
     run(*flags(world, tmp_path / "b", "sft", steps=1, eval_data=world / "test.json"))
     assert 0 < log(tmp_path / "a")[0]["eval_loss"] < 2 < log(tmp_path / "b")[0]["eval_loss"]
 
@@ -909,11 +1303,16 @@ def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
 def test_every_flag_file_is_a_command(world):
     for file in sorted((ROOT / "configs").glob("*.txt")):
         parse = eval.parse_args if file.stem == "toy_eval" else train.parse_args
-        assert file.read_text().startswith("# ") and parse([f"@{file}", "--model", "m", "--data", "d"]).out != ""
+        assert (
+            file.read_text().startswith("# ")
+            and parse([f"@{file}", "--model", "m", "--data", "d"]).out != ""
+        )
 
 
 def test_a_frozen_vision_tower_stays_as_it_is(tmp_path, world, cold_start):
-    command = [x for x in flags(world, tmp_path / "a", steps=1, model=cold_start) if x != "--train_vision"]
+    command = [
+        x for x in flags(world, tmp_path / "a", steps=1, model=cold_start) if x != "--train_vision"
+    ]
     run(*command)
     before, after = weights(cold_start, 60), weights(tmp_path / "a", 1)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -924,15 +1323,23 @@ def test_unwritable_run_folder_and_full_disk(tmp_path, world):
     (tmp_path / "file").write_text("")
     assert "run folder" in here(*flags(world, tmp_path / "file" / "a", steps=1))
     command = [sys.executable, *map(str, flags(world, tmp_path / "a", "sft", steps=2)), "--resume"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # no file over 1 MB, as on a disk that is full
+    limit = lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2**20, 2**20)
+    )  # no file over 1 MB, as on a disk that is full
     for before, message in (
         ([], "The run has no checkpoint before it"),
         (["checkpoint-000001"], "The checkpoint before it is whole; --resume resumes from there"),
     ):
         if before:
             assert here(*flags(world, tmp_path / "a", "sft", steps=1)) is None
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300)
-        assert done.returncode and "checkpoint-000002 could not be written" in done.stderr and message in done.stderr
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, timeout=300
+        )
+        assert (
+            done.returncode
+            and "checkpoint-000002 could not be written" in done.stderr
+            and message in done.stderr
+        )
         assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == before
 
 
@@ -956,11 +1363,11 @@ def test_a_write_that_fails_names_its_file_and_leaves_what_was_there(tmp_path, c
         with pytest.raises(SystemExit, match=f"error: .*File too large: '{page}'"):
             report.main([str(tmp_path)])
         message = f"error: .*File too large: '{log}'; to resume: python .* --resume"
-        with pytest.raises(SystemExit, match=message), runs.resumable():
-            runs.append(log, [{"step": i} for i in range(1000)])
+        with pytest.raises(SystemExit, match=message), resumable():
+            append(log, [{"step": i} for i in range(1000)])
     assert page.read_text() == whole and not list(tmp_path.glob("*.partial"))
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-        runs.append("/dev/full", [{"step": 1}])
+        append("/dev/full", [{"step": 1}])
 
 
 FILES = ["--model", "m", "--data", "d"]
@@ -969,12 +1376,28 @@ FILES = ["--model", "m", "--data", "d"]
 @pytest.mark.parametrize("script, required", [(train, FILES), (eval, FILES), (bench, [])])
 def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
     """Every number among the flags, also one that is added tomorrow: not nan, not infinite, not negative, nor a word."""
-    defaults = {k: v[0] if isinstance(v, list) else v for k, v in vars(script.parse_args(required)).items()}
-    numbers = {k: v for k, v in defaults.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    defaults = {
+        k: v[0] if isinstance(v, list) else v for k, v in vars(script.parse_args(required)).items()
+    }
+    numbers = {
+        k: v for k, v in defaults.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     assert len(numbers) >= 8
     for name, default in numbers.items():
-        values = ["nan", "inf", "-1", "-0.5", "-1e-3", "-inf", "many", "", *(["2.5"] if isinstance(default, int) else [])]
-        for value in values[:1] + values[2:] if default == math.inf else values:  # fps of eval.py: all frames
+        values = [
+            "nan",
+            "inf",
+            "-1",
+            "-0.5",
+            "-1e-3",
+            "-inf",
+            "many",
+            "",
+            *(["2.5"] if isinstance(default, int) else []),
+        ]
+        for value in (
+            values[:1] + values[2:] if default == math.inf else values
+        ):  # fps of eval.py: all frames
             with pytest.raises(SystemExit):
                 script.parse_args([*required, f"--{name}", value])
             error = capsys.readouterr().err.splitlines()[-1]
@@ -984,7 +1407,18 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
 @pytest.mark.parametrize(
     "flag, value, expected",
     [
-        *[(name, 0, "at least 1") for name in ("steps", "prompts", "max_new", "updates", "row_tokens", "shuffles", "log_every")],
+        *[
+            (name, 0, "at least 1")
+            for name in (
+                "steps",
+                "prompts",
+                "max_new",
+                "updates",
+                "row_tokens",
+                "shuffles",
+                "log_every",
+            )
+        ],
         *[(name, 0.0, "above 0") for name in ("fps", "clip_grad", "cache_gb")],
         ("temperature", 0.0, "above 0, at most 100"),
         ("temperature", 1e9, "above 0, at most 100"),
@@ -1034,7 +1468,10 @@ def test_everything_can_be_imported_where_there_is_no_fcntl():
 
 
 def test_packing_keeps_order_and_budget():
-    assert step.pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]] and step.pack("", [], 7) == []
+    assert (
+        step.pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]]
+        and step.pack("", [], 7) == []
+    )
 
 
 @needs_shared
@@ -1042,12 +1479,21 @@ def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path)
     """Qwen2.5-VL's own tokenizer files and chat template, a small random model of its architecture, Video-R1's example video."""
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
+    for name in (
+        "vocab.json",
+        "merges.txt",
+        "tokenizer_config.json",
+        "chat_template.json",
+        "preprocessor_config.json",
+    ):
         shutil.copyfile(SHARED / "qwen2_5_vl" / name, folder / name)
     tokenizer = data.AutoTokenizer.from_pretrained(folder)
     config = toy.tiny_config(tokenizer, hidden=32, layers=2, heads=2, kv_heads=1, vision_hidden=32)
     real = json.loads((SHARED / "qwen2_5_vl" / "config.json").read_text())
-    assert (config.video_token_id, config.image_token_id) == (real["video_token_id"], real["image_token_id"])
+    assert (config.video_token_id, config.image_token_id) == (
+        real["video_token_id"],
+        real["image_token_id"],
+    )
     config.text_config.vocab_size = real["vocab_size"]
     toy.write_model(folder, config, tokenizer)
     record = dict(
@@ -1059,15 +1505,19 @@ def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path)
         solution="<answer>A</answer>",
         path="./video_r1_example.mp4",
     )
-    (tmp_path / "r.json").write_text(json.dumps([record, record | {"path": "./image_10095.png", "data_type": "image"}]))
-    prompt = data.PromptBuilder(folder)(data.load_samples(tmp_path / "r.json", media_root=SHARED / "media")[0])
+    (tmp_path / "r.json").write_text(
+        json.dumps([record, record | {"path": "./image_10095.png", "data_type": "image"}])
+    )
+    prompt = data.PromptBuilder(folder)(
+        data.load_samples(tmp_path / "r.json", media_root=SHARED / "media")[0]
+    )
     text = tokenizer.decode(prompt.ids)
     assert text.startswith(
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
     )
-    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n") and prompt.media[0].tokens == 8 * 8 * 15 == text.count(
-        "<|video_pad|>"
-    )
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n") and prompt.media[
+        0
+    ].tokens == 8 * 8 * 15 == text.count("<|video_pad|>")
     run(
         "train.py",
         "--model",

@@ -50,11 +50,16 @@ def test_a_failure_among_the_votes_prevents_agreement_and_has_no_vote():
 def test_five_failures_are_no_consensus_and_no_answer():
     assert search([[None] * 5, [None] * 5, [None] * 5]) == (None, [32, 64, 128])
     assert search([[None] * 5, "CCCCC"]) == ("C", [32, 64])
-    assert search(["AABBB", [None] * 5, [None] * 5]) == ("B", [32, 64, 128])  # no vote in the last round: those of all rounds
+    assert search(["AABBB", [None] * 5, [None] * 5]) == (
+        "B",
+        [32, 64, 128],
+    )  # no vote in the last round: those of all rounds
 
 
 def test_ties_go_to_most_votes_over_all_rounds_then_to_the_surest_response_then_to_the_earliest():
-    assert search(["CAAAB", "ABCBB", "AABBC"], m=5)[0] == "A"  # overall A 3 + 1 + 2, B 1 + 3 + 2: the earliest
+    assert (
+        search(["CAAAB", "ABCBB", "AABBC"], m=5)[0] == "A"
+    )  # overall A 3 + 1 + 2, B 1 + 3 + 2: the earliest
     assert search(["CABBB", "ABCBB", "AABBC"], m=5)[0] == "B"
     tied = [Vote("A", -0.5), Vote("B", -0.9), Vote("B", -0.1), Vote("A", -0.4)]
     assert search([tied], start=8, cap=8, m=4)[0] == "B"  # its surest response has -0.1
@@ -79,7 +84,9 @@ def test_numbers_vote_by_value():
 
 def test_the_same_shape_at_a_fixed_number_of_frames():
     ask, asked = ask_from(["ABBCC", "X"])
-    assert self_consistency(ask, frames=64, m=5).answer == "B" and single(ask, frames=16).answer == "X"
+    assert (
+        self_consistency(ask, frames=64, m=5).answer == "B" and single(ask, frames=16).answer == "X"
+    )
     assert asked == [(64, 5), (16, 1)]
 
 

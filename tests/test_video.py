@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import SHARED, needs_shared
 
 import data
 import toy
-import video
+from conftest import ROOT, SHARED, needs_shared
 from data import DataError, Sample
+from infra import errors, video
 
 MEDIA = SHARED / "media"
 
@@ -37,7 +37,9 @@ def test_a_file_that_hangs_is_given_up_and_its_worker_replaced(tmp_path, clip, d
     hold = os.open(pipe, os.O_RDWR)  # opened, never written
     began = time.monotonic()
     with pytest.raises(DataError, match="record 7: .*pipe.png: not decoded after 1 s"):
-        data.load_media(Sample("7", "?", [], "numerical", data_type, str(pipe), "1"), decode_timeout=1.0)
+        data.load_media(
+            Sample("7", "?", [], "numerical", data_type, str(pipe), "1"), decode_timeout=1.0
+        )
     os.close(hold)
     assert time.monotonic() - began < 10 and worker.poll() is not None
     assert video.read_video(clip)[0].shape == (4, 56, 56, 3)
@@ -47,7 +49,7 @@ def test_a_decoder_that_dies_costs_one_sample(clip):
     video.read_video(clip)
     video._worker.process.send_signal(signal.SIGSTOP)  # in the middle of its work
     threading.Timer(0.3, video._worker.process.kill).start()
-    with pytest.raises(video.VideoError, match="clip.y4m: the decoder crashed"):
+    with pytest.raises(errors.VideoError, match="clip.y4m: the decoder crashed"):
         video.read_video(clip)
     assert video.read_video(clip)[0].shape == (4, 56, 56, 3)
 
@@ -73,7 +75,9 @@ def test_a_worker_whose_trainer_has_gone_ends(tmp_path):
     """It is stuck in a named pipe, and nobody kills it: its alarm does."""
     os.mkfifo(tmp_path / "pipe")
     request = dict(op="image", path=str(tmp_path / "pipe"), min_pixels=784, max_pixels=784, alarm=1)
-    worker = subprocess.Popen([sys.executable, video.__file__], stdin=subprocess.PIPE)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "infra.video"], cwd=ROOT, stdin=subprocess.PIPE
+    )
     worker.stdin.write(json.dumps(request).encode() + b"\n")
     worker.stdin.flush()
     assert worker.wait(timeout=20) == -signal.SIGALRM
@@ -115,19 +119,23 @@ def test_short_clips_show_what_they_have(tmp_path):
     frames, seconds = video.read_video(tmp_path / "three.y4m", min_frames=16)
     assert len(frames) == 2 and seconds == 1.5
     toy.write_y4m(tmp_path / "one.y4m", np.zeros((1, 56, 56, 3), np.uint8), fps=1)
-    with pytest.raises(video.VideoError, match="one.y4m: .*1 frames .* needs at least 2"):
+    with pytest.raises(errors.VideoError, match="one.y4m: .*1 frames .* needs at least 2"):
         video.read_video(tmp_path / "one.y4m")
 
 
 @needs_shared
 def test_the_real_example_video():
     frames, seconds = video.read_video(MEDIA / "video_r1_example.mp4")
-    assert frames.shape == (16, 224, 420, 3) and seconds == pytest.approx(491 / 22.29 / 16, rel=1e-3) and frames.std() > 10
+    assert (
+        frames.shape == (16, 224, 420, 3)
+        and seconds == pytest.approx(491 / 22.29 / 16, rel=1e-3)
+        and frames.std() > 10
+    )
 
 
 @needs_shared
 def test_a_corrupted_video_is_named():
-    with pytest.raises(video.VideoError, match="corrupted.mp4: cannot be decoded: damaged"):
+    with pytest.raises(errors.VideoError, match="corrupted.mp4: cannot be decoded: damaged"):
         video.read_video(MEDIA / "corrupted.mp4")
 
 

@@ -6,14 +6,61 @@ With the amendments of NLTK's version, which the rouge-score package uses and so
     ('connect', 'happili', 'sky')
 """
 
-IRREGULAR = dict(skies="sky", dying="die", lying="lie", tying="tie", innings="inning", outings="outing", cannings="canning")
+IRREGULAR = dict(
+    skies="sky",
+    dying="die",
+    lying="lie",
+    tying="tie",
+    innings="inning",
+    outings="outing",
+    cannings="canning",
+)
 UNCHANGED = {"sky", "news", "inning", "outing", "canning", "howe", "proceed", "exceed", "succeed"}
-STEP_2 = dict(ational="ate", tional="tion", enci="ence", anci="ance", izer="ize", bli="ble", alli="al", entli="ent", eli="e",
-              ousli="ous", ization="ize", ation="ate", ator="ate", alism="al", iveness="ive", fulness="ful", ousness="ous",
-              aliti="al", iviti="ive", biliti="ble", fulli="ful")
+STEP_2 = dict(
+    ational="ate",
+    tional="tion",
+    enci="ence",
+    anci="ance",
+    izer="ize",
+    bli="ble",
+    alli="al",
+    entli="ent",
+    eli="e",
+    ousli="ous",
+    ization="ize",
+    ation="ate",
+    ator="ate",
+    alism="al",
+    iveness="ive",
+    fulness="ful",
+    ousness="ous",
+    aliti="al",
+    iviti="ive",
+    biliti="ble",
+    fulli="ful",
+)
 STEP_3 = dict(icate="ic", ative="", alize="al", iciti="ic", ical="ic", ful="", ness="")
-STEP_4 = ("al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou", "ism", "ate", "iti",
-          "ous", "ive", "ize")
+STEP_4 = (
+    "al",
+    "ance",
+    "ence",
+    "er",
+    "ic",
+    "able",
+    "ible",
+    "ant",
+    "ement",
+    "ment",
+    "ent",
+    "ion",
+    "ou",
+    "ism",
+    "ate",
+    "iti",
+    "ous",
+    "ive",
+    "ize",
+)
 
 
 def stem(word):
@@ -66,7 +113,11 @@ def _step_1b(word):  # past and present participles
 
 
 def _step_1c(word):
-    return word[:-1] + "i" if word.endswith("y") and len(word) > 2 and _shape(word[:-1])[-1] == "c" else word
+    return (
+        word[:-1] + "i"
+        if word.endswith("y") and len(word) > 2 and _shape(word[:-1])[-1] == "c"
+        else word
+    )
 
 
 def _step_2(word):
@@ -89,7 +140,11 @@ def _step_4(word):
     for suffix in STEP_4:
         if word.endswith(suffix):
             rest = word[: -len(suffix)]
-            return rest if _measure(rest) > 1 and (suffix != "ion" or rest.endswith(("s", "t"))) else word
+            return (
+                rest
+                if _measure(rest) > 1 and (suffix != "ion" or rest.endswith(("s", "t")))
+                else word
+            )
     return word
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model import ModelError
+from infra.errors import ModelError
 
 
 def shard(policy):
@@ -25,13 +25,18 @@ def shard(policy):
     A vision tower is called as often as a rank has frames, so it is no unit of its own: one that is frozen stays whole, one that
     is trained is gathered before the first call and its gradient averaged after the last.
     """
-    gpu, frozen = policy.device.type == "cuda", not any(p.requires_grad for p in policy.parameters())
+    gpu, frozen = (
+        policy.device.type == "cuda",
+        not any(p.requires_grad for p in policy.parameters()),
+    )
     dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if gpu else {}
     how = dict(mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False))
     for layer in policy.text.layers:
         fully_shard(layer, **how)
     whole = {p for p in policy.net.model.visual.parameters() if not p.requires_grad}
-    fully_shard(policy, ignored_params=whole, reshard_after_forward=True if frozen else None, **how)  # None: not before backward
+    fully_shard(
+        policy, ignored_params=whole, reshard_after_forward=True if frozen else None, **how
+    )  # None: not before backward
 
 
 @contextlib.contextmanager
@@ -39,7 +44,9 @@ def gathered(policy):
     """Inside, all parameters are whole and stay so, whatever is called how often: each rank has its own number of tokens to
     decode. Every rank must enter. Does nothing to a policy that is not sharded."""
     units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-    registered = [hooks for unit in units for hooks in (unit._forward_pre_hooks, unit._forward_hooks)]  # they gather and let go
+    registered = [
+        hooks for unit in units for hooks in (unit._forward_pre_hooks, unit._forward_hooks)
+    ]  # they gather and let go
     for unit in units:
         unit.unshard()
     kept = [dict(hooks) for hooks in registered]
@@ -57,6 +64,7 @@ def gathered(policy):
 def full_state(policy, optimizer):
     """What a checkpoint holds -> (weights by name, the optimizer's state), with whole tensors: on rank 0; every rank must ask.
     Where the checkpoint's weights are rounded to a narrower dtype, the state holds the trained ones as they are: "weights"."""
+
     def whole(x):
         if not isinstance(x, DTensor):
             return x.detach()
@@ -66,7 +74,9 @@ def full_state(policy, optimizer):
     parts = policy.net.state_dict(keep_vars=True)
     once = {p: whole(p) for p in parts.values()}  # embeddings and head may be one parameter
     state = optimizer.state_dict()
-    state["state"] = {i: {name: whole(x) for name, x in s.items()} for i, s in state["state"].items()}
+    state["state"] = {
+        i: {name: whole(x) for name, x in s.items()} for i, s in state["state"].items()
+    }
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if policy.saved_dtype not in (None, trained[0].dtype):
         state["weights"] = [once[p] for p in trained]
@@ -81,7 +91,9 @@ def load_optimizer(optimizer, file):
     def part(x, p):
         if not x.ndim or not isinstance(p, DTensor):
             return x
-        return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).clone()  # not a view of the whole
+        return distribute_tensor(
+            x, p.device_mesh, p.placements, src_data_rank=None
+        ).clone()  # not a view of the whole
 
     try:
         state = torch.load(file, map_location="cpu", mmap=True)
@@ -89,9 +101,22 @@ def load_optimizer(optimizer, file):
             with torch.no_grad():
                 for p, x in zip(trained, state.pop("weights"), strict=True):
                     p.copy_(part(x, p))
-        state["state"] = {i: {name: part(x, trained[i]) for name, x in s.items()} for i, s in state["state"].items()}
+        state["state"] = {
+            i: {name: part(x, trained[i]) for name, x in s.items()}
+            for i, s in state["state"].items()
+        }
         optimizer.load_state_dict(state)
     except torch.OutOfMemoryError:  # the file is not to blame
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError, UnpicklingError) as e:
-        raise ModelError(f"{file}: not the state of this run's optimizer: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+        UnpicklingError,
+    ) as e:
+        raise ModelError(
+            f"{file}: not the state of this run's optimizer: {type(e).__name__}: {' '.join(str(e).split())}"
+        ) from e

@@ -1,7 +1,7 @@
 """Frames of video and image files, read in a process of its own that can be killed.
 
 A decoder can hang or crash inside native code, holding the interpreter's lock: no signal and no
-in-process timeout helps. So this file is also a program (`python video.py`, a worker that answers
+in-process timeout helps. So this file is also a program (`python -m infra.video`, a worker that answers
 requests on its standard input), and read_clip and read_image ask it, and kill it when it does not
 answer. A bad file then costs one sample, never the run.
 
@@ -17,108 +17,19 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from reader import READERS, VideoError, load_image
+from infra.errors import VideoError
+from infra.frames import choose_frames, choose_times, resize
+from infra.reader import READERS, load_image
 
-PATCH, MERGE = 14, 2  # a visual token is a 28 x 28 pixel square of a 2-frame grid
 CLIPS_PER_WORKER = 500  # decord leaks memory: a worker is replaced after this many
 
 
 # ---- which frames, which size
-
-def frame_indices(num_frames, fps, *, target_fps=2.0, min_frames=4, max_frames=16):
-    """Which frames of a clip to show: an even number n, evenly spaced from the first to the last.
-
-    n = the clip's seconds * target_fps, held within [min_frames, max_frames] and within the clip's own length, even;
-    indices = round(linspace(0, num_frames - 1, n)). A fixed number of frames is target_fps = inf and max_frames.
-    Raises ValueError for a clip with fewer than 2 frames: a visual token spans two.
-    """
-    n = frame_count(num_frames, fps, target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
-    return np.linspace(0, num_frames - 1, n).round().astype(int).tolist()
-
-
-def frame_count(num_frames, fps, *, target_fps, min_frames, max_frames=math.inf):
-    """The n of frame_indices; without max_frames, the most frames that the clip has to show."""
-    if num_frames < 2 or not 0 < fps < math.inf:
-        raise ValueError(f"{num_frames} frames at {fps:g} frames per second, a video needs at least 2 frames")
-    n = min(max(num_frames / fps * target_fps, min_frames), max_frames, num_frames)
-    return max(2, int(n + 1e-6) // 2 * 2)
-
-
-def choose_frames(num_frames, fps, segment, *, start=0.0, target_fps, min_frames, max_frames):
-    """Which frames to show of a clip of constant rate, or of its `segment` (from, to) in seconds ->
-    (indices in the clip, seconds per frame shown, the most frames that could be shown).
-
-    start: the second at which the first frame appears. Raises ValueError: see frame_indices; a segment
-    outside the clip.
-    """
-    first, end = 0, num_frames
-    if segment is not None:
-        a, b = _within(segment, start, start + num_frames / fps)
-        first, end = (int((t - start) * fps + 1e-6) for t in (a, b))
-    how = dict(target_fps=target_fps, min_frames=min_frames)
-    indices = [first + i for i in frame_indices(end - first, fps, max_frames=max_frames, **how)]
-    return indices, (end - first) / fps / len(indices), frame_count(end - first, fps, **how)
-
-
-def choose_times(times, end, segment, *, target_fps, min_frames, max_frames):
-    """choose_frames for a clip of any rate: what is on the screen at evenly spaced times.
-
-    times (N,): when each picture appears, ascending; end: when the last one goes; all in seconds. A
-    picture that stays is shown as often as it is met, and counts as the frames that it would be at the
-    clip's median rate. The last time is that at which the last picture appears, or one such frame
-    before the end where that is later.
-    """
-    if len(times) < 2:
-        raise VideoError(f"{len(times)} frames, a video needs at least 2 frames")
-    start, period = times[0], float(np.median(np.diff(times)))
-    if segment is not None:
-        start, end = _within(segment, start, end)
-    pictures = np.searchsorted(times, end) - np.searchsorted(times, start, "right") + 1
-    num_frames = max(int(pictures), round((end - start) / period), 2)
-    how = dict(target_fps=target_fps, min_frames=min_frames)
-    rate = num_frames / (end - start)
-    n = frame_count(num_frames, rate, max_frames=max_frames, **how)
-    last = max(times[times < end][-1], end - 1 / rate)
-    indices = np.searchsorted(times, np.linspace(start, last, n) + 1e-9, "right") - 1
-    return indices.tolist(), (end - start) / n, frame_count(num_frames, rate, **how)
-
-
-def _within(segment, start, end):
-    """The part of a segment (from, to) that lies between start and end; all in seconds."""
-    a, b = max(segment[0], start), min(segment[1], end)
-    if not a < b:
-        raise VideoError(f"no frames from {segment[0]:g} to {segment[1]:g} s: it has those from {start:.2f} to {end:.2f} s")
-    return a, b
-
-
-def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE):
-    """(height, width) as multiples of `factor`, area within [min_pixels, max_pixels], aspect ratio nearly kept.
-
-    The rule of Qwen2-VL's processor. Raises ValueError for an aspect ratio over 200.
-    """
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"{width} x {height} pixels: an aspect ratio over 200")
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(x / shrink / factor) * factor) for x in (height, width))
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(x * grow / factor) * factor for x in (height, width))
-    return h, w
-
-
-def resize(image, min_pixels, max_pixels, shape=None):
-    """A Pillow image -> uint8 (H, W, 3) at smart_resize's size, bicubic with antialiasing.
-    shape: the (height, width) whose aspect ratio counts, where pixels are not square."""
-    height, width = shape or (image.height, image.width)
-    height, width = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
-    return np.asarray(image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 # ---- the side of the trainer
@@ -142,6 +53,7 @@ class Clip(NamedTuple):
     seconds: of the clip, divided by T.  available: frames that it would show without max_frames.
     indices: of the T frames, counted in order of display.  keys: what identifies each in its file.
     """
+
     frames: np.ndarray
     seconds: float
     available: int
@@ -154,8 +66,19 @@ def read_video(path, **how):
     return read_clip(path, **how)[:2]
 
 
-def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-              segment=None, timeout=60.0, decoded=None, reader="av"):
+def read_clip(
+    path,
+    *,
+    target_fps=2.0,
+    min_frames=4,
+    max_frames=16,
+    min_pixels=4 * 28 * 28,
+    max_pixels=128 * 28 * 28,
+    segment=None,
+    timeout=60.0,
+    decoded=None,
+    reader="av",
+):
     """Decodes a video file, or its `segment` (start, end) in seconds -> Clip; rotated videos come upright.
 
     decoded: {key of a frame: frame} of earlier calls for this file at this size; these are not decoded again, new ones are
@@ -164,24 +87,41 @@ def read_clip(path, *, target_fps=2.0, min_frames=4, max_frames=16, min_pixels=4
     worker is then killed, and the next call starts another).
     """
     decoded = {} if decoded is None else decoded
-    reply, frames = _ask(timeout, op="video", path=str(path), target_fps=target_fps, min_frames=min_frames,
-                         max_frames=max_frames, min_pixels=min_pixels, max_pixels=max_pixels, segment=segment,
-                         skip=list(decoded), reader=reader)
+    reply, frames = _ask(
+        timeout,
+        op="video",
+        path=str(path),
+        target_fps=target_fps,
+        min_frames=min_frames,
+        max_frames=max_frames,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        segment=segment,
+        skip=list(decoded),
+        reader=reader,
+    )
     decoded.update(zip(reply["new"], frames))
     frames = [decoded[key] for key in reply["keys"]]
     if len(shapes := {frame.shape for frame in frames}) > 1:
         raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
-    return Clip(np.stack(frames), reply["seconds"], reply["available"], reply["indices"], reply["keys"])
+    return Clip(
+        np.stack(frames), reply["seconds"], reply["available"], reply["indices"], reply["keys"]
+    )
 
 
 def read_image(path, *, min_pixels, max_pixels, timeout=60.0):
     """An image file -> uint8 (H, W, 3). Raises VideoError as read_clip."""
-    return _ask(timeout, op="image", path=str(path), min_pixels=min_pixels, max_pixels=max_pixels)[1][0]
+    return _ask(timeout, op="image", path=str(path), min_pixels=min_pixels, max_pixels=max_pixels)[
+        1
+    ][0]
 
 
 def _ask(timeout, **request):
     """Sends a request about the file request["path"] to this thread's worker -> (reply, frames)."""
-    path, request["path"] = request["path"], os.path.abspath(request["path"])  # FFmpeg takes "a:b" for an address
+    path, request["path"] = (
+        request["path"],
+        os.path.abspath(request["path"]),
+    )  # FFmpeg takes "a:b" for an address
     if not os.path.exists(path):
         raise VideoError(f"{path}: no such file")
     if os.path.isdir(path):
@@ -215,8 +155,13 @@ def _open_worker():
     if process is None or process.poll() is not None or _worker.clips >= CLIPS_PER_WORKER:
         close_worker()
         # in a session of its own: ctrl-C and torchrun signal all of a process's group, and a run that stops ends its step first
-        _worker.process = subprocess.Popen([sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           start_new_session=True)
+        _worker.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "infra.video"],
+            cwd=Path(__file__).parent.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
         _worker.clips = 0
         _running.add(_worker.process)
     _worker.clips += 1
@@ -244,17 +189,28 @@ def _end(process):
 
 # ---- the side of the worker
 
+
 def decode(path, *, reader="av", segment=None, skip=(), min_pixels, max_pixels, **counts):
     """What read_clip promises -> (reply, the new frames: those whose keys are not in `skip`)."""
     clip = READERS[reader](path)
     if clip.rate:
-        indices, seconds, available = choose_frames(len(clip.keys), clip.rate, segment, start=clip.times[0], **counts)
+        indices, seconds, available = choose_frames(
+            len(clip.keys), clip.rate, segment, start=clip.times[0], **counts
+        )
     else:
         indices, seconds, available = choose_times(clip.times, clip.end, segment, **counts)
     new = [i for i in sorted(set(indices)) if clip.keys[i] not in skip]
-    frames = [resize(picture.image, min_pixels, max_pixels, picture.shape) for picture in clip.pictures(new)]
-    reply = dict(indices=indices, seconds=seconds, available=available, keys=[clip.keys[i] for i in indices],
-                 new=[clip.keys[i] for i in new])
+    frames = [
+        resize(picture.image, min_pixels, max_pixels, picture.shape)
+        for picture in clip.pictures(new)
+    ]
+    reply = dict(
+        indices=indices,
+        seconds=seconds,
+        available=available,
+        keys=[clip.keys[i] for i in indices],
+        new=[clip.keys[i] for i in new],
+    )
     return reply, frames
 
 
@@ -269,12 +225,18 @@ def answer(request):
     before = os.stat(request["path"])
     try:
         reply, frames = ops[request.pop("op")](**request)
-        if len(shapes := {frame.shape for frame in frames}) > 1:  # their bytes would not fit one shape
+        if (
+            len(shapes := {frame.shape for frame in frames}) > 1
+        ):  # their bytes would not fit one shape
             raise VideoError(f"frames of {len(shapes)} different sizes")
         reply["shape"] = (len(frames), *frames[0].shape) if frames else (0,)
     finally:
         now = os.stat(request["path"])
-        if (now.st_ino, now.st_size, now.st_mtime_ns) != (before.st_ino, before.st_size, before.st_mtime_ns):
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
+            before.st_ino,
+            before.st_size,
+            before.st_mtime_ns,
+        ):
             raise VideoError("changed while it was read")
     return reply, frames
 
@@ -293,7 +255,11 @@ def work(requests, replies):
         try:
             reply, frames = answer(request)
         except Exception as e:  # whatever a broken file makes a native library raise is this file's error, not the run's
-            reason = str(e) if type(e) in (VideoError, ValueError) else f"cannot be decoded: {type(e).__name__}: {e}"
+            reason = (
+                str(e)
+                if type(e) in (VideoError, ValueError)
+                else f"cannot be decoded: {type(e).__name__}: {e}"
+            )
             reason = reason.replace(f" {path!r}", "").replace(path, "")
             reply, frames = dict(error=" ".join(reason.split())[:300]), []
         set_alarm(0)
@@ -305,5 +271,7 @@ def work(requests, replies):
 
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a native library prints goes to standard error, not between the replies
+    os.dup2(
+        2, 1
+    )  # whatever a native library prints goes to standard error, not between the replies
     work(sys.stdin.buffer, replies)

@@ -24,15 +24,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from infra.errors import VideoError
+
 # containers, by their first names in FFmpeg
 STAMPED = ("mov", "matroska", "gif", "yuv4mpegpipe")  # hold the time of display of every frame
 SAYS_ITS_LENGTH = ("mov", "matroska", "flv")  # in the header; others have it estimated
 NO_VIDEO = ("tty", "concat", "hls", "dash")  # text shown as pictures, and lists of other files
-LAG = 4  # frames: a later first frame is no decoder's delay, but a video that starts after its sound
-
-
-class VideoError(ValueError):
-    """A video or image that cannot be used, and why."""
+LAG = (
+    4  # frames: a later first frame is no decoder's delay, but a video that starts after its sound
+)
 
 
 class StampsDisagree(Exception):
@@ -42,6 +42,7 @@ class StampsDisagree(Exception):
 class Picture(NamedTuple):
     """An upright RGB picture, and the (height, width) at which a player shows it: the pixels of a
     video need not be square."""
+
     image: Image.Image
     shape: tuple[int, int]
 
@@ -49,6 +50,7 @@ class Picture(NamedTuple):
 class Packet(NamedTuple):
     """One compressed frame of the first reading. pts: when it is displayed, None where missing.
     place: (byte of the file, size), which tell it from all others."""
+
     pts: int | None
     dts: int | None
     place: tuple[int | None, int]
@@ -105,7 +107,9 @@ class AvVideo:
         ticks = 1 / (self.stream.average_rate or 25) / self.stream.time_base
         pts, dts, durations = map(list, zip(*found))
         for i, stamp in enumerate(dts):
-            if stamp is None and i and dts[i - 1] is not None:  # the last ones come after all packets
+            if (
+                stamp is None and i and dts[i - 1] is not None
+            ):  # the last ones come after all packets
                 dts[i] = dts[i - 1] + round(ticks)
         columns = [pts, dts, [round(i * ticks) for i in range(len(found))]]
         if self.container.format.name == "avi":  # its stamps of display are guesses
@@ -133,7 +137,10 @@ class AvVideo:
         last = (last or 0) * tick or np.diff(times[-2:]).sum()
         close = min(tick, 0.001) * 1.01  # stamps are rounded to ticks, in Matroska to milliseconds
         for self.rate in (rate, 1 / period if period else 0, None):
-            if self.rate and abs(times - times[0] - np.arange(len(times)) / self.rate).max() <= close:
+            if (
+                self.rate
+                and abs(times - times[0] - np.arange(len(times)) / self.rate).max() <= close
+            ):
                 break
         if self.rate and last * self.rate > 1.5:  # the last picture stays
             self.rate = None
@@ -145,13 +152,16 @@ class AvVideo:
     def _open(self):
         """Opens the file at its start; self.frames gives its frames in order."""
         import av
+
         av.logging.set_level(None)
         try:
             self.container = av.open(self.path, metadata_errors="replace")
         except av.error.FFmpegError as e:
             raise VideoError(f"cannot be decoded: no video, or a damaged one ({e.strerror})") from e
         if self.container.format.name in NO_VIDEO:
-            raise VideoError(f"no video in this file: it is read as {self.container.format.long_name}")
+            raise VideoError(
+                f"no video in this file: it is read as {self.container.format.long_name}"
+            )
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in self.container.streams.video if not s.disposition & cover]
         if not streams:
@@ -171,12 +181,15 @@ class AvVideo:
     def _demux(self, *streams):
         """The packets of some streams, from where the container stands."""
         import av
+
         try:
             for packet in self.container.demux(*streams):
                 if packet.size:
                     yield packet
         except av.error.FFmpegError as e:
-            raise VideoError(f"cannot be decoded: the file is cut off or damaged ({e.strerror})") from e
+            raise VideoError(
+                f"cannot be decoded: the file is cut off or damaged ({e.strerror})"
+            ) from e
 
     def _scan(self):
         """Reads all packets -> (packets, which are key frames, {stamp: duration} of those shown)."""
@@ -193,12 +206,15 @@ class AvVideo:
                 shown[None if p.pts in shown else p.pts] = p.duration
         says = (self.container.duration or 0) / 1e6
         if self.container.format.name.startswith(SAYS_ITS_LENGTH) and until < 0.95 * says - 1:
-            raise VideoError(f"cut off: it ends after {until:.1f} s, and its header says {says:.1f} s")
+            raise VideoError(
+                f"cut off: it ends after {until:.1f} s, and its header says {says:.1f} s"
+            )
         return packets, key_frames, shown
 
     def _decode(self, packets, first):
         """Decodes packets, number `first` of the file and those after it -> frames as displayed."""
         import av
+
         start = self.packets[first].pts if first else None
         for packet in itertools.chain(packets, [None]):
             if packet:
@@ -211,7 +227,9 @@ class AvVideo:
                 self._damaged(first)
                 continue
             for frame in frames:
-                if start is not None:  # after a seek, pictures before the key frame lack what they refer to
+                if (
+                    start is not None
+                ):  # after a seek, pictures before the key frame lack what they refer to
                     if frame.pts is not None and frame.pts < start:
                         continue
                     if frame.pts != start or not frame.key_frame:
@@ -251,11 +269,14 @@ class AvVideo:
         try:
             return self._find(i)
         except StampsDisagree:
-            raise VideoError(f"cannot be decoded: after frame {self.number} come others than its time stamps say") from None
+            raise VideoError(
+                f"cannot be decoded: after frame {self.number} come others than its time stamps say"
+            ) from None
 
     def _seek(self, key_frame):
         """Goes on at a key frame, the number of a packet."""
         import av
+
         try:
             self.container.seek(self.packets[key_frame].dts, stream=self.stream)
         except (av.error.FFmpegError, TypeError) as e:  # TypeError: no stamp to seek
@@ -280,7 +301,9 @@ def _ascending(numbers):
 
 def _upright(frame, pixel_ratio):
     """A decoded frame -> Picture, turned as the file says. pixel_ratio: width of a pixel / height."""
-    transparent = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    transparent = frame.format.has_palette or any(
+        component.is_alpha for component in frame.format.components
+    )
     pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")
     height, width = pixels.shape[0], max(1, round(pixels.shape[1] * float(pixel_ratio or 1)))
     matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -325,11 +348,18 @@ def load_image(path):
             if image.mode.startswith("I;16"):  # 16 bits a pixel; convert() would clip them
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             if image.mode in ("I", "F"):
-                raise VideoError(f"an image of {image.mode!r} pixels, expected 8 or 16 bits a channel")
+                raise VideoError(
+                    f"an image of {image.mode!r} pixels, expected 8 or 16 bits a channel"
+                )
             if "A" in image.getbands() or "transparency" in image.info:
                 return _on_white(image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as e:  # SyntaxError: a broken PNG
         raise VideoError(f"cannot be read as an image: {e}") from e
 
 

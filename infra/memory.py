@@ -1,0 +1,24 @@
+"""How much memory this machine has."""
+
+import ctypes
+import os
+
+import torch
+
+
+def device_memory(device, world):
+    """Bytes of a GPU, or a process's share of this machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return host_memory() / world
+
+
+def host_memory():
+    """Bytes of this machine's memory."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    status = (ctypes.c_ulonglong * 8)(
+        64
+    )  # Windows' MEMORYSTATUSEX: two 32-bit fields (its size, the load) and seven of 64 bits
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    return status[1]
