@@ -40,7 +40,7 @@ import mrsp
 import toy
 from data import Prompt, Sample, load_media, normalize, patchify
 from infra.embedding_cache import EmbeddingCache
-from infra.flags import flag_parser
+from infra.flags import Parser
 from infra.ranks import RANK, WORLD, ranks, say
 from infra.run_folder import commit
 from infra.video import close_workers
@@ -70,28 +70,26 @@ PHASES = ("video", "encode", "prefill", "decode", "reference", "train", "optimiz
 
 def parse_args(argv=None):
     """The flags."""
-    p, add, flag = flag_parser(__doc__)
-    g = p.add_argument_group("what is measured")
-    add(
-        g,
+    p = Parser(__doc__)
+    g = p.section("what is measured")
+    g.value(
         "model",
         "tiny",
         "tiny (17 M parameters), 3b or 7b (Qwen2.5-VL's shapes), with random weights; or a checkpoint",
     )
-    add(g, "frames", [16, 64, 128], "of the video, one or more numbers", "at least 2", nargs="+")
-    add(g, "height", 112, "pixels of a frame", "at least 28")
-    add(g, "width", 112, "pixels of a frame", "at least 28")
-    add(g, "text", 32, "tokens of the question", "at least 1")
-    add(g, "group", 8, "G", "at least 1")
-    add(g, "new", 32, "tokens of every response", "at least 2")
-    add(
-        g,
-        "checkpointing",
+    g.value("frames", [16, 64, 128], "of the video, one or more numbers", "at least 2", nargs="+")
+    g.value("height", 112, "pixels of a frame", "at least 28")
+    g.value("width", 112, "pixels of a frame", "at least 28")
+    g.value("text", 32, "tokens of the question", "at least 1")
+    g.value("group", 8, "G", "at least 1")
+    g.value("new", 32, "tokens of every response", "at least 2")
+    g.value(
+        "grad_checkpointing",
         0,
         "recompute the activations of every n-th layer in the backward pass; 0: keep them all",
     )
-    add(g, "repeat", 3, "measurements of each phase, each way", "at least 1")
-    add(g, "json", None, "file for the figures")
+    g.value("repeat", 3, "measurements of each phase, each way", "at least 1")
+    g.value("json", None, "file for the figures")
     return p.parse_args(argv)
 
 
@@ -239,15 +237,19 @@ class Ours:
 
     def encode(self):
         with torch.no_grad():
-            self.features = self.policy.encode([self.prompt])
+            self.visual_embeds = self.policy.encode([self.prompt])
 
     def rollout(self, new):
         generate(
-            self.policy, [self.prompt], len(self.responses), max_new=new, features=self.features
+            self.policy,
+            [self.prompt],
+            len(self.responses),
+            max_new=new,
+            visual_embeds=self.visual_embeds,
         )
 
     def log_probs(self):
-        return self.policy([self.prompt], [self.responses], self.features)[0]
+        return self.policy([self.prompt], [self.responses], self.visual_embeds)[0]
 
 
 # ---- measuring
@@ -376,7 +378,7 @@ def measure(policy, frames, args, matrix, copy, dtype, folder, everybody, tower)
         "cache": {"embedding_cache": EmbeddingCache(folder / "cache", 100.0, "bench")},
     }
     ways |= {"graph": {"cuda_graph": True}} if device.type == "cuda" else {}
-    ways |= {"ranks": {"group": everybody}} if WORLD > 1 else {}
+    ways |= {"ranks": {"sp": everybody}} if WORLD > 1 else {}
     seen, memory, log_probs = {name: [] for name in ways}, {}, {}
     for i in range(args.repeat + 1):  # the first warms up
         prompt, seconds = video_prompt(policy, file, args)
@@ -387,7 +389,7 @@ def measure(policy, frames, args, matrix, copy, dtype, folder, everybody, tower)
             )
             policy.net.set_attn_implementation({"text_config": text, "vision_config": vision})
             for key, value in (
-                {"embedding_cache": None, "cuda_graph": False, "group": mrsp.ALONE} | settings
+                {"embedding_cache": None, "cuda_graph": False, "sp": mrsp.UNSHARDED} | settings
             ).items():
                 setattr(policy, key, value)
             if device.type == "cuda":
@@ -491,7 +493,7 @@ def benchmark(args, device):
     )
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    policy.set_checkpointing(args.checkpointing)
+    policy.set_grad_checkpointing(args.grad_checkpointing)
     policy.freeze_vision()
     policy.eos_ids = []
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -512,7 +514,11 @@ def benchmark(args, device):
         f"{head['model']}: {head['parameters'] / 1e6:.1f} M parameters; {machine}, torch {torch.__version__}: matrix product "
         f"{matrix / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s"
     )
-    results, tower, everybody = [], Stopwatch(policy.net.model.visual, device), mrsp.group_of(WORLD)
+    results, tower, everybody = (
+        [],
+        Stopwatch(policy.net.model.visual, device),
+        mrsp.sequence_parallel(WORLD),
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),

@@ -37,9 +37,9 @@ from infra.errors import DataError
 from infra.files import append, digest, write_whole
 from infra.flags import (
     MEDIA,
+    Parser,
     by_name,
     flag_lines,
-    flag_parser,
     media_flags,
     ordered,
     peek,
@@ -71,57 +71,52 @@ class Method(NamedTuple):
 
 def parse_args(argv=None):
     """The flags, from argv or the command line; @FILE reads them from a file."""
-    p, add, flag = flag_parser(__doc__)
-    g = p.add_argument_group("run")
-    add(
-        g,
+    p = Parser(__doc__)
+    g = p.section("run")
+    g.value(
         "model",
         None,
         "model folder, run folder or hub name; without one: the toy that `python train.py` has trained",
     )
-    add(g, "data", None, "records, .json or .jsonl")
-    add(
-        g,
+    g.value("data", None, "records, .json or .jsonl")
+    g.value(
         "media_root",
         None,
         "what relative paths in the records start from; the records' own folder unless told",
     )
-    add(g, "out", None, "folder of the answers (default: out/toy/eval, or out/eval-MODEL-DATA)")
-    add(g, "seed", 0, "of the sampling")
-    g = media_flags(p, add, fps=float("inf"), max_pixels=256 * 28 * 28, max_prompt=65536)
-    add(
-        g,
+    g.value("out", None, "folder of the answers (default: out/toy/eval, or out/eval-MODEL-DATA)")
+    g.value("seed", 0, "of the sampling")
+    g = media_flags(p, fps=float("inf"), max_pixels=256 * 28 * 28, max_prompt=65536)
+    g.value(
         "frames",
         16,
         "without --tts: of every video, evenly spaced, if it has as many",
         "at least 2",
     )
-    g = p.add_argument_group("responses")
-    add(g, "max_new", 1024, "tokens of a response, at most", "at least 1")
-    add(
-        g,
+    g = p.section("responses")
+    g.value("max_new", 1024, "tokens of a response, at most", "at least 1")
+    g.value(
         "batch",
         32,
         "questions whose responses are drawn together; fewer need less memory",
         "at least 1",
     )
-    flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
-    flag(
-        g,
+    g.switch("cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
+    g.switch(
         "tts",
         "sparse-to-dense: --m responses at --start frames; until they agree, twice the frames, up to --cap",
     )
-    add(g, "start", 32, "frames of the first round", "at least 2")
-    add(g, "cap", 128, "frames of the last round", "at least 2")
-    add(g, "m", 5, "responses of a round", "at least 1")
-    add(g, "temperature", 1.0, "of the m responses; a single one is greedy", "above 0, at most 100")
-    flag(
-        g,
+    g.value("start", 32, "frames of the first round", "at least 2")
+    g.value("cap", 128, "frames of the last round", "at least 2")
+    g.value("m", 5, "responses of a round", "at least 1")
+    g.value(
+        "temperature", 1.0, "of the m responses; a single one is greedy", "above 0, at most 100"
+    )
+    g.switch(
         "compare",
         "with --tts: also a greedy answer, and a vote of --m, at every number of frames from --start to --cap",
     )
-    add(
-        g,
+    g.value(
         "filter",
         None,
         "write to this file the records that --m responses at --frames frames answer neither always right nor "
@@ -185,18 +180,18 @@ class Question:
         """The prompt of the next round. Raises DataError."""
         return builder(self.sample, max_frames=self.search.frames, decoded=self.decoded)
 
-    def show(self, prompt):
+    def set_prompt(self, prompt):
         """The next round will be of this prompt."""
         self.prompt = prompt
         self.search.clamp(prompt.media[0].available)
 
-    def hear(self, group, texts, seconds):
+    def record(self, group, texts, seconds):
         """The m responses to the prompt; seconds: this question's share of the batch's time."""
         answers = [
             rewards.normalize_answer(rewards.extract_answer(text), self.sample) for text in texts
         ]
         logps = [float(x.mean()) for x in group.logps]
-        self.search.tell([tts.Vote(a, x) for a, x in zip(answers, logps)])
+        self.search.add_votes([tts.Vote(a, x) for a, x in zip(answers, logps)])
         (media,) = self.prompt.media
         frames, pixels = self.prompt.frames_x_pixels
         self.rounds.append(
@@ -246,7 +241,7 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
         ready, settled = [], []
         for q, future in taken:
             try:
-                q.show(future.result())
+                q.set_prompt(future.result())
                 ready.append(q)
             except DataError as e:
                 q.prompt, q.failure = None, str(e)
@@ -262,7 +257,7 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
         texts = [[builder.decode(r) for r in group.responses] for group in groups]
         share = (time.perf_counter() - began) / len(taken)
         for q, group, text in zip(ready, groups, texts):
-            q.hear(group, text, share)
+            q.record(group, text, share)
             if q.search.frames is None:
                 settled.append(q)
             else:

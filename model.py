@@ -90,7 +90,7 @@ class Policy(nn.Module):
         net.set_attn_implementation(
             {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
         )
-        self.group, self.embedding_cache = mrsp.ALONE, None  # sequence parallelism: mrsp.py
+        self.sp, self.embedding_cache = mrsp.UNSHARDED, None  # sequence parallelism: mrsp.py
         self.cuda_graph = False  # of a decode step: rollout.py
         # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
         files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in self.folder.glob(pattern)]
@@ -126,12 +126,12 @@ class Policy(nn.Module):
         self.register_buffer("banned", torch.tensor(sorted(banned)), persistent=False)
 
     @classmethod
-    def load(cls, name, *, dtype=torch.float32, device="cpu", checkpointing=1):
+    def load(cls, name, *, dtype=torch.float32, device="cpu", grad_checkpointing=1):
         """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
 
         dtype: of the weights; fp32 master weights for training, computed in bf16 under torch.autocast. `save` writes them in
         the dtype that they have in the folder.
-        checkpointing: as in set_checkpointing.
+        grad_checkpointing: as in set_grad_checkpointing.
         A response ends at any token that the generation config or the tokenizer names as its end.
         Raises ModelError: no folder, no weights, another architecture; weights that are missing, of another shape, or not
         finite. Raises DataError: no tokenizer. Weights that the architecture does not have are printed.
@@ -161,7 +161,7 @@ class Policy(nn.Module):
                 f"{folder}: neither the generation config nor the tokenizer names the token that ends a response"
             )
         net.generation_config.eos_token_id = list(policy.eos_ids)
-        policy.set_checkpointing(checkpointing)
+        policy.set_grad_checkpointing(grad_checkpointing)
         return policy.eval()
 
     def save(self, folder, weights=None):
@@ -203,7 +203,7 @@ class Policy(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if autocast else self.text.embed_tokens.weight.dtype
 
-    def set_checkpointing(self, n):
+    def set_grad_checkpointing(self, n):
         """Recompute the activations of every n-th layer in the backward pass (in train mode only); 0: keep them all."""
         for layers in (self.net.model.visual.blocks, self.text.layers):
             for i, layer in enumerate(layers):
@@ -300,7 +300,7 @@ class Policy(nn.Module):
 
     # ---- packed groups -> log-probs
 
-    def run_row(self, prompts, responses, features, cache=None, first_slot=0):
+    def run_row(self, prompts, responses, visual_embeds, cache=None, first_slot=0):
         """One packed row through the language model -> (hidden states of this rank's tokens (n, D), the row's plan, the
         position after each prompt). responses: lists of token ids, one list a prompt.  cache, first_slot: see PackedRow."""
         ids, visual, positions, lengths, following = [], [], [], [], []
@@ -315,10 +315,10 @@ class Policy(nn.Module):
             positions += [where, *((first + torch.arange(len(r))).expand(3, -1) for r in group)]
             lengths.append((len(prompt.ids), [len(r) for r in group]))
             following.append(first)
-        if self.group.size == 1:
+        if self.sp.size == 1:
             plan = attention.PackedRow(lengths, self.device, cache, first_slot)
         else:
-            plan = mrsp.ShardedRow(lengths, self.device, self.group, cache, first_slot)
+            plan = mrsp.ShardedRow(lengths, self.device, self.sp, cache, first_slot)
         ids, visual, positions = (
             torch.cat(parts, dim=-1).to(self.device) for parts in (ids, visual, positions)
         )
@@ -327,13 +327,13 @@ class Policy(nn.Module):
             visual[plan.own],
         )  # of each visual token, and where this rank has one
         x = self.embed(ids[plan.own])
-        x = x.masked_scatter(visual[:, None], torch.cat(features)[number[visual]].to(x.dtype))
+        x = x.masked_scatter(visual[:, None], torch.cat(visual_embeds)[number[visual]].to(x.dtype))
         return self.run_text(x[None], positions[:, None, plan.own], plan)[0], plan, following
 
-    def forward(self, prompts, responses, features=None, temperature=1.0):
+    def forward(self, prompts, responses, visual_embeds=None, temperature=1.0):
         """Log-probs of all response tokens of B groups, each prompt run once (shared prefix).
 
-        prompts: B prompts.  responses: B lists of token ids (R_i,).  features: what `encode` gave, or None to encode here,
+        prompts: B prompts.  responses: B lists of token ids (R_i,).  visual_embeds: what `encode` gave, or None to encode here,
         with gradient. Returns log-probs and entropies (N, R) at `temperature`, N = all responses in order, R = the longest;
         0 beyond a response's end. Every parameter that is trained gets a gradient, of zero where it took no part, and every layer
         runs, so that all ranks gather and reduce the same: also with no groups at all.
@@ -341,17 +341,19 @@ class Policy(nn.Module):
         if not prompts:  # one token through the network stands in, and nothing of it is returned
             token = torch.tensor(self.eos_ids[:1])
             return tuple(x[:0].clone() for x in self.forward([Prompt(None, token)], [[token]]))
-        if features is None:
-            features = self.encode(prompts)
-        logp, entropy = self._score(prompts, responses, features, temperature)
-        if not any(len(f) for f in features) or not any(f.requires_grad for f in features):
+        if visual_embeds is None:
+            visual_embeds = self.encode(prompts)
+        logp, entropy = self._score(prompts, responses, visual_embeds, temperature)
+        if not any(len(f) for f in visual_embeds) or not any(
+            f.requires_grad for f in visual_embeds
+        ):
             logp = logp + _nothing(self.net.model.visual)
         lengths = [len(r) for group in responses for r in group]
         pad = lambda x: nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
         return pad(logp), pad(entropy)
 
-    def _score(self, prompts, responses, features, temperature):
-        hidden, plan, _ = self.run_row(prompts, responses, features)
+    def _score(self, prompts, responses, visual_embeds, temperature):
+        hidden, plan, _ = self.run_row(prompts, responses, visual_embeds)
         sources, start = [], 0  # of every response token, the token of the row that predicts it
         for prompt, group in zip(prompts, responses):
             last, start = start + len(prompt.ids) - 1, start + len(prompt.ids)

@@ -2,7 +2,7 @@
 
 `size` neighbouring ranks form a group that works on the same prompts; WORLD / size groups work beside each other.
 
-    load      every video is decoded by one rank, then the prompts are exchanged within the group   (Group.exchange)
+    load      every video is decoded by one rank, then the prompts are exchanged within the group   (SequenceParallel.exchange)
     stage 1   the 2-frame grids of all videos are dealt by cost; every rank encodes its share, embeddings are gathered, and used
               by every rollout and (of a frozen tower) every log-prob pass of the step                (encode, EmbeddingCache)
     stage 2   the packed row [prompt | o_1 ... o_G] is dealt in blocks; every rank computes its own tokens, and attends with
@@ -36,7 +36,7 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 # ---- groups
 
 
-class Group:
+class SequenceParallel:
     """The ranks that share a row: this is `rank` of `size`. A group of one communicates with nobody."""
 
     def __init__(self, size=1, rank=0, tensors=None, objects=None):
@@ -63,29 +63,29 @@ class Group:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group, reduce):
-        ctx.group, ctx.reduce = group, reduce
-        out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-        ALL_GATHER(out, x.contiguous(), group=group._tensors)
-        return out.unflatten(0, (group.size, -1))
+    def forward(ctx, x, sp, reduce):
+        ctx.sp, ctx.reduce = sp, reduce
+        out = x.new_empty(sp.size * x.shape[0], *x.shape[1:])
+        ALL_GATHER(out, x.contiguous(), group=sp._tensors)
+        return out.unflatten(0, (sp.size, -1))
 
     @staticmethod
     def backward(ctx, grad):
         if not ctx.reduce:
-            return grad[ctx.group.rank], None, None
+            return grad[ctx.sp.rank], None, None
         out = grad.new_empty(grad.shape[1:])
-        REDUCE_SCATTER(out, grad.flatten(0, 1).contiguous(), group=ctx.group._tensors)
+        REDUCE_SCATTER(out, grad.flatten(0, 1).contiguous(), group=ctx.sp._tensors)
         return out, None, None
 
 
-ALONE = Group()
+UNSHARDED = SequenceParallel()
 
 
 @lru_cache
-def group_of(size, timeout=None):
+def sequence_parallel(size, timeout=None):
     """This rank's group of `size` neighbours. Every rank must ask for the same sizes in the same order. timeout: a timedelta."""
     if size == 1:
-        return ALONE
+        return UNSHARDED
     world, me = dist.get_world_size(), dist.get_rank()
     if world % size:
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
@@ -97,19 +97,19 @@ def group_of(size, timeout=None):
         )  # frames go through the CPU
         if me in ranks:
             mine = made
-    return Group(size, me % size, *mine)
+    return SequenceParallel(size, me % size, *mine)
 
 
 # ---- stage 1: embeddings
 
 
 def encode(policy, prompts):
-    """Visual embeddings of each prompt's media in order -> [(V, D), ...], each medium encoded once, by policy.group together.
+    """Visual embeddings of each prompt's media in order -> [(V, D), ...], each medium encoded once, by policy.sp together.
 
     With gradients under torch.enable_grad, for a vision tower that is trained: what all ranks want of an embedding flows back
     to the rank that encoded it. Under torch.no_grad, policy.embedding_cache is asked first, if there is one.
     """
-    group, cache = policy.group, None if torch.is_grad_enabled() else policy.embedding_cache
+    sp, cache = policy.sp, None if torch.is_grad_enabled() else policy.embedding_cache
     same = {
         m: m.key or id(m) for p in prompts for m in p.media
     }  # two questions about one video share its embedding
@@ -118,7 +118,7 @@ def encode(policy, prompts):
     if cache:
         found = {key: cache.get(m) for key, m in media.items()}
         everywhere = zip(
-            *group.exchange([x is not None for x in found.values()])
+            *sp.exchange([x is not None for x in found.values()])
         )  # an entry may go between two looks
         known = {
             key: x.to(policy.device)
@@ -128,15 +128,15 @@ def encode(policy, prompts):
     missing = {key: m for key, m in media.items() if key not in known}
     grids = [(m, i) for m in missing.values() for i in range(m.grid[0])]
     costs = [m.grid[1] * m.grid[2] for m, _ in grids]
-    owners = share_out(costs, group.size)
-    own = policy.encode_grids([grid for grid, owner in zip(grids, owners) if owner == group.rank])
+    owners = share_out(costs, sp.size)
+    own = policy.encode_grids([grid for grid, owner in zip(grids, owners) if owner == sp.rank])
     merged = [c // policy.merge**2 for c in costs]  # visual tokens of a grid
-    counts = [sum(n for n, owner in zip(merged, owners) if owner == r) for r in range(group.size)]
+    counts = [sum(n for n, owner in zip(merged, owners) if owner == r) for r in range(sp.size)]
     if grids:
         padded = F.pad(own, (0, 0, 0, max(counts) - len(own)))
-        everything = torch.cat([x[:n] for x, n in zip(group.gather(padded), counts)])
+        everything = torch.cat([x[:n] for x, n in zip(sp.gather(padded), counts)])
         known |= dict(zip(missing, everything.split([m.tokens for m in missing.values()])))
-    if cache and group.rank == 0:
+    if cache and sp.rank == 0:
         for key, m in missing.items():
             cache.put(m, known[key])
     return [
@@ -181,9 +181,9 @@ class ShardedRow(PackedRow):
     group, the shorter ones repeat token 0 at the tail, where nobody attends to it and nobody reads it.
     """
 
-    def __init__(self, lengths, device, group, cache=None, first_slot=0):
-        self.group, self.cache, self.first_slot, self.prompts = group, cache, first_slot, []
-        spans = deal(lengths, group.size)
+    def __init__(self, lengths, device, sp, cache=None, first_slot=0):
+        self.sp, self.cache, self.first_slot, self.prompts = sp, cache, first_slot, []
+        spans = deal(lengths, sp.size)
         counts = [sum(b - a for a, b in s) for s in spans]
         self.n = max(counts)
         tokens = [torch.cat([torch.arange(a, b) for a, b in s]) for s in spans]
@@ -194,10 +194,10 @@ class ShardedRow(PackedRow):
             slot[t] = r * self.n + torch.arange(len(t))
         self.slot, self.own = (
             slot.to(device),
-            F.pad(tokens[group.rank], (0, self.n - counts[group.rank])).to(device),
+            F.pad(tokens[sp.rank], (0, self.n - counts[sp.rank])).to(device),
         )
 
-        squares, across, earlier, start, here, mine = [], [], [], 0, 0, iter(spans[group.rank])
+        squares, across, earlier, start, here, mine = [], [], [], 0, 0, iter(spans[sp.rank])
         read = torch.zeros(len(slot), dtype=torch.bool)
         for P, responses in lengths:
             self.prompts.append((start, start + P))
@@ -222,12 +222,12 @@ class ShardedRow(PackedRow):
                 read[start : start + R - 1] = True
                 start += R
             here += b - a
-        read = read[tokens[group.rank]]
+        read = read[tokens[sp.rank]]
         self.blocks = layer_blocks(squares, [across, earlier], read, device)
         self.reads, self.place = read.nonzero()[:, 0].to(device), (read.cumsum(0) - 1).to(device)
 
     def attend(self, layer, q, k, v, scale, last=False):
-        kv = self.group.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
+        kv = self.sp.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
         k, v = (
             kv.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, self.slot)
         )  # (S, Hkv, d) each, in the row's order
@@ -236,13 +236,13 @@ class ShardedRow(PackedRow):
     def find(self, tokens):
         """Of the given tokens of the row, all of them read: the indices of those that are here, and where their hidden states
         are."""
-        here = (self.slot[tokens] // self.n == self.group.rank).nonzero()[:, 0]
+        here = (self.slot[tokens] // self.n == self.sp.rank).nonzero()[:, 0]
         return here, self.place[self.slot[tokens[here]] % self.n]
 
     def collect(self, x, tokens):
         """x (k, ...) of the tokens that `find` gave this rank -> (len(tokens), ...) of all, on every rank."""
         owner = self.slot[tokens] // self.n
-        counts = owner.bincount(minlength=self.group.size)
+        counts = owner.bincount(minlength=self.sp.size)
         width = int(counts.max())
         order = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
         place = torch.empty_like(order)
@@ -250,7 +250,7 @@ class ShardedRow(PackedRow):
             [r * width + torch.arange(n, device=x.device) for r, n in enumerate(counts.tolist())]
         )
         padded = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, width - len(x)))
-        return self.group.join(padded).flatten(0, 1)[place]
+        return self.sp.join(padded).flatten(0, 1)[place]
 
 
 # ---- which degree

@@ -281,7 +281,7 @@ def group_card(group):
     right = sum(n.get("accuracy", 0) > 0.5 for n in numbers)
     more = {
         key: first[key]
-        for key in ("step", "position", "orders", "shares_lost", "shuffled_accuracies")
+        for key in ("step", "position", "orders", "probability_drops", "shuffled_accuracies")
         if key in first
     }
     return {

@@ -1,7 +1,7 @@
 """Rollout: G responses from one prompt. Encode once, prefill once, decode all.
 
 encode   visual embeddings of every prompt (model.Policy.encode, shared with the log-prob passes of the step)
-prefill  every prompt once through the language model, its keys and values kept in ONE copy (of every rank of policy.group,
+prefill  every prompt once through the language model, its keys and values kept in ONE copy (of every rank of policy.sp,
          which deals the responses: mrsp.py)
 decode   the groups of all prompts together, one token a step, against that copy (attention.DecodeCache)
 sample   by inverse transform: token = first whose cumulative probability exceeds u. The u of (prompt, response, step)
@@ -36,20 +36,20 @@ class Group:
 
 @torch.no_grad()
 def generate(
-    policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, seeds=None, features=None
+    policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, seeds=None, visual_embeds=None
 ):
     """Samples G responses for every prompt -> list[Group], in order; all tensors on the CPU.
 
     temperature 0 is greedy (log-probs are then those at temperature 1). top_p < 1 samples from a truncated distribution,
     while the log-probs stay those of the whole one: for evaluation, biased in training. seeds: one int per prompt.
-    features: what policy.encode(prompts) gave; encoded here otherwise.
+    visual_embeds: what policy.encode(prompts) gave; encoded here otherwise.
     """
     if not prompts:
         return []
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     training = policy.training
     policy.eval()  # in train mode activation checkpointing would be on for nothing
-    features = policy.encode(prompts) if features is None else features
+    visual_embeds = policy.encode(prompts) if visual_embeds is None else visual_embeds
     order = sorted(
         range(len(prompts)), key=lambda i: len(prompts[i].ids)
     )  # prompts of one length are decoded together
@@ -58,11 +58,11 @@ def generate(
     for first in range(0, len(order), most):
         part = order[first : first + most]
         of_part = lambda x: [x[i] for i in part]
-        dealt = policy.group.exchange(
+        dealt = policy.sp.exchange(
             decode(
                 policy,
                 of_part(prompts),
-                of_part(features),
+                of_part(visual_embeds),
                 of_part(seeds),
                 G,
                 max_new,
@@ -86,10 +86,10 @@ def generate(
     return groups
 
 
-def decode(policy, prompts, features, seeds, G, max_new, temperature, top_p):
-    """What this rank of policy.group decodes, every size-th response of each prompt -> tokens, log-probs, entropies (B, G of
+def decode(policy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p):
+    """What this rank of policy.sp decodes, every size-th response of each prompt -> tokens, log-probs, entropies (B, G of
     this rank, max_new), -1, 0 and 0 after the end, on the CPU. The prompts' lengths ascend."""
-    mine = slice(policy.group.rank, None, policy.group.size)
+    mine = slice(policy.sp.rank, None, policy.sp.size)
     uniform = torch.stack(
         [
             torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
@@ -105,7 +105,7 @@ def decode(policy, prompts, features, seeds, G, max_new, temperature, top_p):
         device=policy.device,
         dtype=policy.compute_dtype,
     )
-    hidden, following = prefill(policy, prompts, features, cache)
+    hidden, following = prefill(policy, prompts, visual_embeds, cache)
     decoding = Decoding(
         policy, cache, following, uniform.flatten(0, 1).to(policy.device), temperature, top_p
     )
@@ -119,7 +119,7 @@ def decode(policy, prompts, features, seeds, G, max_new, temperature, top_p):
     )
 
 
-def prefill(policy, prompts, features, cache):
+def prefill(policy, prompts, visual_embeds, cache):
     """Runs every prompt once, in packed rows, and fills the cache -> last hidden states (B, D), next positions (B,)."""
     last, following, i = [], [], 0
     while i < len(prompts):
@@ -127,7 +127,7 @@ def prefill(policy, prompts, features, cache):
         while end < len(prompts) and total + len(prompts[end].ids) <= PREFILL_TOKENS:
             end, total = end + 1, total + len(prompts[end].ids)
         hidden, plan, nexts = policy.run_row(
-            prompts[i:end], [[] for _ in range(i, end)], features[i:end], cache, first_slot=i
+            prompts[i:end], [[] for _ in range(i, end)], visual_embeds[i:end], cache, first_slot=i
         )
         ends = (
             torch.tensor([len(p.ids) for p in prompts[i:end]], device=policy.device).cumsum(0) - 1

@@ -39,7 +39,7 @@ def pack(items, lengths, budget):
     return rows
 
 
-def core(policy):
+def unwrap(policy):
     """The Policy inside DistributedDataParallel; a sharded one is the Policy itself."""
     return policy.module if isinstance(policy, DistributedDataParallel) else policy
 
@@ -63,13 +63,13 @@ def sft_step(policy, prompts, optimize, args):
 
     prompts: [(position in the step, Prompt)] of this rank. Returns as grpo_step; there are no samples to log.
     """
-    prompts, size = [p for _, p in prompts], core(policy).group.size
+    prompts, size = [p for _, p in prompts], unwrap(policy).sp.size
     tokens = sum(gather(sum(len(p.target) for p in prompts), size))
     total = []
 
     def loss(row):
-        features = None if args.train_vision else [feature for _, feature in row]
-        logp, _ = policy([p for p, _ in row], [[p.target] for p, _ in row], features)
+        visual_embeds = None if args.train_vision else [embeds for _, embeds in row]
+        logp, _ = policy([p for p, _ in row], [[p.target] for p, _ in row], visual_embeds)
         total.append(-float(logp.detach().sum()) / tokens)
         return -logp.sum() / tokens
 
@@ -77,10 +77,12 @@ def sft_step(policy, prompts, optimize, args):
         timed("encode"),
         torch.no_grad(),
     ):  # a tower that is trained is encoded with gradient, row by row
-        features = [None] * len(prompts) if args.train_vision else core(policy).encode(prompts)
+        visual_embeds = (
+            [None] * len(prompts) if args.train_vision else unwrap(policy).encode(prompts)
+        )
     with timed("train"):
         lengths = [len(p.ids) + len(p.target) for p in prompts]
-        backward(policy, pack(list(zip(prompts, features)), lengths, args.row_tokens), loss)
+        backward(policy, pack(list(zip(prompts, visual_embeds)), lengths, args.row_tokens), loss)
     with timed("optimizer"):
         entry = optimize()
     shown = torch.tensor(
@@ -100,12 +102,12 @@ def sft_step(policy, prompts, optimize, args):
 
 
 def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
-    """One GRPO step: rollouts, rewards, advantages, and up to args.updates times a gradient and an update.
+    """One GRPO step: rollouts, rewards, advantages, and up to args.minibatches times a gradient and an update.
 
     prompts: as in sft_step.  more(k): the prompts of refill k (DAPO's dynamic sampling).  reference: frozen, when beta > 0.
     optimize: clips the gradient and steps the optimizer -> log entry. Returns (log entry, samples to log, response tokens).
     """
-    mine, everyone = roll(core(policy), prompts, builder, step, args)
+    mine, everyone = roll(unwrap(policy), prompts, builder, step, args)
     temporal, refills = temporal_bonus(everyone, args), 0
     while (
         args.drop_zero_std
@@ -115,7 +117,7 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
         refills += 1
         with timed("data"):
             extra = more(refills)
-        more_mine, more_everyone = roll(core(policy), extra, builder, step, args)
+        more_mine, more_everyone = roll(unwrap(policy), extra, builder, step, args)
         mine, everyone = mine | more_mine, everyone + more_everyone
         temporal = temporal_bonus(everyone, args)
     taught = teaching(everyone, args)
@@ -130,7 +132,7 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
 
     updates = []
     for part in shares(
-        [has_gradient(s, A, args) for s, A in zip(trained, advantages)], args.updates
+        [has_gradient(s, A, args) for s, A in zip(trained, advantages)], args.minibatches
     ):
         with timed("train"):  # from the second update on, the ratio is not 1
             totals = grpo_gradient(
@@ -168,7 +170,7 @@ def grpo_step(policy, reference, prompts, more, builder, step, optimize, args):
         if s["position"] in mine
         for line in sample_lines(s, mine[s["position"]], step, args)
     ]
-    logged = sum(gather(logged, core(policy).group.size), [])
+    logged = sum(gather(logged, unwrap(policy).sp.size), [])
     return entry, sorted(logged, key=lambda line: line["position"]), int(column("lengths").sum())
 
 
@@ -264,7 +266,7 @@ def sample_lines(s, rolled, step, args):
         answer=sample.answer,
     )
     if s["orders"]:
-        seen = "shares_lost" if args.temporal == "contrast" else "shuffled_accuracies"
+        seen = "probability_drops" if args.temporal == "contrast" else "shuffled_accuracies"
         about |= {"orders": s["orders"], seen: s["shuffled"]}
     return [
         about | dict(response=text, **part, temporal_bonus=bonus, advantage=advantage)
@@ -279,7 +281,7 @@ class Rolled:
     """One group of this rank, with what training needs of it: its embeddings, and its responses' texts and reward parts."""
 
     group: Group
-    features: torch.Tensor
+    visual_embeds: torch.Tensor
     texts: list[str]
     parts: list[dict]
 
@@ -289,7 +291,7 @@ def roll(policy, prompts, builder, step, args):
     sampling = dict(max_new=args.max_new, temperature=args.temperature, top_p=args.top_p)
     with fsdp.gathered(policy):
         with timed("encode"), torch.no_grad():
-            features = policy.encode([p for _, p in prompts])
+            visual_embeds = policy.encode([p for _, p in prompts])
         with timed("rollout"):
             seeds = [seed(args.seed, step, i) for i, _ in prompts]
             groups = generate(
@@ -297,13 +299,13 @@ def roll(policy, prompts, builder, step, args):
                 [p for _, p in prompts],
                 args.group,
                 seeds=seeds,
-                features=features,
+                visual_embeds=visual_embeds,
                 **sampling,
             )
         shuffled = {}  # position -> (accuracies of the shuffled responses or shares lost, the orders their frames were in)
         if args.algo == "tgrpo":
             with timed("shuffled"):
-                others = shuffled_prompts(prompts, features, step, args)
+                others = shuffled_prompts(prompts, visual_embeds, step, args)
                 if args.temporal == "contrast":
                     shuffled = rescored(
                         policy, {i: group for (i, _), group in zip(prompts, groups)}, others, args
@@ -312,12 +314,12 @@ def roll(policy, prompts, builder, step, args):
                     shuffled = shuffled_rollout(policy, others, builder, step, sampling, args)
     with timed("reward"):
         mine, numbers = {}, []
-        for (i, prompt), group, feature in zip(prompts, groups, features):
+        for (i, prompt), group, embeds in zip(prompts, groups, visual_embeds):
             texts = [builder.decode(r) for r in group.responses]
             parts = [
                 score(text, len(r), prompt.sample, args) for text, r in zip(texts, group.responses)
             ]
-            mine[i] = Rolled(group, feature, texts, parts)
+            mine[i] = Rolled(group, embeds, texts, parts)
             numbers.append(
                 dict(
                     position=i,
@@ -330,25 +332,23 @@ def roll(policy, prompts, builder, step, args):
                     **{name: [p[name] for p in parts] for name in PARTS},
                 )
             )
-        return mine, sorted(
-            sum(gather(numbers, policy.group.size), []), key=lambda s: s["position"]
-        )
+        return mine, sorted(sum(gather(numbers, policy.sp.size), []), key=lambda s: s["position"])
 
 
 class Shuffled(NamedTuple):
-    """The prompt at a position of the step, its video's frames in another order, the k-th.  feature: its embeddings, if known."""
+    """The prompt at a position of the step, its video's frames in another order, the k-th.  embeds: its embeddings, if known."""
 
     position: int
     k: int
     order: list[int]
     prompt: Prompt
-    feature: torch.Tensor | None
+    embeds: torch.Tensor | None
 
 
-def shuffled_prompts(prompts, features, step, args):
+def shuffled_prompts(prompts, visual_embeds, step, args):
     """Every video in args.shuffles other orders -> [Shuffled]; images have none."""
     out = []
-    for (i, prompt), feature in zip(prompts, features):
+    for (i, prompt), embeds in zip(prompts, visual_embeds):
         (media,) = prompt.media
         if media.kind == "image" or (args.shuffle == "grid" and media.grid[0] < 2):
             continue
@@ -364,7 +364,7 @@ def shuffled_prompts(prompts, features, step, args):
                     k,
                     order.tolist(),
                     other,
-                    tgrpo.reorder(feature, order) if args.shuffle == "grid" else None,
+                    tgrpo.reorder(embeds, order) if args.shuffle == "grid" else None,
                 )
             )
     return out
@@ -372,14 +372,14 @@ def shuffled_prompts(prompts, features, step, args):
 
 def shuffled_rollout(policy, shuffled, builder, step, sampling, args):
     """T-GRPO's G/2 responses to every shuffled video -> {position: (their accuracies, orders)}."""
-    features, out = [s.feature for s in shuffled] if args.shuffle == "grid" else None, {}
+    visual_embeds, out = [s.embeds for s in shuffled] if args.shuffle == "grid" else None, {}
     seeds = [seed(args.seed, step, s.position, "shuffled", s.k) for s in shuffled]
     groups = generate(
         policy,
         [s.prompt for s in shuffled],
         args.group // 2 // args.shuffles,
         seeds=seeds,
-        features=features,
+        visual_embeds=visual_embeds,
         **sampling,
     )
     for s, group in zip(shuffled, groups):
@@ -397,11 +397,11 @@ def rescored(policy, groups, shuffled, args):
     logps, orders = {}, {}
     lengths = [len(s.prompt.ids) + sum(map(len, groups[s.position].responses)) for s in shuffled]
     for row in pack(shuffled, lengths, args.row_tokens):
-        features = [s.feature for s in row] if args.shuffle == "grid" else None
+        visual_embeds = [s.embeds for s in row] if args.shuffle == "grid" else None
         logp, _ = policy(
             [s.prompt for s in row],
             [groups[s.position].responses for s in row],
-            features,
+            visual_embeds,
             args.temperature,
         )
         for s, x in zip(row, logp.double().sum(1).cpu().split(args.group)):
@@ -409,7 +409,8 @@ def rescored(policy, groups, shuffled, args):
             orders.setdefault(s.position, []).append(s.order)
     before = {i: torch.stack([x.double().sum() for x in groups[i].logps]) for i in logps}
     return {
-        i: (tgrpo.share_lost(before[i], torch.stack(logps[i])).tolist(), orders[i]) for i in logps
+        i: (tgrpo.probability_drop(before[i], torch.stack(logps[i])).tolist(), orders[i])
+        for i in logps
     }
 
 
@@ -425,7 +426,7 @@ def temporal_bonus(groups, args):
         bonus[rows] = tgrpo.contrast_bonus(
             accuracy[rows], shuffled, alpha=args.alpha, correct=args.correct
         )
-        entry |= {"temporal_bonus": float(bonus.mean()), "share_lost": float(shuffled.mean())}
+        entry |= {"temporal_bonus": float(bonus.mean()), "probability_drop": float(shuffled.mean())}
     elif rows:
         bonus[rows] = tgrpo.temporal_bonus(
             accuracy[rows], shuffled, alpha=args.alpha, mu=args.mu, correct=args.correct
@@ -468,12 +469,12 @@ def grpo_gradient(policy, reference, groups, mine, args):
             [m.group.prompt for m, _, _ in row],
             [m.group.responses for m, _, _ in row],
         )
-        features = None if args.train_vision else [m.features for m, _, _ in row]
-        logp, entropy = policy(prompts, responses, features, args.temperature)  # (N, R)
+        visual_embeds = None if args.train_vision else [m.visual_embeds for m, _, _ in row]
+        logp, entropy = policy(prompts, responses, visual_embeds, args.temperature)  # (N, R)
         ref_logp = None
         if args.beta:
             with torch.no_grad():
-                ref_logp, _ = reference(prompts, responses, features, args.temperature)
+                ref_logp, _ = reference(prompts, responses, visual_embeds, args.temperature)
         if not row:
             return logp.sum()
         pad = lambda xs: pad_sequence(list(xs), batch_first=True).to(logp)
@@ -502,7 +503,7 @@ def grpo_gradient(policy, reference, groups, mine, args):
 
     lengths = [len(m.group.prompt.ids) + sum(map(len, m.group.responses)) for m, _, _ in batch]
     backward(policy, pack(batch, lengths, args.row_tokens), loss)
-    every = gather(totals, core(policy).group.size)
+    every = gather(totals, unwrap(policy).sp.size)
     return {name: sum(t[name] for t in every) for name in totals}
 
 

@@ -47,14 +47,14 @@ def temporal_bonus(ordered_acc, shuffled_acc, *, alpha=0.3, mu=1.0, correct=0.5)
     return alpha * (passed[:, None] & (ordered_acc > correct)).to(ordered_acc.dtype)
 
 
-def share_lost(logp, shuffled_logp):
+def probability_drop(logp, shuffled_logp):
     """c of every response: logp (G,) with the frames in order, shuffled_logp (K, G) of the same responses in K other orders, all
     summed over a response's tokens -> (G,) in [0, 1], by its mean probability over the orders."""
     return (1 - (shuffled_logp - logp).exp().mean(dim=0)).clamp(min=0)
 
 
 def contrast_bonus(ordered_acc, lost, *, alpha=0.3, correct=0.5):
-    """The bonus of every ordered response (B, G): alpha * share_lost (B, G) where it is right, else 0."""
+    """The bonus of every ordered response (B, G): alpha * probability_drop (B, G) where it is right, else 0."""
     return alpha * lost * (ordered_acc > correct).to(lost.dtype)
 
 

@@ -47,7 +47,7 @@ from infra.clock import seconds, timed
 from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import DataError, ModelError
 from infra.files import append
-from infra.flags import MEDIA, flag_parser, media_flags, ordered, peek
+from infra.flags import MEDIA, Parser, media_flags, ordered, peek
 from infra.memory import device_memory
 from infra.ranks import RANK, WORLD, gather, ranks, say
 from infra.run_folder import claimed, open_run, resumable, resume_command, stop_signals
@@ -61,223 +61,199 @@ IDLE_STEPS = 10  # after so many steps in a row that taught nothing, a line says
 
 def parse_args(argv=None):
     """The flags, from argv or the command line; @FILE reads them from a file, one a line, # begins a comment."""
-    p, add, flag = flag_parser(__doc__)
-    g = p.add_argument_group("run")
-    add(
-        g,
+    p = Parser(__doc__)
+    g = p.section("run")
+    g.value(
         "algo",
         "grpo",
         "sft: learn reasoning examples; grpo: learn from rewards; tgrpo: with the temporal reward",
         choices=("sft", "grpo", "tgrpo"),
     )
-    add(
-        g,
+    g.value(
         "model",
         None,
         "model folder, run folder or hub name; without one: the embedded toy world",
     )
-    add(g, "data", None, "records to train on, .json or .jsonl")
-    add(g, "eval_data", None, "held-out records, answered greedily every --eval_every steps")
-    add(
-        g,
+    g.value("data", None, "records to train on, .json or .jsonl")
+    g.value("eval_data", None, "held-out records, answered greedily every --eval_every steps")
+    g.value(
         "media_root",
         None,
         "what relative paths in the records start from; the records' own folder unless told",
     )
-    add(g, "out", None, "run folder (default: out/toy or out/run)")
-    add(
-        g,
+    g.value("out", None, "run folder (default: out/toy or out/run)")
+    g.value(
         "steps",
         1000,
         "steps: one batch of examples, or one rollout and its --updates",
         "at least 1",
     )
-    add(g, "seed", 0, "of the order of the data and of the sampling")
-    flag(
-        g, "resume", "resume from the newest whole checkpoint in --out; start anew if there is none"
+    g.value("seed", 0, "of the order of the data and of the sampling")
+    g.switch(
+        "resume", "resume from the newest whole checkpoint in --out; start anew if there is none"
     )
-    g = media_flags(p, add, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
-    add(g, "max_frames", 16, "at most this many frames", "at least 2")
-    g = p.add_argument_group("step")
-    add(g, "prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
-    add(g, "group", 8, "G, responses to a prompt, at least 2", "at least 2")
-    add(g, "max_new", 768, "tokens of a response, at most", "at least 1")
-    add(
-        g,
+    g = media_flags(p, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
+    g.value("max_frames", 16, "at most this many frames", "at least 2")
+    g = p.section("step")
+    g.value("prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
+    g.value("group", 8, "G, responses to a prompt, at least 2", "at least 2")
+    g.value("max_new", 768, "tokens of a response, at most", "at least 1")
+    g.value(
         "temperature",
         1.0,
         "of the rollout, and of the log-probs that are trained",
         "above 0, at most 100",
     )
-    add(
-        g,
+    g.value(
         "top_p",
         1.0,
         "nucleus of the rollout; below 1 the gradient is biased",
         "above 0, at most 1",
     )
-    add(
-        g,
+    g.value(
         "updates",
         1,
         "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient",
         "at least 1",
     )
-    add(
-        g,
+    g.value(
         "row_tokens",
         16384,
         "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)",
         "at least 1",
     )
-    flag(g, "cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
-    g = p.add_argument_group("reward = w_accuracy * accuracy + w_format * format + length bonus")
-    add(g, "w_accuracy", 1.0, "weight of the accuracy reward")
-    add(g, "w_format", 1.0, "weight of the format reward")
-    add(g, "len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
-    add(g, "len_lo", 320, "shortest response that gets the bonus")
-    add(g, "len_hi", 512, "longest response that gets the bonus")
-    g = p.add_argument_group("temporal reward (tgrpo, videos only)")
-    add(
-        g,
+    g.switch("cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
+    g = p.section("reward = w_accuracy * accuracy + w_format * format + length bonus")
+    g.value("w_accuracy", 1.0, "weight of the accuracy reward")
+    g.value("w_format", 1.0, "weight of the format reward")
+    g.value("len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
+    g.value("len_lo", 320, "shortest response that gets the bonus")
+    g.value("len_hi", 512, "longest response that gets the bonus")
+    g = p.section("temporal reward (tgrpo, videos only)")
+    g.value(
         "temporal",
         "reward",
         "the bonus is added to the reward, as published, or to the advantage; contrast (ours): to the "
         "reward, each response its own, by the share of its probability that is lost when the frames are shuffled",
         choices=("reward", "advantage", "contrast"),
     )
-    add(
-        g,
+    g.value(
         "alpha",
         0.3,
         "the bonus of a right response whose group passed the test; contrast: that has lost it all",
     )
-    add(g, "mu", 1.0, "passed: right at least mu times as often in order as shuffled")
-    add(g, "correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
-    add(
-        g,
+    g.value("mu", 1.0, "passed: right at least mu times as often in order as shuffled")
+    g.value("correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
+    g.value(
         "shuffle",
         "frame",
         "what is shuffled: frames, or 2-frame grids (no second encoding)",
         choices=("frame", "grid"),
     )
-    add(
-        g,
+    g.value(
         "shuffles",
         1,
         "orders drawn for each video; they share its G/2 shuffled responses",
         "at least 1",
     )
-    g = p.add_argument_group("loss")
-    add(
-        g,
+    g = p.section("loss")
+    g.value(
         "norm",
         "std",
         "advantages are divided by the group's std, by nothing, or by the batch's std",
         choices=grpo.NORMS,
     )
-    add(
-        g,
+    g.value(
         "average",
         "sequence",
         "token losses are averaged per response, over all, or by a constant",
         choices=grpo.AVERAGES,
     )
-    add(
-        g, "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model"
+    g.value(
+        "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model"
     )
-    add(g, "kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
-    add(
-        g,
+    g.value("kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
+    g.value(
         "variant",
         "grpo",
         "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
         choices=grpo.VARIANTS,
     )
-    add(
-        g,
+    g.value(
         "clip_low",
         0.2,
         "the ratio's lower clip, 1 - clip_low (none in cispo)",
         "at least 0, at most 1",
     )
-    add(g, "clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
-    add(
-        g,
+    g.value("clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
+    g.value(
         "dual_clip",
         0.0,
         "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off",
     )
-    flag(
-        g,
+    g.switch(
         "drop_zero_std",
         "leave groups without an advantage out of the batch (and of its averages)",
     )
-    add(
-        g,
+    g.value(
         "refill",
         0,
         "with --drop_zero_std: draw --prompts more, up to so many times, until --prompts groups are left",
     )
-    flag(g, "mask_truncated", "leave truncated responses out of the loss")
-    g = p.add_argument_group("optimizer")
-    add(g, "lr", 1e-6, "peak learning rate")
-    add(g, "schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
-    add(g, "warmup", 0, "steps of linear warm-up")
-    add(
-        g,
+    g.switch("mask_truncated", "leave truncated responses out of the loss")
+    g = p.section("optimizer")
+    g.value("lr", 1e-6, "peak learning rate")
+    g.value("schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
+    g.value("warmup", 0, "steps of linear warm-up")
+    g.value(
         "beta2",
         0.999,
         "AdamW's memory of squared gradients (beta1 is 0.9)",
         "at least 0, below 1",
     )
-    add(g, "weight_decay", 0.01, "of matrices")
-    add(g, "clip_grad", 1.0, "largest gradient norm", "above 0")
-    flag(g, "train_vision", "train the vision tower too; without it, it is frozen")
-    add(
-        g,
-        "checkpointing",
+    g.value("weight_decay", 0.01, "of matrices")
+    g.value("clip_grad", 1.0, "largest gradient norm", "above 0")
+    g.switch("train_vision", "train the vision tower too; without it, it is frozen")
+    g.value(
+        "grad_checkpointing",
         1,
         "recompute the activations of every n-th layer in the backward pass; 0: keep them all",
     )
-    flag(
-        g,
+    g.switch(
         "fsdp",
         "shard weights, gradients and moments over all ranks (fsdp.py); a single rank has nothing to shard",
     )
-    g = p.add_argument_group("long videos (mrsp.py)")
-    add(
-        g,
+    g = p.section("long videos (mrsp.py)")
+    g.value(
         "sp",
         "1",
         "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length",
     )
-    add(
-        g,
+    g.value(
         "embedding_cache",
         None,
         "folder for the embeddings of a frozen vision tower, shared by runs",
     )
-    add(
-        g, "cache_gb", 100.0, "size of that folder; what was used longest ago goes first", "above 0"
+    g.value(
+        "cache_gb", 100.0, "size of that folder; what was used longest ago goes first", "above 0"
     )
-    g = p.add_argument_group("logs and checkpoints")
-    add(g, "log_every", 10, "steps between console lines (log.jsonl gets every step)", "at least 1")
-    add(
-        g,
+    g = p.section("logs and checkpoints")
+    g.value(
+        "log_every", 10, "steps between console lines (log.jsonl gets every step)", "at least 1"
+    )
+    g.value(
         "eval_every",
         100,
         "steps between evaluations on --eval_data, also done before the first and after the last",
         "at least 1",
     )
-    add(
-        g,
+    g.value(
         "save_every",
         100,
         "steps between checkpoints; one is always written at the end",
         "at least 1",
     )
-    add(g, "keep", 2, "newest checkpoints to keep", "at least 1")
+    g.value("keep", 2, "newest checkpoints to keep", "at least 1")
     args = p.parse_args(argv)
     if args.model and not args.data:
         p.error("--model needs --data, the records to train on")
@@ -467,7 +443,9 @@ def warn(args):
 
 def load(args, checkpoint, device, samples):
     """What a run works with -> (policy, reference or None, Loader)."""
-    policy = Policy.load(checkpoint or args.model, device=device, checkpointing=args.checkpointing)
+    policy = Policy.load(
+        checkpoint or args.model, device=device, grad_checkpointing=args.grad_checkpointing
+    )
     policy.cuda_graph = args.cuda_graph and device.type == "cuda"
     if not args.train_vision:
         policy.freeze_vision()
@@ -602,7 +580,7 @@ def train(args, device, at_end):
     at_end.enter_context(resumable())
 
     def held_out_accuracy():
-        policy.group = mrsp.ALONE  # every rank answers its own questions
+        policy.sp = mrsp.UNSHARDED  # every rank answers its own questions
         with autocast, timed("evaluate"), fsdp.gathered(policy):
             return evaluate(policy, held_out, loader, args)
 
@@ -624,9 +602,9 @@ def train(args, device, at_end):
                 refuse_failing(failed, args)
                 lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
                 size, estimate = mrsp.smallest_group(policy, reference, lengths, limit, args, WORLD)
-                group = policy.group = mrsp.group_of(size, patience(args))
+                group = policy.sp = mrsp.sequence_parallel(size, patience(args))
                 if reference:
-                    reference.group = group
+                    reference.sp = group
                 if WORLD > 1 and lengths and size != said:
                     say(
                         f"memory: {estimate}"
@@ -681,7 +659,7 @@ def train(args, device, at_end):
             append(out / "samples.jsonl", some)
         stop = max(gather(max(noted, default=0)))  # of any rank: all stop after the same step
         if done % args.save_every == 0 or done == args.steps or stop:
-            policy.group = mrsp.ALONE
+            policy.sp = mrsp.UNSHARDED
             with autocast:
                 save(policy, optimizer, done, args)
         if stop:

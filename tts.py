@@ -57,7 +57,7 @@ class Search:
         self.cap = min(self.cap, available)
         self.frames = min(self.frames, available)
 
-    def tell(self, votes):
+    def add_votes(self, votes):
         """The m votes at `frames` frames, each an answer or a Vote. Raises ValueError for another number of votes."""
         votes = [v if isinstance(v, Vote) else Vote(v) for v in votes]
         if len(votes) != self.m:
@@ -93,7 +93,7 @@ def sparse_to_dense(ask, *, start=32, cap=128, m=5, available=None):
     if available is not None:
         search.clamp(available)
     while search.frames is not None:
-        search.tell(ask(search.frames, m))
+        search.add_votes(ask(search.frames, m))
     return search
 
 

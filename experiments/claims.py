@@ -884,7 +884,9 @@ def main(argv=None):
                 clips=small,
             )
         else:
-            done, now = study(args.claim, range(args.seeds), "out/claims", "experiments/results", pool)
+            done, now = study(
+                args.claim, range(args.seeds), "out/claims", "experiments/results", pool
+            )
     print(table(done["values"]))
     print(
         f"{now} of {len(done['runs'])} commands were run now; {done['process_minutes']} process minutes in all"

@@ -30,7 +30,7 @@ class PlainPolicy(Policy):
         """Nothing is encoded ahead."""
         return [torch.zeros(0, self.config.text_config.hidden_size) for _ in prompts]
 
-    def _score(self, prompts, responses, features, temperature):
+    def _score(self, prompts, responses, visual_embeds, temperature):
         out = []
         for prompt, group in zip(prompts, responses):
             plain = Plain(self, prompt, [*pad_sequence(group, batch_first=True)])
@@ -43,7 +43,7 @@ class PlainPolicy(Policy):
 
 @torch.no_grad()
 def generate_plainly(
-    policy, prompts, G, *, max_new, temperature=1.0, top_p=1.0, seeds, features=None
+    policy, prompts, G, *, max_new, temperature=1.0, top_p=1.0, seeds, visual_embeds=None
 ):
     """rollout.generate in transformers' forward and cache, with the same dice: G copies of a prompt, prompt after prompt."""
     groups, training = [], policy.training

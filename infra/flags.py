@@ -22,6 +22,8 @@ MEDIA = (
     "reader",
     "decode_timeout",
 )
+# names of flags in runs of earlier versions: still understood
+RENAMED = {"updates": "minibatches", "checkpointing": "grad_checkpointing"}
 HOLDS = {
     "above": operator.gt,
     "at least": operator.ge,
@@ -49,9 +51,16 @@ def number(parser, name, default, within, text):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose error is one line, of rank 0, without the usage. @FILE stands for the words of a flag file."""
 
-    def __init__(self, *a, **kw):
-        super().__init__(*a, **kw)
+    def __init__(self, doc="", **kw):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=layout, allow_abbrev=False, **kw)
+        # -1e-3 is a value too, which argparse takes for a flag
+        self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")
         self.places = {}  # {word: [(file and line, or "" for the command line; the word after it), ...]}
+
+    def section(self, title):
+        """A titled part of --help, to which flags are added -> Section."""
+        return Section(self, title)
 
     def error(self, message):
         words = (word.strip(":,'").split("=")[0] for word in message.split())
@@ -102,66 +111,57 @@ def flag_words(file):
     return found
 
 
-def flag_parser(doc, **kw):
-    """A parser for @FILE flag files, one flag a line, # begins a comment; no flag may be abbreviated
-    -> (parser, add(group, name, default, help), flag(group, name, help)).
+class Section:
+    """A titled part of --help: `value` adds a flag with a value, `switch` one without."""
 
-    The default tells the type. within: the bounds of a number (see number), or of each number of a list.
-    """
-    p = Parser(
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        **kw,
-    )
-    p._negative_number_matcher = re.compile(
-        r"-\.?\d|-inf|-nan"
-    )  # -1e-3 is a value too, which argparse takes for a flag
+    def __init__(self, parser, title):
+        self.parser, self.group = parser, parser.add_argument_group(title)
 
-    def add(group, name, default, help, within="at least 0", **kw):
+    def value(self, name, default, help, within="at least 0", **kw):
+        """Adds --name. Its type is that of `default`; within: the bounds of a number (see
+        `number`), or of each number of a list. kw: of argparse, such as choices and nargs."""
         one = default[0] if isinstance(default, list) else default
         if isinstance(one, (int, float)):
-            kw["type"] = functools.partial(number, p, name, one, within)
+            kw["type"] = functools.partial(number, self.parser, name, one, within)
         if default not in (None, ""):
             help += " (default: %(default)s)"
-        group.add_argument(f"--{name}", default=default, help=help, **kw)
+        spellings = [name, *(old for old, new in RENAMED.items() if new == name)]
+        self.group.add_argument(*(f"--{x}" for x in spellings), default=default, help=help, **kw)
 
-    def flag(group, name, help):
-        group.add_argument(f"--{name}", action="store_true", help=help)
+    def switch(self, name, help):
+        """Adds --name, which is off unless it is given."""
+        self.group.add_argument(f"--{name}", action="store_true", help=help)
 
-    return p, add, flag
 
-
-def media_flags(p, add, *, fps, max_pixels, max_prompt):
+def media_flags(p, *, fps, max_pixels, max_prompt):
     """The flags of media and prompts, with a script's own defaults -> their group."""
-    g = p.add_argument_group("media and prompts")
-    add(g, "fps", fps, "frames shown for each second of video, at most", "above 0")
-    add(g, "min_frames", 4, "at least this many frames, whatever --fps says", "at least 2")
-    add(g, "min_pixels", 4 * 28 * 28, "a smaller frame is scaled up", "at least 1")
-    add(g, "max_pixels", max_pixels, "of a video frame; a larger one is scaled down", "at least 1")
-    add(g, "image_max_pixels", 256 * 28 * 28, "of an image", "at least 1")
-    add(
-        g,
+    g = p.section("media and prompts")
+    g.value("fps", fps, "frames shown for each second of video, at most", "above 0")
+    g.value("min_frames", 4, "at least this many frames, whatever --fps says", "at least 2")
+    g.value("min_pixels", 4 * 28 * 28, "a smaller frame is scaled up", "at least 1")
+    g.value("max_pixels", max_pixels, "of a video frame; a larger one is scaled down", "at least 1")
+    g.value("image_max_pixels", 256 * 28 * 28, "of an image", "at least 1")
+    g.value(
         "max_prompt",
         max_prompt,
         "tokens; a sample with a longer prompt is refused and counted, never cut",
         "at least 1",
     )
-    add(
-        g,
+    g.value(
         "reader",
         "av",
         "of videos: av shows the right frames or refuses a file; decord can show wrong ones (README)",
         choices=("av", "decord"),
     )
-    add(
-        g,
+    g.value(
         "decode_timeout",
         60.0,
         "seconds for one video, after which its decoder is killed and the sample refused",
         "above 0, at most 86400",
     )
-    add(g, "workers", 2, "threads that load media ahead, each with a decoder process", "at least 1")
+    g.value(
+        "workers", 2, "threads that load media ahead, each with a decoder process", "at least 1"
+    )
     return g
 
 
@@ -176,9 +176,10 @@ def ordered(p, args, *pairs):
 
 def peek(argv, **defaults):
     """A few flags of a command line, whatever its others are -> namespace."""
-    p, add, _ = flag_parser("", add_help=False)
+    p = Parser(add_help=False)
+    flags = p.section("")
     for name, default in defaults.items():
-        add(p, name, default, "")
+        flags.value(name, default, "")
     return p.parse_known_args(argv)[0]
 
 
@@ -192,8 +193,17 @@ def flag_lines(args):
 
 def by_name(lines):
     """The lines of a flag file, or comments such as "# records 1234", by name: "prompts", "# records"."""
-    words = {line: line.removeprefix("--").split() for line in lines}
-    return {" ".join(w[:2]) if w[0] == "#" else w[0]: line for line, w in words.items() if w}
+    found = {}
+    for line in lines:
+        words = line.removeprefix("--").split()
+        if not words:
+            continue
+        if words[0] == "#":
+            found[" ".join(words[:2])] = line
+        else:
+            name = RENAMED.get(words[0], words[0])
+            found[name] = line.replace(f"--{words[0]}", f"--{name}", 1)
+    return found
 
 
 def read_config(file):

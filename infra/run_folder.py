@@ -41,7 +41,7 @@ MAY_CHANGE = (
     "decode_timeout",
     "row_tokens",
     "cuda_graph",
-    "checkpointing",
+    "grad_checkpointing",
     "fsdp",
     "sp",
     "embedding_cache",

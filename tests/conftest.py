@@ -53,7 +53,7 @@ def prompts(world, builder):
 @pytest.fixture()
 def policy(world):
     """The toy's checkpoint in float64, checkpointing off."""
-    return model.Policy.load(world / "model", dtype=torch.float64, checkpointing=0)
+    return model.Policy.load(world / "model", dtype=torch.float64, grad_checkpointing=0)
 
 
 def run(*command, ranks=1, expect=0, timeout=300, **env):

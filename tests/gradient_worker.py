@@ -71,7 +71,7 @@ elif ranks.WORLD > 1:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
-group = policy.group = reference.group = mrsp.group_of(int(args.sp))
+group = policy.sp = reference.sp = mrsp.sequence_parallel(int(args.sp))
 media = lambda i: builder(
     samples[i], min_pixels=784 if i % 2 else 56 * 84
 )  # videos of two shapes, 4 to 16 frames, and images

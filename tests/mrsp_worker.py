@@ -23,7 +23,7 @@ if ranks.WORLD > 1:
     dist.init_process_group("gloo")
 policy = Policy.load(f"{world}/model", dtype=torch.float64)
 policy.eos_ids = list(range(20, 66))  # so that responses are of unequal length
-policy.group = mrsp.group_of(ranks.WORLD)
+policy.sp = mrsp.sequence_parallel(ranks.WORLD)
 builder = PromptBuilder(f"{world}/model")
 samples = load_samples(f"{world}/train.json")
 images = [s for s in samples if s.data_type == "image"]
@@ -42,7 +42,7 @@ policy.net.model.visual.register_forward_pre_hook(
     with_kwargs=True,
 )
 with torch.no_grad():
-    result["features"] = policy.encode(prompts)
+    result["visual_embeds"] = policy.encode(prompts)
     result["reversed"] = policy.encode(prompts[::-1])[::-1]
 result["patches"] = sum(patches) // 2
 random = torch.Generator().manual_seed(3)
@@ -51,23 +51,25 @@ responses = [
     [tokens(n) for n in lengths] for lengths in ([5], [1, 7, 2], [3, 3], [11], [4, 1, 1, 6], [2])
 ]
 policy.train()
-result["logp"], result["entropy"] = policy(prompts, responses, result["features"], temperature=0.8)
-result["one token"] = policy(prompts[:1], [[tokens(1)]], result["features"][:1])[
+result["logp"], result["entropy"] = policy(
+    prompts, responses, result["visual_embeds"], temperature=0.8
+)
+result["one token"] = policy(prompts[:1], [[tokens(1)]], result["visual_embeds"][:1])[
     0
 ]  # all but one rank own no response token
 result["alone"] = [
     policy([p], [r], [f], temperature=0.8)[0]
-    for p, r, f in zip(prompts, responses, result["features"])
+    for p, r, f in zip(prompts, responses, result["visual_embeds"])
 ]
 for name, how in (
     ("greedy", dict(temperature=0)),
     ("sampled", dict(seeds=[11, 12, 13, 14, 15, 16])),
 ):
-    groups = generate(policy, prompts, 5, max_new=20, features=result["features"], **how)
+    groups = generate(policy, prompts, 5, max_new=20, visual_embeds=result["visual_embeds"], **how)
     result[name] = [g.responses for g in groups]
     result[f"{name} logps"] = torch.cat([x for g in groups for x in g.logps])
     result[f"{name} entropies"] = torch.cat([x for g in groups for x in g.entropies])
-    result[f"{name} scored"] = policy(prompts, result[name], result["features"])[0]
+    result[f"{name} scored"] = policy(prompts, result[name], result["visual_embeds"])[0]
     result[f"{name} truncated"] = [g.truncated for g in groups]
 torch.save(
     {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in result.items()},

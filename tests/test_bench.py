@@ -51,7 +51,7 @@ def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path):
 
 def test_the_plain_way_gives_the_same_responses_and_gradients(world, policy, prompts):
     """Of videos and of images, with the same dice: tokens, log-probs, entropies, and the gradient of their sum."""
-    plain = PlainPolicy.load(world / "model", dtype=torch.float64, checkpointing=0)
+    plain = PlainPolicy.load(world / "model", dtype=torch.float64, grad_checkpointing=0)
     how = dict(max_new=6, seeds=range(len(prompts)))
     ours, theirs = generate(policy, prompts, 3, **how), generate_plainly(plain, prompts, 3, **how)
     for a, b in zip(ours, theirs, strict=True):

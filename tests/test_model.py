@@ -163,7 +163,7 @@ def assert_equals_plain(policy, net, prompts, responses):
 def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
     """Unequal prompts, several sizes of video, an image, groups of 1 to 4 (more responses than a short row has tokens)."""
     policy = model.Policy.load(
-        world / "model", dtype=torch.float64, checkpointing=checkpointing
+        world / "model", dtype=torch.float64, grad_checkpointing=checkpointing
     ).train()
     net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
     assert_equals_plain(policy, net, prompts, random_responses(prompts, LENGTHS))
@@ -241,7 +241,7 @@ def test_the_rows_of_a_group_attend_as_one(size):
         )[0].transpose(0, 1)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         for rank in range(size):
-            row = mrsp.ShardedRow(lengths, "cpu", mrsp.Group(size, rank))
+            row = mrsp.ShardedRow(lengths, "cpu", mrsp.SequenceParallel(size, rank))
             mine = len(row.place)  # without the tail that makes all ranks equally long
             for last, tokens in ((False, slice(mine)), (True, row.reads)):
                 out = row.attend_row(0, q[row.own], k, v, 8**-0.5, last)[0]
@@ -273,7 +273,7 @@ def test_block_attention_equals_masked_attention():
     "n, runs", [(0, [1, 1, 1, 1]), (1, [2, 2, 2, 2]), (2, [2, 1, 2, 1]), (3, [2, 1, 1, 2])]
 )
 def test_every_nth_layer_is_recomputed(policy, prompts, n, runs):
-    policy.train().set_checkpointing(n)
+    policy.train().set_grad_checkpointing(n)
     seen = []
     for i, layer in enumerate(policy.text.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: seen.append(i))
@@ -714,9 +714,11 @@ def test_segments_of_the_tower_taken_together_are_the_segments_one_by_one(policy
     for name in ("sdpa", attention.SEGMENTS):
         policy.net.set_attn_implementation({"vision_config": name})
         policy.zero_grad()
-        features = torch.cat(policy.encode([*prompts, *prompts[3:4]]))
-        (features * torch.arange(features.numel()).view_as(features).sin()).sum().backward()
-        results.append([features, *(p.grad for p in policy.net.model.visual.parameters())])
+        visual_embeds = torch.cat(policy.encode([*prompts, *prompts[3:4]]))
+        (
+            visual_embeds * torch.arange(visual_embeds.numel()).view_as(visual_embeds).sin()
+        ).sum().backward()
+        results.append([visual_embeds, *(p.grad for p in policy.net.model.visual.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(
             a, b, atol=1e-12 * max(1.0, float(a.detach().abs().max())), rtol=0

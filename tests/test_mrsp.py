@@ -49,7 +49,7 @@ def test_a_group_computes_what_one_rank_computes(results, ranks):
         a, b, atol=2e-6, rtol=0
     )  # RMSNorm and RoPE are fp32 in transformers
     for many in results[ranks]:
-        for a, b in zip(many["features"], one["features"], strict=True):
+        for a, b in zip(many["visual_embeds"], one["visual_embeds"], strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
         for name in (
             "logp",
@@ -79,9 +79,9 @@ def test_mistakes_of_the_release(results, ranks):
     for r in results[ranks]:
         assert all(
             torch.allclose(a, b, atol=1e-12)
-            for a, b in zip(r["features"], r["reversed"], strict=True)
+            for a, b in zip(r["visual_embeds"], r["reversed"], strict=True)
         )
-        assert not torch.allclose(r["features"][3], r["features"][4], atol=1e-3)
+        assert not torch.allclose(r["visual_embeds"][3], r["visual_embeds"][4], atol=1e-3)
         scored = torch.cat(
             [x[:n] for x, n in zip(r["greedy scored"], (len(t) for g in r["greedy"] for t in g))]
         )

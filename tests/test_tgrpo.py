@@ -96,7 +96,7 @@ def test_contrast_by_hand():
     """Probabilities 0.5, 0.2 and 0.8 fall to 0.15 and 0.15 and rise to 0.9, on the mean of two orders."""
     logp = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64).log()
     shuffled = torch.tensor([[0.25, 0.2, 0.9], [0.05, 0.1, 0.9]], dtype=torch.float64).log()
-    lost = tgrpo.share_lost(logp, shuffled)
+    lost = tgrpo.probability_drop(logp, shuffled)
     torch.testing.assert_close(lost, torch.tensor([0.7, 0.25, 0.0], dtype=torch.float64))
     accuracy = torch.tensor([[1.0, 1, 1], [0, 0.6, 0.5]], dtype=torch.float64)
     expected = torch.tensor([[0.21, 0.075, 0], [0, 0.075, 0]], dtype=torch.float64)
@@ -138,9 +138,9 @@ def test_permuted_embeddings_are_the_embeddings_of_the_permuted_video(policy, pr
     prompt = prompts[3]
     media = prompt.media[0]
     with torch.no_grad():
-        feature = policy.encode([prompt])[0]
+        embeds = policy.encode([prompt])[0]
         order = tgrpo.permutation(media.grid[0], 5)
-        frames, permuted = tgrpo.reorder(media.frames, order), tgrpo.reorder(feature, order)
+        frames, permuted = tgrpo.reorder(media.frames, order), tgrpo.reorder(embeds, order)
         again = policy.encode(
             [
                 data.Prompt(
@@ -148,5 +148,5 @@ def test_permuted_embeddings_are_the_embeddings_of_the_permuted_video(policy, pr
                 )
             ]
         )[0]
-    assert not torch.equal(permuted, feature) and not torch.equal(frames, media.frames)
+    assert not torch.equal(permuted, embeds) and not torch.equal(frames, media.frames)
     torch.testing.assert_close(permuted, again, atol=1e-12, rtol=0)

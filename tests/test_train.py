@@ -173,7 +173,7 @@ def gradients(tmp_path, world, ranks, *extra):
                 "2",
                 "--prompts",
                 "7",
-                "--updates",
+                "--minibatches",
                 "2",
             ],
             [(2, ""), (2, "--sp 2")],
@@ -954,7 +954,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update(world, prompts):
     ],
 )
 def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
-    run(*flags(world, tmp_path / "a", steps=3, model=cold_start, checkpointing=0, **change))
+    run(*flags(world, tmp_path / "a", steps=3, model=cold_start, grad_checkpointing=0, **change))
     entries = log(tmp_path / "a")
     assert any(e["grad_norm"] > 0 for e in entries) and (entries[-1]["kl"] > 0) == (
         change["beta"] > 0
@@ -992,7 +992,7 @@ def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
             <= e["temporal_passed"]
             <= 1 - e["temporal_not_applicable"]
         )
-        assert ("share_lost" if contrast else "shuffled_accuracy") in e or e[
+        assert ("probability_drop" if contrast else "shuffled_accuracy") in e or e[
             "temporal_not_applicable"
         ] == 1
     run(*flags(world, tmp_path / "b", "grpo", steps=1, **extra))
@@ -1016,7 +1016,7 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, m
         [(s.position, s.k) for s in shuffled] == [(i, k) for i in (0, 1, 3, 4) for k in (0, 1)]
         and asked["G"] == 2
         and len(set(asked["seeds"])) == 8
-        and asked["features"] is None
+        and asked["visual_embeds"] is None
     )
     for i, shuffled in zip((0, 0, 1, 1, 3, 3, 4, 4), asked["prompts"]):
         (before,), (after,) = prompts[i].media, shuffled.media
@@ -1034,7 +1034,7 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, m
 
 
 @pytest.mark.parametrize("shuffle", ["frame", "grid"])
-def test_the_share_lost_is_that_of_a_forward_pass_of_its_own(policy, prompts, shuffle):
+def test_the_probability_drop_is_that_of_a_forward_pass_of_its_own(policy, prompts, shuffle):
     """Many groups in a row, all responses of a group on one prompt, against each response on each shuffled video."""
     how = [
         "--temperature",
@@ -1050,9 +1050,9 @@ def test_the_share_lost_is_that_of_a_forward_pass_of_its_own(policy, prompts, sh
     ]
     args = train.parse_args(["--algo", "tgrpo", "--model", "m", "--data", "d", *map(str, how)])
     with torch.no_grad():
-        features = policy.encode(prompts)
+        visual_embeds = policy.encode(prompts)
         groups = dict(enumerate(step.generate(policy, prompts, 3, max_new=6, temperature=0.8)))
-        shuffled = step.shuffled_prompts(list(enumerate(prompts)), features, 0, args)
+        shuffled = step.shuffled_prompts(list(enumerate(prompts)), visual_embeds, 0, args)
         found = step.rescored(policy, groups, shuffled, args)
         assert sorted(found) == [0, 1, 3, 4]
         for s in shuffled:
@@ -1169,7 +1169,7 @@ def test_what_a_step_logs_of_its_updates_by_hand():
 @pytest.fixture(scope="module")
 def one_step(world, cold_start):
     """A function that does a step of GRPO on the first eight prompts -> (log entry, lines of samples, norms of the updates)."""
-    policy = model.Policy.load(cold_start, checkpointing=0)
+    policy = model.Policy.load(cold_start, grad_checkpointing=0)
     builder, samples = (
         data.PromptBuilder(policy.folder, min_pixels=784),
         data.load_samples(world / "train.json"),
@@ -1196,7 +1196,7 @@ def test_as_many_updates_as_groups_allow(one_step):
     taught = round(8 * (1 - first["zero_std_groups"]))
     assert 2 < taught < 8
     for updates in (2, taught, taught + 1, 8):
-        entry, _, made = one_step("--updates", str(updates))
+        entry, _, made = one_step("--minibatches", str(updates))
         assert entry["updates"] == len(made) == min(updates, taught) and entry[
             "skipped_updates"
         ] == 0 < min(made)
