@@ -111,7 +111,7 @@ def parse_args(argv=None):
         "above 0, at most 1",
     )
     g.value(
-        "updates",
+        "minibatches",
         1,
         "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient",
         "at least 1",
@@ -266,7 +266,7 @@ def parse_args(argv=None):
         ("min_pixels", "max_pixels"),
         ("min_pixels", "image_max_pixels"),
         ("len_lo", "len_hi"),
-        ("updates", "prompts"),
+        ("minibatches", "prompts"),
     )
     if args.refill and not args.drop_zero_std:
         p.error(f"--refill {args.refill}: expected --drop_zero_std beside it")
