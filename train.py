@@ -84,6 +84,10 @@ class Run:
     builder: PromptBuilder
     more: Callable  # (step, k) -> the prompts of the step's k-th refill
     optimize: Callable  # (step) -> Update: applies the gradient and clears it
+    loader: Loader | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    errors: LoadErrors | None = None
+    sharing: mrsp.RowSharing | None = None  # sequence parallelism
 
 
 # ---- GRPO
@@ -416,26 +420,21 @@ def sft_step(run, prompts, step):
 # ---- evaluation during training
 
 
-def evaluate(run, samples, loader):
+def evaluate(run, samples):
     """Greedy accuracy on held-out samples, over all ranks -> log entry.
 
-    A sample that cannot be loaded is a wrong answer. For sft also the validation loss, on samples
-    with reasoning. Raises DataError if no sample can be loaded.
+    Each rank answers its own questions. A sample that cannot be loaded is a wrong answer. For sft
+    also the validation loss, on samples with reasoning. Raises DataError if no sample can be loaded.
     """
-    args, policy = run.args, unwrap(run.policy)
-    method = Method("greedy", args.max_frames, args.max_frames, 1, 0.0)
-    questions = [Question(i, samples[i], method) for i in range(RANK, len(samples), WORLD)]
-    answered, supervised = [], []
-    for q in answer(policy, run.builder, questions, method, pool=loader.pool, max_new=args.max_new):
-        answered.append((q.sample.source, q.score, None if q.prompt else q.failure))
-        if args.algo == "sft" and q.prompt and q.sample.reasoning:
-            supervised.append((q.prompt, run.builder.target(q.sample)))
-    nll, tokens = validation_loss(policy, supervised, args)
+    policy = unwrap(run.policy)
+    with bf16_on_gpu(policy.device), timed("evaluate"), fsdp.gathered(policy):
+        answered, supervised = answer_held_out(run, samples)
+        nll, tokens = validation_loss(policy, supervised, run.args)
     answered = sum(gather(answered), [])
     failures = [failure for _, _, failure in answered if failure]
     if len(failures) == len(answered):
         raise DataError(
-            f"{args.eval_data}: none of the {len(answered)} held-out media could be loaded; "
+            f"{run.args.eval_data}: none of the {len(answered)} held-out media could be loaded; "
             f"the first: {failures[0]}"
         )
     scores = [score for _, score, _ in answered]
@@ -450,6 +449,21 @@ def evaluate(run, samples, loader):
         "eval_failures": len(failures),
         "eval_by_source": by_source,
     }
+
+
+def answer_held_out(run, samples):
+    """This rank's answers -> ([(source, score, why it could not be loaded or None), ...],
+    [(Prompt, target ids), ...] for the validation loss of sft)."""
+    args, builder = run.args, run.builder
+    method = Method("greedy", args.max_frames, args.max_frames, 1, 0.0)
+    questions = [Question(i, samples[i], method) for i in range(RANK, len(samples), WORLD)]
+    answered, supervised = [], []
+    how = dict(pool=run.loader.pool, max_new=args.max_new)
+    for q in answer(unwrap(run.policy), builder, questions, method, **how):
+        answered.append((q.sample.source, q.score, None if q.prompt else q.failure))
+        if args.algo == "sft" and q.prompt and q.sample.reasoning:
+            supervised.append((q.prompt, builder.target(q.sample)))
+    return answered, supervised
 
 
 @torch.no_grad()
@@ -475,8 +489,43 @@ def train(args, device, at_end, policy_class=Policy):
     """
     samples, held_out = read_data(args)  # before a model is loaded: a wrong path costs nothing
     warn(args)
-    out = Path(args.out)
-    at_end.enter_context(claimed(out))
+    run, start = open_training(args, samples, device, at_end, policy_class)
+    progress = Progress(Path(args.out), args, start)
+    at_end.callback(progress.close)
+    signals = at_end.enter_context(stop_signals())
+    at_end.enter_context(resumable())
+    seconds.clear()
+    if start == 0 and held_out:
+        progress.log(0, evaluate(run, held_out))
+    for step in range(start, args.steps):
+        seconds.clear()
+        done = step + 1
+        with timed("step"):
+            entry, lines, tokens = train_step(run, step)
+        entry |= {
+            "lr": learning_rate(step, args),
+            "sp": run.sharing.sp.size,
+            "skipped_samples": len(run.errors.in_step),
+            "tokens_per_second": tokens / seconds["step"],
+        }
+        if held_out and (done % args.eval_every == 0 or done == args.steps):
+            entry |= evaluate(run, held_out)
+        progress.log(done, entry)
+        progress.samples(lines)
+        stop = max(gather(max(signals, default=0)))  # of any rank: all stop after the same step
+        if done % args.save_every == 0 or done == args.steps or stop:
+            with bf16_on_gpu(device):
+                save(unwrap(run.policy), run.optimizer, done, args)
+        if stop:
+            at = f"step {done} of {args.steps} by {signal.Signals(stop).name}"
+            say(f"stopped after {at}; to resume: {resume_command()}")
+            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
+    say(f"{args.out} holds the run; `python report.py {shlex.quote(args.out)} --open` shows it")
+
+
+def open_training(args, samples, device, at_end, policy_class):
+    """Opens the run folder and loads all that the run needs -> (Run, the step to start at)."""
+    at_end.enter_context(claimed(Path(args.out)))
     checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
     policy, reference = load_policies(args, checkpoint, device, policy_class)
     loader = make_loader(args, policy, samples)
@@ -488,8 +537,6 @@ def train(args, device, at_end, policy_class=Policy):
     if WORLD > 1 and not args.fsdp:
         how = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)
         wrapped = DistributedDataParallel(policy, **how)
-    on_gpu = policy.device.type == "cuda"  # there fp32 master weights compute in bf16
-    autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu)
     errors = LoadErrors(args.prompts, args.steps)
     sharing = mrsp.RowSharing(policy, reference, patience(args), args)
 
@@ -499,54 +546,27 @@ def train(args, device, at_end, policy_class=Policy):
     def optimize(step):
         return update(policy, optimizer, step, args)
 
-    run = Run(args, wrapped, reference, loader.builder, more, optimize)
-    progress = Progress(out, args, start)
-    at_end.callback(progress.close)
-    signals = at_end.enter_context(stop_signals())
-    at_end.enter_context(resumable())
-    seconds.clear()
-    if start == 0 and held_out:
-        with autocast:
-            progress.log(0, held_out_entry(run, held_out, loader))
-    for step in range(start, args.steps):
-        seconds.clear()
-        done = step + 1
-        with autocast, timed("step"):
-            entry, lines, tokens = train_step(run, loader, errors, sharing, step)
-        entry |= {
-            "lr": learning_rate(step, args),
-            "sp": sharing.sp.size,
-            "skipped_samples": len(errors.in_step),
-            "tokens_per_second": tokens / seconds["step"],
-        }
-        if held_out and (done % args.eval_every == 0 or done == args.steps):
-            with autocast:
-                entry |= held_out_entry(run, held_out, loader)
-        progress.log(done, entry)
-        progress.samples(lines)
-        stop = max(gather(max(signals, default=0)))  # of any rank: all stop after the same step
-        if done % args.save_every == 0 or done == args.steps or stop:
-            with autocast:
-                save(policy, optimizer, done, args)
-        if stop:
-            at = f"step {done} of {args.steps} by {signal.Signals(stop).name}"
-            say(f"stopped after {at}; to resume: {resume_command()}")
-            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
-    say(f"{out} holds the run; `python report.py {shlex.quote(str(out))} --open` shows it")
+    parts = dict(loader=loader, optimizer=optimizer, errors=errors, sharing=sharing)
+    return Run(args, wrapped, reference, loader.builder, more, optimize, **parts), start
 
 
-def train_step(run, loader, errors, sharing, step):
+def bf16_on_gpu(device):
+    """A context: on a GPU, fp32 master weights compute in bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train_step(run, step):
     """Loads a step's prompts and trains on them -> (log entry, sample lines, response tokens)."""
-    errors.next_step()
+    run.errors.next_step()
     with timed("data"):
-        prompts = errors.usable(loader.load(step))
-        errors.check()
-        sharing.choose(prompts)
-        prompts = sharing.exchange(prompts)
-    if len(errors.in_step) == run.args.prompts:  # nothing could be loaded, on any rank
+        prompts = run.errors.usable(run.loader.load(step))
+        run.errors.check()
+        run.sharing.choose(prompts)
+        prompts = run.sharing.exchange(prompts)
+    if len(run.errors.in_step) == run.args.prompts:  # nothing could be loaded, on any rank
         return {"updates": 0, "skipped_updates": 1, "skipped_update": True}, [], 0
     run.policy.train()
-    with sharing.rows():
+    with run.sharing.rows(), bf16_on_gpu(unwrap(run.policy).device):
         if run.args.algo == "sft":
             entry, lines, tokens = sft_step(run, prompts, step)
             if not math.isfinite(entry["loss"]):
@@ -557,12 +577,6 @@ def train_step(run, loader, errors, sharing, step):
             entry, lines, tokens = grpo_step(run, prompts, step)
     run.policy.eval()
     return entry, lines, tokens
-
-
-def held_out_entry(run, held_out, loader):
-    """The log entry of an evaluation. Each rank answers its own questions."""
-    with timed("evaluate"), fsdp.gathered(unwrap(run.policy)):
-        return evaluate(run, held_out, loader)
 
 
 def patience(args):
