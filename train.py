@@ -424,7 +424,8 @@ def evaluate(run, samples):
     """Greedy accuracy on held-out samples, over all ranks -> log entry.
 
     Each rank answers its own questions. A sample that cannot be loaded is a wrong answer. For sft
-    also the validation loss, on samples with reasoning. Raises DataError if no sample can be loaded.
+    also the validation loss, on samples with reasoning.
+    Raises DataError if no sample can be loaded.
     """
     policy = unwrap(run.policy)
     with bf16_on_gpu(policy.device), timed("evaluate"), fsdp.gathered(policy):
