@@ -73,13 +73,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=layout, allow_abbrev=False, **kw)
         # argparse takes -1e-3 and -inf for flags; they are values
         self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")
-        self.given = {}  # flag or other word -> [(place, value), ...], each time that it was given
+        self.given = {}  # word of the command line -> [(place, word after it), ...], see _place
 
     def section(self, title):
         """A titled part of --help, to which flags are added."""
         return Section(self, title)
 
     def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, with flag files expanded. Notes where each flag was given, for errors."""
         self.given = {}
         placed = self._expand(sys.argv[1:] if args is None else args, place="", inside=())
         for i, (place, word) in enumerate(placed):

@@ -621,7 +621,7 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change
             "--lr 1\n@nowhere.txt\n",
             "f.txt, line 2: nowhere.txt: cannot be read: No such file or directory",
         ),
-        ("--lr 1\n--\n", "f.txt, line 2: -- is no flag"),
+        ("--lr 1\n--\n", "f.txt, line 2: -- is not a flag"),
         (
             "--lr 1\n\n--lr abc # no number\n--seed 3\n",
             "f.txt, line 3: --lr abc: expected a finite number",
@@ -1413,7 +1413,7 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
                 "steps",
                 "prompts",
                 "max_new",
-                "updates",
+                "minibatches",
                 "row_tokens",
                 "shuffles",
                 "log_every",
