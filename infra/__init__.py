@@ -16,11 +16,15 @@ Models
     embedding_cache  visual embeddings on disk
 Media and records
     frames           which frames of a video are shown, and at what size
+    patches          frames to patches, as the vision tower takes them
     reader           decodes images and videos
     video            runs the reader in a process that can be killed
     records          reads .json and .jsonl files of records
 Answers
-    answers          answers as text, for the rewards
+    answer_text      what an answer says: an option's letter, a number, or words
+    options          the options of a multiple-choice question and their letters
+    answers          a folder of an evaluation's answers, one line per question
+    summary          from scores to a table, with intervals
     rouge            word error rate and ROUGE
     stem             the Porter stemmer, for ROUGE
 """
