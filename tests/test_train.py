@@ -344,7 +344,7 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
         and lines[1].startswith("# records ")
         and "--lr 0.001" in lines
     )
-    assert "--resume goes on with it, another --out starts a new one" in here(*command)
+    assert "holds a run: add --resume to resume it" in here(*command)
     for flag, was, now in (
         ("prompts", "--prompts 4", "3"),
         ("group", "--group 4", "6"),
@@ -359,14 +359,14 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
         message = here(*command, f"--{flag}", now, "--resume")
         expected = (
             was
-            and f"error: {out} was run otherwise, so it cannot be resumed: it had {was}; now --{flag} {now}. Another"
+            and f"error: {out} cannot be resumed with other settings: found --{flag} {now}, expected {was}. "
         )
         assert message is None if was is None else message.startswith(expected), flag
-    assert "it had not; now --drop_zero_std. Another" in here(
+    assert "found --drop_zero_std, expected none. " in here(
         *command, "--drop_zero_std", "--resume"
     )
     records.write_text(content.replace("red", "RED", 1))
-    assert "it had # records " in here(*command, "--resume")
+    assert ", expected # records " in here(*command, "--resume")
     (tmp_path / "moved.json").write_text(content)
     assert here(*command, "--resume", "--data", tmp_path / "moved.json") is None
     config = [
@@ -387,11 +387,11 @@ def test_a_failed_start_does_not_block_the_corrected_command(tmp_path, world, ca
     assert "no such model folder" in here(*command, "--model", "./nowhere")
     (out / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     assert here(*command, "--seed", "5") is None
-    assert f"{out}: no checkpoint to resume from, so the run starts anew" in capsys.readouterr().out
+    assert f"{out}: no checkpoint to resume from, so the run starts from the beginning" in capsys.readouterr().out
     assert [e["step"] for e in log(out)] == [1]
     assert here(*flags(world, tmp_path / "b", "sft", steps=1), "--resume") is None
     assert (
-        f"{tmp_path / 'b'}: no checkpoint to resume from, so the run starts anew"
+        f"{tmp_path / 'b'}: no checkpoint to resume from, so the run starts from the beginning"
         in capsys.readouterr().out
     )
 
@@ -521,7 +521,7 @@ def test_a_policy_that_is_not_finite_ends_the_run_and_is_not_saved(
     )
     assert (
         message
-        == "error: step 1: the policy's logits are not finite (a lower --lr?), so no checkpoint of it is saved"
+        == "error: step 1: the policy's logits are not finite, so no checkpoint is saved; try a lower --lr"
     )
     assert not list((tmp_path / "a").glob("checkpoint*"))
     message = here(
@@ -621,7 +621,7 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change
             "--lr 1\n@nowhere.txt\n",
             "f.txt, line 2: nowhere.txt: cannot be read: No such file or directory",
         ),
-        ("--lr 1\n--\n", "f.txt, line 2: -- is no flag"),
+        ("--lr 1\n--\n", "f.txt, line 2: -- is not a flag"),
         (
             "--lr 1\n\n--lr abc # no number\n--seed 3\n",
             "f.txt, line 3: --lr abc: expected a finite number",
@@ -687,7 +687,7 @@ def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (
         capsys.readouterr().out
-        == f"{log}: 3 of 6 lines hold no entry of a step; they are dropped\n"
+        == f"{log}: dropped 3 of 6 lines, which are not entries of a step\n"
     )
     run_folder._rewind(log, 2)
     log.unlink()
@@ -696,7 +696,7 @@ def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
     run_folder._rewind(log, 2)
     assert (
         capsys.readouterr().out
-        == f"{log}: no such file, so what was logged up to step 2 is lost; the log begins again\n"
+        == f"{log}: no such file, so the log up to step 2 is lost; a new one begins\n"
     )
 
 
@@ -1413,7 +1413,7 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
                 "steps",
                 "prompts",
                 "max_new",
-                "updates",
+                "minibatches",
                 "row_tokens",
                 "shuffles",
                 "log_every",
