@@ -20,6 +20,8 @@ from infra.ranks import RANK
 
 # earlier name of a flag -> its name: runs and recipes with the earlier one still work
 RENAMED = {"updates": "minibatches", "checkpointing": "grad_checkpointing"}
+# flags of earlier versions that are gone, and the only value that today's code still has
+DROPPED = {"shuffles": "1"}
 
 
 def renamed(text):
@@ -83,6 +85,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, with flag files expanded. Notes where each flag was given, for errors."""
         self.given = {}
         placed = self._expand(sys.argv[1:] if args is None else args, place="", inside=())
+        placed = self._without_dropped(placed)
         for i, (place, word) in enumerate(placed):
             name, equals, value = word.partition("=")
             if not equals and placed[i + 1 : i + 2]:
@@ -112,6 +115,23 @@ class Parser(argparse.ArgumentParser):
             for i, line in lines.items():
                 placed += self._expand(line, f"{file}, line {i}: ", (*inside, file.resolve()))
         return placed
+
+    def _without_dropped(self, placed):
+        """Removes flags that are gone, so that the config.txt of an earlier run is still read."""
+        kept = []
+        words = iter(placed)
+        for place, word in words:
+            name, equals, value = word.removeprefix("--").partition("=")
+            if not word.startswith("--") or name not in DROPPED:
+                kept.append((place, word))
+                continue
+            if not equals:
+                value = next(words, ("", ""))[1]
+            if value != DROPPED[name]:
+                self.error(
+                    f"{place}--{name} {value}: this flag is gone; {DROPPED[name]} is built in"
+                )
+        return kept
 
     def error(self, message):
         """Ends the program with the message, after the place of the flag that it is about."""
@@ -286,7 +306,8 @@ def refuse_changes(config, lines, names, defaults=()):
     for name in before | now:
         found, expected = now.get(name), before.get(name)
         new_comment = name.startswith("#") and not (found and expected)
-        if name in names and found != expected and not new_comment:
+        dropped = DROPPED.get(name) and expected and expected != f"--{name} {DROPPED[name]}"
+        if dropped or (name in names and found != expected and not new_comment):
             changes.append(f"found {found or 'none'}, expected {expected or 'none'}")
     if changes:
         raise SystemExit(

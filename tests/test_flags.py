@@ -125,3 +125,16 @@ def test_an_error_names_the_place_of_the_value_that_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.parse_args([*REQUIRED, f"@{tmp_path}/f.txt"])
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/f.txt, line 2: --seed two: ")
+
+
+def test_a_run_with_a_flag_that_is_gone_is_read_if_its_value_is_built_in(tmp_path, capsys):
+    now = flag_lines(train.parse_args(REQUIRED))
+    config = config_of(tmp_path, [*now, "--shuffles 1"])
+    assert flag_lines(train.parse_args([f"@{config}"])) == now
+    refuse_changes(config, now, {"lr"})
+    config.write_text("\n".join([*now, "--shuffles 2"]))
+    with pytest.raises(SystemExit):
+        train.parse_args([f"@{config}"])
+    assert "--shuffles 2: this flag is gone; 1 is built in" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="expected --shuffles 2"):
+        refuse_changes(config, now, {"lr"})
