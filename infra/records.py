@@ -1,8 +1,16 @@
-"""Files of JSON records, and the fields of a record, checked: every error names file, record, found and expected."""
+"""Records of questions about videos: a JSON file, and the checked fields of a record.
+
+    read_records    the records of a file, each with the words that errors call it by
+    text, number    a field of one type
+    question, medium, segment, ...    what every record has, under the names that data sets give it
+    missing_media   which of their files do not exist
+Every error names file, record, found and expected."""
 
 import json
 import math
+import os
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from reprlib import repr as shown  # of any value: short, on one line, printable
@@ -10,6 +18,7 @@ from reprlib import repr as shown  # of any value: short, on one line, printable
 from infra.errors import DataError
 
 FIELDS = "problem, options, problem_type, data_type, solution, path"
+DATA_TYPES = ("video", "image", "frame")  # frame: a folder of frames
 FORM = f"a list of objects with {FIELDS}"
 BINARY = {  # the first bytes of files that are not records
     b"PAR1": "a parquet file",
@@ -27,10 +36,11 @@ BINARY = {  # the first bytes of files that are not records
 
 
 def read_records(path):
-    """The records of a file -> [(where, a function that returns the record), ...]; `where` names file and record. One bad line
-    raises only when its function is called.
+    """The records of a file -> [(where, a function that returns the record), ...]; `where` names
+    file and record. One bad line raises only when its function is called.
 
-    The content decides, not the file's name: a JSON list, else JSON lines. Raises DataError for any other file.
+    The content decides, not the file's name: a JSON list, else JSON lines. Raises DataError for any
+    other file.
     """
     path = Path(path)
     text = _text(path)
@@ -90,37 +100,39 @@ def _parse(text, where):
 # ---- fields
 
 
-def first_field(record, *keys):
-    """(key, value) of the first of these fields that has a value, (None, None) without any. null and "" are no values."""
+def first(record, *keys):
+    """(key, value) of the first of these fields that has a value, (None, None) without any. null
+    and "" are no values."""
     for key in keys:
         if record.get(key) is not None and record[key] != "":
             return key, record[key]
     return None, None
 
 
-def text_field(record, where, *keys):
-    """The text of the first of these fields, stripped; "" without any. Raises DataError: not a text."""
-    key, value = first_field(record, *keys)
+def text(record, where, *keys):
+    """The text of the first of these fields, stripped; "" without any. Raises DataError: not a
+    text."""
+    key, value = first(record, *keys)
     if key and not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is {shown(value)}, expected text")
     return (value or "").strip()
 
 
-def number_field(record, where, key, *, least, most):
-    """The number of a field, also if it is written as text; None without one. Raises DataError: not a number, or outside
-    [least, most]."""
-    _, value = first_field(record, key)
+def number(record, where, key, *, least, most):
+    """The number of a field, also if it is written as text; None without one. Raises DataError: not
+    a number, or outside [least, most]."""
+    _, value = first(record, key)
     if value is None:
         return None
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not least <= number <= most:
+        found = math.nan
+    if not least <= found <= most:
         raise DataError(
             f"{where}: {key!r} is {shown(value)}, expected a number from {least:g} to {most:g}"
         )
-    return number
+    return found
 
 
 def not_finite(value):
@@ -131,3 +143,98 @@ def not_finite(value):
 def is_unicode(text):
     """Without the lone surrogates that JSON allows and no file can hold?"""
     return not re.search("[\ud800-\udfff]", text)
+
+
+# ---- what every record has
+
+
+def name_and_place(record, where):
+    """(the record's id as text, None without one; `where`, which now names the id too)."""
+    _, name = first(record, "problem_id", "qid", "question_id", "id")
+    if name is None:
+        return None, where
+    if not where.endswith(f"record {name}"):
+        where = f"{where} (id {shown(name)})"
+    if isinstance(name, bool | list | dict) or not_finite(name):
+        raise DataError(f"{where}: expected text or a number as its id")
+    return str(name), where
+
+
+def question(record, where):
+    """The question, as it is in the record."""
+    asked = text(record, where, "problem", "question")
+    if not asked:
+        raise _missing("question ('problem')", record, where)
+    return asked
+
+
+def medium(record, where):
+    """(path, data type) of a record's medium.
+
+    `path` comes first: MVBench's records also name their source's file in `video`. A video and an
+    image are two media.
+    """
+    keys = "path", "video", "videos", "image"
+    key, _ = first(record, *keys)
+    path = text(record, where, *keys)
+    data_type = text(record, where, "data_type") or ("image" if key == "image" else "video")
+    named = {k: record[k] for k in keys if first(record, k)[0]}
+    if "path" in named and not ("image" in named and data_type != "image"):
+        del named["path"]
+    if any(value != next(iter(named.values())) for value in named.values()):
+        media = ", ".join(f"{k!r} {shown(v)}" for k, v in named.items())
+        raise DataError(f"{where}: several media, {media}, expected one")
+    if not path:
+        raise _missing("medium ('path', 'video', 'videos' or 'image')", record, where)
+    if data_type not in DATA_TYPES:
+        raise DataError(f"{where}: data type {shown(data_type)}, expected video, image or frame")
+    return path, data_type
+
+
+def segment(record, where):
+    """(start, end) in seconds, as in MVBench; None for the whole video."""
+    start = number(record, where, "start", least=0, most=1e9)
+    end = number(record, where, "end", least=0, most=1e9)
+    if start is None and end is None:
+        return None
+    if start is None or end is None:
+        raise DataError(
+            f"{where}: only one of 'start' ({start}) and 'end' ({end}), "
+            "expected both, in seconds, or none"
+        )
+    if start >= end:
+        raise DataError(f"{where}: a segment from {start:g} to {end:g} seconds")
+    return start, end
+
+
+def _missing(what, record, where):
+    fields = ", ".join(map(shown, record)) or "no fields"
+    return DataError(f"{where}: no {what}; it has {fields}; expected {FORM}")
+
+
+# ---- media
+
+
+def missing_media(samples, data, media_root):
+    """Looks for the file or folder of every sample -> (a line that counts the missing ones by
+    folder, "" if there are none; whether more than half are missing).
+
+    data, media_root: as given to load_samples, for the line.
+    """
+    exists = {path: os.path.exists(path) for path in {s.path for s in samples}}
+    missing = [s for s in samples if not exists[s.path]]
+    if not missing:
+        return "", False
+    folders = Counter(str(Path(s.path).parent) for s in missing).most_common()
+    counts = ", ".join(f"{n} in {folder}" for folder, n in folders[:3])
+    if len(folders) > 3:
+        counts += f", the others in {len(folders) - 3} more folders"
+    place = missing[0].name.removeprefix(f"{Path(data)}, ")
+    root = f"was not set, so paths start from {Path(data).absolute().parent}"
+    if media_root:
+        root = f"was {media_root}"
+    line = (
+        f"{data}: the media of {len(missing)} of {len(samples)} records are missing: {counts}; "
+        f"the first: {place}, {missing[0].path}; --media_root {root}"
+    )
+    return line, 2 * len(missing) > len(samples)
