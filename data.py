@@ -9,6 +9,8 @@
                     has five, slightly different)
     Loader          the prompts of each step, loaded ahead of it
 
+Importable from here too: frame_indices, smart_resize, read_video (infra/frames.py, infra/video.py),
+normalize, patchify (infra/patches.py), about, missing_media (infra/records.py).
 Nothing is replaced and nothing is truncated: what cannot be used raises DataError, naming file and
 record.
 """
@@ -28,19 +30,16 @@ from jinja2 import TemplateError
 import rewards
 from infra import records
 from infra.errors import DataError
-from infra.frames import MERGE, PATCH, frame_indices, smart_resize  # noqa: F401  (imported from here)
+from infra.frames import MERGE, PATCH, frame_indices, smart_resize  # noqa: F401
 from infra.model_folder import load_tokenizer
 from infra.options import lettered, split_options
 from infra.patches import MEAN, STD, normalize, patchify  # noqa: F401
-from infra.records import missing_media  # noqa: F401
+from infra.records import about, missing_media  # noqa: F401
 from infra.video import Clip, read_clip, read_folder, read_image, read_video  # noqa: F401
 
 # ---- records -> Sample
 
 FOLDER_FPS = 3.0  # of a folder whose record has no "fps"; as MVBench's TVQA, the one such set
-ABOUT = tuple(
-    "data_source original_question_type task_type category duration domain sub_category".split()
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Sample:
     reasoning: str = ""  # the text inside <think>, "" if none
     source: str = ""
     fps: float = FOLDER_FPS  # of a folder of frames
-    about: dict = field(default_factory=dict)  # the fields ABOUT that the record has
+    about: dict = field(default_factory=dict)  # the fields records.ABOUT that the record has
     segment: tuple[float, float] | None = None  # the part of the video asked about, in seconds
     where: str = field(default="", compare=False)  # "FILE, record 0 (id 3)"
 
@@ -105,9 +104,9 @@ def _sample(record, position, where, root, stem):
     kind = _kind(record, where)
     question, options = _options(record, question, kind, where)
     answer = _answer(record, kind, options, where)
-    source = records.text(record, where, "data_source") or stem
     fps = records.number(record, where, "fps", least=1e-6, most=1e6)
     segment = records.segment(record, where)
+    source = records.text(record, where, "data_source") or stem
     sample = Sample(
         id=str(position) if name is None else name,
         question=question,
@@ -145,6 +144,7 @@ def problem_type(record):
 
 
 def _kind(record, where):
+    """The problem type. Raises DataError."""
     kind = problem_type(record)
     if kind is None:
         found, expected = shown(record["problem_type"]), ", ".join(rewards.PROBLEM_TYPES)
@@ -167,17 +167,11 @@ def _options(record, question, kind, where):
 
 
 def _answer(record, kind, options, where):
-    """The text of the answer. `solution` comes first: some evaluation files hold the option's text
-    in `answer`."""
-    key, solution = records.first(record, "solution", "answer")
-    if key is None:
-        raise DataError(f"{where}: no 'solution'")
-    is_text = isinstance(solution, str | int | float) and not isinstance(solution, bool)
-    if not is_text or records.not_finite(solution):
-        raise DataError(f"{where}: {key!r} is {shown(solution)}, expected text or a number")
-    answer = rewards.extract_answer(str(solution))
+    """The text of the answer, with or without <answer> </answer> in the record."""
+    solution = records.solution(record, where)
+    answer = rewards.extract_answer(solution)
     if answer is None:
-        answer = str(solution).strip()
+        answer = solution.strip()
     if not answer:
         raise DataError(f"{where}: an empty solution {shown(solution)}")
     if kind == "multiple choice" and not options:
@@ -217,16 +211,6 @@ def _reasoning(record, sample, where):
 def supervised_response(reasoning, answer):
     """The response that SFT teaches."""
     return f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
-
-
-def about(record):
-    """The fields ABOUT that a record has as printable text; {} for what is not a record."""
-    if not isinstance(record, dict):
-        return {}
-    texts = {key: record.get(key) for key in ABOUT}
-    return {
-        key: t for key, t in texts.items() if isinstance(t, str) and t and records.is_unicode(t)
-    }
 
 
 # ---- Sample -> Media

@@ -20,6 +20,9 @@ from infra.errors import DataError
 FIELDS = "problem, options, problem_type, data_type, solution, path"
 DATA_TYPES = ("video", "image", "frame")  # frame: a folder of frames
 FORM = f"a list of objects with {FIELDS}"
+ABOUT = tuple(  # what evaluation counts by
+    "data_source original_question_type task_type category duration domain sub_category".split()
+)
 BINARY = {  # the first bytes of files that are not records
     b"PAR1": "a parquet file",
     b"ARROW1": "an Arrow file",
@@ -191,6 +194,18 @@ def medium(record, where):
     return path, data_type
 
 
+def solution(record, where):
+    """The answer as it is in the record, as text. `solution` comes first: some evaluation files
+    have the option's text in `answer`."""
+    key, value = first(record, "solution", "answer")
+    if key is None:
+        raise DataError(f"{where}: no 'solution'")
+    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not is_text or not_finite(value):
+        raise DataError(f"{where}: {key!r} is {shown(value)}, expected text or a number")
+    return str(value)
+
+
 def segment(record, where):
     """(start, end) in seconds, as in MVBench; None for the whole video."""
     start = number(record, where, "start", least=0, most=1e9)
@@ -205,6 +220,16 @@ def segment(record, where):
     if start >= end:
         raise DataError(f"{where}: a segment from {start:g} to {end:g} seconds")
     return start, end
+
+
+def about(record):
+    """The fields ABOUT that a record has as printable text; {} for what is not a record."""
+    fields = {}
+    for key in ABOUT if isinstance(record, dict) else ():
+        value = record.get(key)
+        if isinstance(value, str) and value and is_unicode(value):
+            fields[key] = value
+    return fields
 
 
 def _missing(what, record, where):
