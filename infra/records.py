@@ -55,11 +55,14 @@ def read_records(path):
         whole = None
     if isinstance(whole, list):
         return [(f"{path}, record {i}", partial(_same, r)) for i, r in enumerate(whole)]
-    lines = [line for line in enumerate(text.split("\n"), 1) if line[1].strip()]
+    lines = []
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {i}"
+            lines.append((where, partial(_parse, line, where)))
     if whole and len(lines) > 1:
         raise DataError(f"{path}: holds one JSON {type(whole).__name__}, expected {FORM}")
-    named = [(f"{path}, line {i}", line) for i, line in lines]
-    return [(where, partial(_parse, line, where)) for where, line in named]
+    return lines
 
 
 def read_json(file):

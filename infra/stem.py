@@ -1,4 +1,4 @@
-"""The Porter stemmer (An algorithm for suffix stripping, Program 14(3), 1980): ROUGE compares stems.
+"""The Porter stemmer (Porter 1980, "An algorithm for suffix stripping"): ROUGE compares stems.
 
 With the changes of NLTK's version. The rouge-score package uses that one, and so does Video-R1's
 reward for free-form answers.
@@ -41,27 +41,7 @@ STEP_2 = dict(
     fulli="ful",
 )
 STEP_3 = dict(icate="ic", ative="", alize="al", iciti="ic", ical="ic", ful="", ness="")
-STEP_4 = (
-    "al",
-    "ance",
-    "ence",
-    "er",
-    "ic",
-    "able",
-    "ible",
-    "ant",
-    "ement",
-    "ment",
-    "ent",
-    "ion",
-    "ou",
-    "ism",
-    "ate",
-    "iti",
-    "ous",
-    "ive",
-    "ize",
-)
+STEP_4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split()
 
 
 def stem(word):
