@@ -56,7 +56,7 @@ class Sample:
     reasoning: str = ""  # the text inside <think>, "" if none
     source: str = ""
     fps: float = FOLDER_FPS  # of a folder of frames
-    about: dict = field(default_factory=dict)  # the fields records.ABOUT that the record has
+    about: dict = field(default_factory=dict)  # those of the fields records.ABOUT that it has
     segment: tuple[float, float] | None = None  # the part of the video asked about, in seconds
     where: str = field(default="", compare=False)  # "FILE, record 0 (id 3)"
 
@@ -71,8 +71,8 @@ def load_samples(path, *, media_root=None, skipped=None):
 
     media_root: the folder that the records' paths are relative to; default: the folder of the file.
     skipped: a dict that receives {position of the record: message} for every bad record, which is
-    then left out; without it the first bad record raises. Raises DataError: no such file, not JSON,
-    an empty file, a bad record.
+    then left out; without it the first bad record raises.
+    Raises DataError: no such file, not JSON, an empty file, a bad record.
     """
     path = Path(path)
     root = (Path(media_root) if media_root else path.parent).absolute()
@@ -317,8 +317,8 @@ class Prompt:
 
     @property
     def frames_x_pixels(self):
-        """(frames, pixels of a frame) of the first medium: the usual cause of irreproducible
-        numbers in this field."""
+        """(frames, pixels of a frame) of the first medium. Scores are comparable only if both are
+        the same."""
         T, _, H, W = self.media[0].frames.shape
         return T, H * W
 
@@ -327,15 +327,18 @@ class PromptBuilder:
     """Sample -> Prompt with a checkpoint's own tokenizer and chat template: one user turn, the
     medium first, then the text.
 
-    folder: the checkpoint.  max_prompt: tokens; a longer prompt is refused, never cut.  media:
-    load_media's keywords. Raises DataError, naming the folder: a tokenizer or chat template that is
-    missing, broken, or not the model's.
+    folder: the checkpoint.  max_prompt: tokens; a longer prompt is refused, never cut.
+    media: load_media's keywords.
+    Raises DataError, naming the folder: a tokenizer or chat template that is missing, broken, or
+    not the model's.
     """
 
     def __init__(self, folder, *, max_prompt=16384, **media):
         self.max_prompt, self.media = max_prompt, media
         self.tokenizer = load_tokenizer(folder)
-        self.tokenizer.chat_template = _chat_template(folder) or self.tokenizer.chat_template
+        template = _chat_template(folder)
+        if template is not None:
+            self.tokenizer.chat_template = template
         if not self.tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template")
         config = records.read_json(Path(folder) / "config.json")
@@ -443,8 +446,8 @@ def _chat_template(folder):
 def _repeat(ids, token, counts):
     """Token ids with the i-th `token` repeated counts[i] times."""
     counts, repeated = iter(counts), []
-    for id in ids:
-        repeated += [id] * next(counts) if id == token else [id]
+    for x in ids:
+        repeated += [x] * next(counts) if x == token else [x]
     return repeated
 
 
@@ -456,8 +459,8 @@ class Loader:
     own decoder process.
 
     Rank `rank` loads the samples i of a step with i mod world = rank. Samples are drawn without
-    replacement, in an order that is shuffled anew in each epoch, from `seed`. target: also build
-    each prompt's supervised target.
+    replacement, in an order that each epoch shuffles anew, from `seed`.
+    target: also build each prompt's supervised target.
     """
 
     def __init__(

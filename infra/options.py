@@ -29,14 +29,13 @@ MOST = 26
 
 
 def lettered(options, where):
-    """Options with or without letters -> options with the letters A, B, C ... in order. Raises
-    DataError.
+    """Options with or without letters -> options with the letters A, B, C ... in order.
 
     "A. x", "A) x", "(A) x" and "A: x" stay as they are. Letters in another style (OTHER_STYLE) are
     rewritten as "A. x", and the prompt shows them so. "A left", "B right" count as letters only if
     all options begin so, in order. If only some begin with a letter ("A. left", "right"), the
     record is ambiguous and refused. "J. Smith", "K. Brown" and "A.M.", "P.M." are text, and get
-    letters.
+    letters. Raises DataError, naming `where`.
     """
     if not (isinstance(options, list) and all(isinstance(o, str) for o in options)):
         raise DataError(f"{where}: 'options' is {shown(options)}, expected a list of strings")

@@ -22,8 +22,8 @@ def patchify(frames):
 
     The layout of transformers' Qwen2-VL processors: a patch holds (channel, frame of the grid, row,
     column). Patches run over time, then over 2 x 2 blocks, so that 4 neighbouring rows merge into
-    one visual token. An image counts as two frames. Raises ValueError: an odd number of frames, or
-    sides that are not multiples of 28.
+    one visual token. An image counts as two frames.
+    Raises ValueError: an odd number of frames, or sides that are not multiples of 28.
     """
     T, C, H, W = frames.shape
     if T == 1:

@@ -2,9 +2,11 @@
 
     read_records    the records of a file, each with the words that errors call it by
     text, number    a field of one type
-    question, medium, segment, ...    what every record has, under the names that data sets give it
-    missing_media   which of their files do not exist
-Every error names file, record, found and expected."""
+    question, medium, solution, segment, ...    what a record has, whatever its data set calls it
+    missing_media   which of the files do not exist
+
+Every error names file, record, found and expected.
+"""
 
 import json
 import math
@@ -39,11 +41,11 @@ BINARY = {  # the first bytes of files that are not records
 
 
 def read_records(path):
-    """The records of a file -> [(where, a function that returns the record), ...]; `where` names
-    file and record. One bad line raises only when its function is called.
+    """The records of a file -> [(where, a function that returns the record), ...]. `where` names
+    file and record. A bad line raises only when its function is called.
 
-    The content decides, not the file's name: a JSON list, else JSON lines. Raises DataError for any
-    other file.
+    The content decides, not the file's name: a JSON list, or else JSON lines. Raises DataError for
+    any other file.
     """
     path = Path(path)
     text = _text(path)
@@ -107,8 +109,8 @@ def _parse(text, where):
 
 
 def first(record, *keys):
-    """(key, value) of the first of these fields that has a value, (None, None) without any. null
-    and "" are no values."""
+    """(key, value) of the first of these fields that has a value; null and "" are not values.
+    (None, None) without any."""
     for key in keys:
         if record.get(key) is not None and record[key] != "":
             return key, record[key]
@@ -116,7 +118,7 @@ def first(record, *keys):
 
 
 def text(record, where, *keys):
-    """The text of the first of these fields, stripped; "" without any. Raises DataError: not a
+    """The text of the first of these fields, stripped; "" without any. Raises DataError: not
     text."""
     key, value = first(record, *keys)
     if key and not isinstance(value, str):
@@ -125,7 +127,7 @@ def text(record, where, *keys):
 
 
 def number(record, where, key, *, least, most):
-    """The number of a field, also if it is written as text; None without one. Raises DataError: not
+    """The number of a field, which may be written as text; None without one. Raises DataError: not
     a number, or outside [least, most]."""
     _, value = first(record, key)
     if value is None:
@@ -147,11 +149,11 @@ def not_finite(value):
 
 
 def is_unicode(text):
-    """Without the lone surrogates that JSON allows and no file can hold?"""
+    """Is it free of lone surrogates, which JSON allows but UTF-8 files do not?"""
     return not re.search("[\ud800-\udfff]", text)
 
 
-# ---- what every record has
+# ---- what a record has
 
 
 def name_and_place(record, where):
@@ -177,16 +179,17 @@ def question(record, where):
 def medium(record, where):
     """(path, data type) of a record's medium.
 
-    `path` comes first: MVBench's records also name their source's file in `video`. A video and an
-    image are two media.
+    `path` comes first: MVBench's records also name their source's file in `video`. But a video and
+    an image are two media, and so are two videos.
     """
     keys = "path", "video", "videos", "image"
     key, _ = first(record, *keys)
     path = text(record, where, *keys)
     data_type = text(record, where, "data_type") or ("image" if key == "image" else "video")
     named = {k: record[k] for k in keys if first(record, k)[0]}
-    if "path" in named and not ("image" in named and data_type != "image"):
-        del named["path"]
+    both = "image" in named and data_type != "image"
+    if not both:
+        named.pop("path", None)
     if any(value != next(iter(named.values())) for value in named.values()):
         media = ", ".join(f"{k!r} {shown(v)}" for k, v in named.items())
         raise DataError(f"{where}: several media, {media}, expected one")

@@ -82,7 +82,7 @@ def test_frames_of_a_variable_rate_are_spread_evenly_in_time(tmp_path, file, cod
 
 
 def test_a_still_that_lasts_takes_its_share_of_the_frames(tmp_path):
-    """Pictures 0 to 9 in the first second, then 10 for nine seconds; inside the clip or at its end."""
+    """Pictures 0 to 9 in the first second, then 10 for nine seconds, inside the clip or last."""
     start = [i / 10 for i in range(11)]
     middle = write(tmp_path / "m.mp4", range(12), times=[*start, 10.0])
     assert shown(middle, target_fps=1, max_frames=16)[0] == [0, *[10] * 8, 11]
