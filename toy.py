@@ -50,6 +50,7 @@ import data
 from infra.errors import ModelError
 from infra.files import write_whole
 from infra.frames import MERGE, PATCH
+from infra.model_folder import load_tokenizer
 from infra.patches import MEAN, STD
 from model import MODEL_TYPES
 
@@ -228,8 +229,8 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder, texts):
-    """A byte-level BPE of Qwen's own tokenizer class -> the tokenizer. It can write any text; its
-    merges are learned from `texts`, which are short in it."""
+    """Writes a byte-level BPE of Qwen's own tokenizer class -> the tokenizer. It encodes any text;
+    its merges are learned from `texts`, so these take few tokens."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         [texts],
         vocab_size=256 + len(SPECIAL) + 300,
@@ -250,11 +251,10 @@ def tiny_config(
     including M-RoPE and window attention."""
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     d = hidden // heads
-    # rotary frequencies for time and height, in the shares of the 7B: 16 + 24 + 24 = d / 2
+    # rotary frequencies for time, height and width, in the 7B's ratio: 16 + 24 + 24 = d / 2
     t, h = d // 8, 3 * d // 16
     sections = [t, h, d // 2 - t - h]
-    # of the initial weights; with the usual 0.02 a model this small stays on a plateau for long
-    std = 0.08
+    std = 0.08  # with the usual 0.02 so small a model makes no progress for hundreds of steps
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -347,8 +347,9 @@ def _texts(samples):
     return texts + ["system\nuser\nassistant\nOptions:\n", *instructions] * 50
 
 
-# ---- a small checkpoint that is like a real one
+# ---- a small checkpoint like a real one
 
+LIKE_FILES = ("*.json", "*.txt", "*.jinja")  # all but the weights
 TEXT_SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -392,7 +393,7 @@ def write_like(folder, like, seed=0):
         raise ModelError(
             f"{like}: model type {config.model_type!r}, expected one of {', '.join(MODEL_TYPES)}"
         )
-    tokenizer = data.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for pattern in LIKE_FILES:
@@ -402,9 +403,6 @@ def write_like(folder, like, seed=0):
     shrink(config, tokenizer)
     write_model(partial, config, tokenizer, seed)
     partial.rename(folder)
-
-
-LIKE_FILES = ("*.json", "*.txt", "*.jinja")
 
 
 def _find(like):
