@@ -67,7 +67,7 @@ class Search:
             raise ValueError(
                 f"start {start}, cap {cap}, m {m}: expected 1 <= start <= cap and m >= 1"
             )
-        self.frames, self.cap, self.m = start, cap, m  # 1
+        self.frames, self.cap, self.m = start, cap, m  # step 1
         self.answer, self.rounds = None, []
 
     def clamp(self, available):
@@ -77,16 +77,16 @@ class Search:
 
     def add_votes(self, votes):
         """Takes the m votes of a round: answers or Votes. Raises ValueError for another number."""
-        votes = [v if isinstance(v, Vote) else Vote(v) for v in votes]  # 2
+        votes = [v if isinstance(v, Vote) else Vote(v) for v in votes]  # step 2
         if len(votes) != self.m:
             raise ValueError(f"{len(votes)} votes at {self.frames} frames, expected {self.m}")
         self.rounds.append(Round(self.frames, [v.answer for v in votes], [v.logp for v in votes]))
         first = votes[0].answer
-        if first is not None and all(v.answer == first for v in votes):  # 3
+        if first is not None and all(v.answer == first for v in votes):  # step 3
             self.answer, self.frames = first, None
-        elif self.frames == self.cap:  # 4
+        elif self.frames == self.cap:  # step 4
             self.answer, self.frames = plurality(self.rounds), None
-        else:  # 5
+        else:  # step 5
             self.frames = min(2 * self.frames, self.cap)
 
 

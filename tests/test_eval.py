@@ -1,6 +1,5 @@
 """eval.py from files to files: every question once whatever happens, failures are wrong answers, scores by hand."""
 
-import contextlib
 import dataclasses
 import fcntl
 import json
@@ -23,9 +22,10 @@ import eval as evaluation
 import model
 import report
 import rewards
-import scores
 from conftest import ROOT, SHARED, needs_shared, run
 from data import Sample
+from infra.answers import open_answers, read_answers
+from infra.summary import by_group, interval, natural, table
 
 TTS = ["--tts", "--compare", "--start", 8, "--cap", 16, "--m", 3]
 
@@ -335,8 +335,8 @@ def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_a
 ):
     samples = data.load_samples(file)
     golds = [rewards.normalize_answer(s.answer, s) for s in samples]
-    assert all(scores.score(gold, s) == 1 for gold, s in zip(golds, samples))
-    assert all(scores.score(None, s) == 0 for s in samples)
+    assert all(evaluation.score(gold, s) == 1 for gold, s in zip(golds, samples))
+    assert all(evaluation.score(None, s) == 0 for s in samples)
     expected = 0
     for kind in {s.problem_type for s in samples}:
         group = [(g, s) for g, s in zip(golds, samples) if s.problem_type == kind]
@@ -345,7 +345,7 @@ def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_a
             expected += max(mra(g) for g, _ in group)
         else:
             expected += Counter(g for g, _ in group).most_common(1)[0][1]
-    assert scores.constant_answer(samples) == pytest.approx(expected / len(samples))
+    assert evaluation.constant_answer(samples) == pytest.approx(expected / len(samples))
 
 
 @needs_shared
@@ -366,7 +366,7 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
         )
         for s in samples
     ]
-    both = scores.vsi_bench(asked)
+    both = evaluation.vsi_bench(asked)
     assert both["vsi_bench_official"] == pytest.approx(
         (1 + 1 / 3) / 8
     )  # one sub-task, a third of another, of eight
@@ -376,7 +376,7 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
     )
     assert (
         "vsi_bench_unknown" not in both
-        and scores.vsi_bench([r | {"about": {}} for r in asked]) == {}
+        and evaluation.vsi_bench([r | {"about": {}} for r in asked]) == {}
     )
     bad = dict(
         failure="no options",
@@ -386,21 +386,21 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
         about=samples[-1].about,
     )
     assert (
-        scores.vsi_bench([*asked, bad])["vsi_bench_video_r1"] < both["vsi_bench_video_r1"]
+        evaluation.vsi_bench([*asked, bad])["vsi_bench_video_r1"] < both["vsi_bench_video_r1"]
     )  # it counts, as 0
-    assert scores.vsi_bench([*asked, dict(failure="not JSON", score=0.0, rounds=[])]) == both | {
-        "vsi_bench_unknown": 1
-    }
+    assert evaluation.vsi_bench(
+        [*asked, dict(failure="not JSON", score=0.0, rounds=[])]
+    ) == both | {"vsi_bench_unknown": 1}
 
 
 def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
-    assert scores.interval(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)
-    assert scores.interval(1.0, 100) == pytest.approx([0.96301, 1.0], abs=1e-5)
+    assert interval(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)
+    assert interval(1.0, 100) == pytest.approx([0.96301, 1.0], abs=1e-5)
     rows = [
         dict(score=s, about={"duration": d, "copy": d * 2, "url": str(i)})
         for i, (s, d) in enumerate(((1, "a"), (0, "a"), (1, "b")))
     ]
-    assert scores.by_group(rows) == {
+    assert by_group(rows) == {
         "duration": {"a": [0.5, 2], "b": [1.0, 1]}
     }  # not its copy, nor a url for each question
     assert (
@@ -408,14 +408,14 @@ def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
         and rewards.mean_relative_accuracy(1.5, 1.0, inclusive=True) == 0.1
     )
     sample = Sample("0", "?", [], "regression", "video", "x", "2")
-    assert scores.score(2.5, sample) == 0.5  # evaluation and reward differ here
+    assert evaluation.score(2.5, sample) == 0.5  # evaluation and reward differ here
     assert rewards.grade(2.5, sample) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 4000])
 @pytest.mark.parametrize("accuracy", [0.0, 1.0])
 def test_an_interval_stays_within_0_and_1(accuracy, n):
-    low, high = scores.interval(accuracy, n)
+    low, high = interval(accuracy, n)
     assert 0 <= low < high <= 1 and (low == 0 if accuracy == 0 else high == pytest.approx(1))
 
 
@@ -432,7 +432,7 @@ def test_an_interval_stays_within_0_and_1(accuracy, n):
 )
 def test_a_category_has_2_to_30_values_and_fewer_than_questions(values, expected):
     rows = [dict(score=1.0, failure=None, rounds=[], problem_type=v) for v in values]
-    assert scores.by_group(rows) == ({"problem_type": expected} if expected else {})
+    assert by_group(rows) == ({"problem_type": expected} if expected else {})
 
 
 def test_a_method_that_has_shown_nothing_has_no_means():
@@ -447,14 +447,14 @@ def test_a_method_that_has_shown_nothing_has_no_means():
             seconds=0.0,
         )
     ] * 2
-    nothing = scores.summarize(rows, "greedy-4")
+    nothing = evaluation.summarize(rows, "greedy-4")
     names = ("mean_frames", "pixels", "mean_visual_tokens", "mean_rounds")
     assert (
         all(nothing[name] is None for name in names)
         and nothing["accuracy"] == 0
         and nothing["unreadable"] == 2
     )
-    text = scores.table({"model": "m", "data": "d", "constant_answer": 0.25, "methods": [nothing]})
+    text = table({"model": "m", "data": "d", "constant_answer": 0.25, "methods": [nothing]})
     assert (
         "greedy-4         0.000  0.000 - 0.658        - x -                   -       -         2      0.0"
         in text
@@ -467,7 +467,7 @@ def test_a_method_that_has_shown_nothing_has_no_means():
 
 def test_methods_sort_as_a_reader_counts():
     names = ["vote-16", "greedy-16", "s2d-4-16", "greedy-8", "²", "7"]
-    assert sorted(names, key=scores.natural) == [
+    assert sorted(names, key=natural) == [
         "7",
         "greedy-8",
         "greedy-16",
@@ -529,31 +529,31 @@ def test_answers_without_what_they_were_made_with_are_refused(tmp_path, world, c
     args = evaluation.parse_args(
         [str(x) for x in flags(world, tmp_path / "m", tmp_path / "out")[1:]]
     )
-    with contextlib.ExitStack() as at_end:
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+    with open_answers(args, tmp_path / "m"):
+        pass
     (tmp_path / "out" / "greedy-16.rank0.jsonl").write_text('{"record": 0}\n')
-    with contextlib.ExitStack() as at_end:
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+    with open_answers(args, tmp_path / "m"):
+        pass
     kept = (tmp_path / "out" / "config.txt").read_text()
     template = tmp_path / "m" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with (
         pytest.raises(SystemExit, match="was run otherwise.* # weights"),
-        contextlib.ExitStack() as at_end,
+        open_answers(args, tmp_path / "m"),
     ):
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+        pass
     (tmp_path / "out" / "config.txt").unlink() if config is None else (
         tmp_path / "out" / "config.txt"
     ).write_text(config)
     with (
         pytest.raises(data.DataError, match="out/config.txt: missing, or without its line"),
-        contextlib.ExitStack() as at_end,
+        open_answers(args, tmp_path / "m"),
     ):
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+        pass
     (tmp_path / "out" / "config.txt").write_text(kept + "--\n\n")  # a line that is no flag
     template.write_text(template.read_text()[:-1])
-    with contextlib.ExitStack() as at_end:
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+    with open_answers(args, tmp_path / "m"):
+        pass
 
 
 def test_the_filter_writes_over_no_records_and_no_folder(tmp_path, monkeypatch, capsys):
@@ -594,7 +594,7 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, text):
     with pytest.raises(
         data.DataError, match="greedy-4.rank0.jsonl, line 2: not JSON with the number of a 'record'"
     ):
-        evaluation.read(tmp_path, "greedy-4")
+        read_answers(tmp_path, "greedy-4")
 
 
 @pytest.mark.parametrize(
@@ -618,7 +618,7 @@ def test_an_answer_that_was_edited_is_named_by_eval_and_report(tmp_path, change,
         json.dumps(whole) + "\n" + json.dumps(whole | {"record": 1} | change) + "\n"
     )
     with pytest.raises(data.DataError, match=f"greedy-4.rank0.jsonl, line 2: {message}"):
-        evaluation.read(tmp_path, "greedy-4")
+        read_answers(tmp_path, "greedy-4")
     with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: '"):
         report.page(tmp_path)
 
@@ -685,7 +685,7 @@ def test_a_single_response_is_greedy(m, temperature):
     ]
     found = {
         method.name: method.temperature
-        for method in evaluation.methods(evaluation.parse_args(args))
+        for method in evaluation.methods_of(evaluation.parse_args(args))
     }
     assert found["s2d-32-128"] == found["vote-64"] == temperature and found["greedy-64"] == 0
 
