@@ -584,8 +584,8 @@ def refuse_unasked(answers, data):
         raise DataError(f"{data}: none of the {n} questions could be asked; the first: {first}")
 
 
-def toy_flags(argv, seed):
-    """The flags of the embedded default, in front of those of the command line."""
+def toy_args(argv, seed):
+    """The flags of the embedded default: the toy's in front of those of the command line."""
     root, configs = toy.root(seed), Path(__file__).parent / "configs"
     if not (root / "grpo").exists() and {"-h", "--help"}.isdisjoint(argv):
         raise SystemExit(
@@ -600,22 +600,21 @@ def toy_flags(argv, seed):
         "--out",
         f"{root}/eval",
     ]
-    return [f"@{configs}/toy_eval.txt", *paths, *argv]
+    args = parse_args([f"@{configs}/toy_eval.txt", *paths, *argv])
+    args.compare = args.tts  # the toy is small enough for all methods
+    return args
 
 
 def main(argv=None):
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     given = peek(argv, model=None, data=None, seed=0)
-    if given.model or given.data:
-        args = parse_args(argv)
-    else:
-        args = parse_args(toy_flags(argv, given.seed))
-        args.compare = args.tts  # the toy is small: answer it by all methods
+    own = given.model or given.data
+    args = parse_args(argv) if own else toy_args(argv, given.seed)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    # ranks wait for the slowest
-    with ranks(timedelta(days=2), "stopped; the same command resumes") as device:
+    patience = timedelta(days=2)  # ranks wait for the slowest
+    with ranks(patience, "stopped; the same command resumes") as device:
         evaluate(args, device)
 
 
