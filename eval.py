@@ -166,13 +166,14 @@ def answer(policy, builder, questions, method, *, pool, max_new, run_seed=0, bat
 
 
 def next_round(waiting, batch):
-    """The latest round with a full batch, as its questions hold frames in memory; else the earliest
-    that any question waits for; else None. waiting: {number of the round: questions}."""
-    some = sorted(n for n in waiting if waiting[n])
-    full = [n for n in some if len(waiting[n]) >= batch]
+    """The round to draw next: the latest with a full batch, as its questions hold frames in memory;
+    otherwise the earliest with any question. None if no question waits.
+    waiting: {number of the round: questions}."""
+    rounds = sorted(n for n in waiting if waiting[n])
+    full = [n for n in rounds if len(waiting[n]) >= batch]
     if full:
         return full[-1]
-    return some[0] if some else None
+    return rounds[0] if rounds else None
 
 
 def draw_round(policy, builder, questions, method, max_new, run_seed):
@@ -519,14 +520,33 @@ def check(p, args):
         return
     target = Path(args.filter)
     if target.resolve() == Path(args.data or "").resolve():
-        p.error(f"--filter {target}: would overwrite the file of --data; expected another file")
+        p.error(
+            f"--filter {args.filter}: would overwrite the file of --data; expected another file"
+        )
     if target.is_dir():
-        p.error(f"--filter {target}: is a folder, expected a file to write")
+        p.error(f"--filter {args.filter}: is a folder, expected a file to write")
     if args.tts or args.m < 2 or not target.absolute().parent.is_dir():
         p.error(
-            f"--filter {target}: expected without --tts, with --m of at least 2, and in a folder "
-            "that exists"
+            f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a "
+            "folder that exists"
         )
+
+
+def methods_of(args):
+    """The methods that the flags ask for."""
+    temperature = args.temperature if args.m > 1 else 0.0  # a single response is greedy
+    if args.tts:
+        search = Method(f"s2d-{args.start}-{args.cap}", args.start, args.cap, args.m, temperature)
+        if not args.compare:
+            return [search]
+        frames = [args.start]
+        while frames[-1] < args.cap:
+            frames.append(min(2 * frames[-1], args.cap))
+        votes = [vote(n, args.m, temperature) for n in frames]
+        return [*(greedy(n) for n in frames), *votes, search]
+    if args.filter:
+        return [vote(args.frames, args.m, temperature)]
+    return [greedy(args.frames)]
 
 
 def greedy(frames):
@@ -535,27 +555,8 @@ def greedy(frames):
 
 
 def vote(frames, m, temperature):
-    """The plurality of m responses at a fixed number of frames; a single one is greedy."""
-    return Method(f"vote-{frames}", frames, frames, m, temperature if m > 1 else 0.0)
-
-
-def sparse_to_dense(start, cap, m, temperature):
-    """The search of tts.py; a single response per round is greedy."""
-    return Method(f"s2d-{start}-{cap}", start, cap, m, temperature if m > 1 else 0.0)
-
-
-def methods_of(args):
-    """The methods that the flags ask for."""
-    sampling = (args.m, args.temperature)
-    if not args.tts:
-        return [vote(args.frames, *sampling) if args.filter else greedy(args.frames)]
-    search = sparse_to_dense(args.start, args.cap, *sampling)
-    if not args.compare:
-        return [search]
-    frames = [args.start]
-    while frames[-1] < args.cap:
-        frames.append(min(2 * frames[-1], args.cap))
-    return [*(greedy(n) for n in frames), *(vote(n, *sampling) for n in frames), search]
+    """The plurality of m responses at a fixed number of frames."""
+    return Method(f"vote-{frames}", frames, frames, m, temperature)
 
 
 def evaluate(args, device):
@@ -585,7 +586,7 @@ def refuse_unasked(answers, data):
 
 
 def toy_args(argv, seed):
-    """The flags of the embedded default: the toy's in front of those of the command line."""
+    """The flags of the embedded default: those of the toy, then those of the command line."""
     root, configs = toy.root(seed), Path(__file__).parent / "configs"
     if not (root / "grpo").exists() and {"-h", "--help"}.isdisjoint(argv):
         raise SystemExit(
@@ -609,8 +610,10 @@ def main(argv=None):
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     given = peek(argv, model=None, data=None, seed=0)
-    own = given.model or given.data
-    args = parse_args(argv) if own else toy_args(argv, given.seed)
+    if given.model or given.data:
+        args = parse_args(argv)
+    else:
+        args = toy_args(argv, given.seed)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     patience = timedelta(days=2)  # ranks wait for the slowest
