@@ -408,7 +408,7 @@ def summarize_all(args, methods, folder, samples, bad, out):
                 f"{out}: {name} has no line, or one too many, for the records {sorted(lost)[:10]}"
             )
     everything = answers | earlier_answers(out, answers, records)
-    constant = constant_answer([*samples.values()]) if samples else 0.0
+    constant = constant_answer([*samples.values()])
     summary = {
         "model": str(folder),
         "data": args.data,

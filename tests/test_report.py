@@ -439,7 +439,8 @@ def test_a_group_is_one_card_with_all_its_responses(training_page, samples):
     names = "reward", "accuracy", "format", "length_bonus", "temporal_bonus", "advantage"
     assert shown[0]["numbers"] == [dict(zip(names, (2.0, 1.0, 1.0, 0.0, 0.3, 0.75)))] * 4
     assert page["sheets"][shown[0]["sheet"]]["of"] == 8
-    assert shown[0]["shuffled_accuracies"] == [0.0, 1.0] and "orders" not in shown[1]
+    assert shown[0]["shuffled_accuracies"] == [0.0, 1.0]
+    assert shown[1]["probability_drops"] == [0.5, -0.25] and "orders" not in shown[2]
 
 
 def test_the_newest_groups_of_each_kind_are_shown(tmp_path, monkeypatch, samples):
@@ -779,6 +780,7 @@ def test_what_a_bad_record_holds_becomes_no_attribute(browse, tmp_path, samples)
     )
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_address_chooses_what_is_shown(browse, answers_page, samples):
     dom = browse(answers_page, "method=greedy-4")
