@@ -47,8 +47,8 @@ from experiments.lab import (
 )
 from infra.files import write_whole
 from infra.run_folder import commit
+from infra.summary import mean
 from rewards import accuracy_reward, extract_answer
-from scores import mean
 
 # ---- what several claims start from
 
@@ -415,8 +415,10 @@ def video_rts(lab):
         some = lab.records(f"explained-{n}", first_of(n, lab.seed), explained)
         by_sft[str(n)] = last(more_sft(lab, f"sft-{n}", some, points=1))
     methods = {
-        "before RL": lab.answers("cold-tts", cold, world / "test.json", "--tts"),
-        "after RL": lab.answers("grpo-tts", rl(lab, "grpo", cold), world / "test.json", "--tts"),
+        "before RL": lab.answers("cold-tts", cold, world / "test.json", "--tts", "--compare"),
+        "after RL": lab.answers(
+            "grpo-tts", rl(lab, "grpo", cold), world / "test.json", "--tts", "--compare"
+        ),
     }
     of = lambda key: {
         method: {when: found[method][0][key] for when, found in methods.items()}

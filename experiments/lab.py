@@ -30,7 +30,7 @@ from experiments import figure, plain
 from infra.files import digest, lock, write_whole
 from infra.model_folder import fingerprint, local_folder
 from infra.run_folder import commit
-from scores import mean
+from infra.summary import mean
 
 HERE = Path(__file__).parent.parent
 T = (

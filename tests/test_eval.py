@@ -1,6 +1,5 @@
-"""eval.py from files to files: every question once whatever happens, failures are wrong answers, scores by hand."""
+"""eval.py from files to files: every question once, failures are wrong answers, scores by hand."""
 
-import contextlib
 import dataclasses
 import fcntl
 import json
@@ -23,26 +22,35 @@ import eval as evaluation
 import model
 import report
 import rewards
-import scores
 from conftest import ROOT, SHARED, needs_shared, run
 from data import Sample
+from infra.answers import open_answers, read_answers
+from infra.summary import by_group, interval, natural, table
 
 TTS = ["--tts", "--compare", "--start", 8, "--cap", 16, "--m", 3]
 
 
 def flags(world, cold_start, out, *more, records="train.json"):
     small = ["--min_pixels", 784, "--max_new", 16, "--temperature", 1.5]
-    return [
-        "eval.py",
-        "--model",
-        cold_start,
-        "--data",
-        world / records,
-        "--out",
-        out,
-        *small,
-        *more,
-    ]
+    return ["--model", cold_start, "--data", world / records, "--out", out, *small, *more]
+
+
+@pytest.fixture()
+def evaluate(capsys):
+    """evaluate(*flags) -> what `python eval.py` prints, run in this process, which saves a start.
+    fails: it must end with an error, which is one line and is returned too."""
+
+    def call(*words, fails=False):
+        error = None
+        try:
+            evaluation.main([str(word) for word in words])
+        except SystemExit as e:
+            error = str(e)
+        printed = "".join(capsys.readouterr())
+        assert fails == (error is not None), error
+        return f"{printed}{error}"
+
+    return call
 
 
 def lines(out, method):
@@ -60,7 +68,7 @@ def summary(out):
 def whole(tmp_path_factory, world, cold_start):
     """All methods on some records, uninterrupted, on one process."""
     out = tmp_path_factory.mktemp("eval") / "whole"
-    return out, run(*flags(world, cold_start, out, *TTS))
+    return out, run("eval.py", *flags(world, cold_start, out, *TTS))
 
 
 def test_every_method_answers_every_question_once_and_writes_everything(whole, world):
@@ -129,10 +137,11 @@ def test_sparse_to_dense_asks_as_the_rounds_say_and_draws_what_a_vote_at_that_de
     assert seen[1] and seen[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_start, ranks):
     out = tmp_path / "cut"
-    command = list(map(str, flags(world, cold_start, out, *TTS)))
+    command = ["eval.py", *map(str, flags(world, cold_start, out, *TTS))]
     launcher = (
         ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29477", "--"]
         if ranks == 2
@@ -146,7 +155,10 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_st
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    written = lambda: sum(f.read_text().count("\n") for f in out.glob("*.jsonl"))
+
+    def written():
+        return sum(f.read_text().count("\n") for f in out.glob("*.jsonl"))
+
     n = len(lines(whole[0], "greedy-8"))
     while (
         process.poll() is None and written() < 2 * n + n // 2
@@ -175,30 +187,28 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_st
     assert written() == 5 * n and summary(out) == summary(whole[0])
 
 
-def test_an_answer_does_not_depend_on_its_company(world, cold_start, builder):
+@pytest.mark.slow
+def test_an_answer_does_not_depend_on_the_other_questions_of_its_batch(world, cold_start, builder):
     samples = data.load_samples(world / "train.json")
     policy = model.Policy.load(cold_start, dtype=torch.float64)
     method = evaluation.Method("s2d", 4, 16, 3, 1.5)
     with ThreadPoolExecutor(2) as pool:
-        ask = lambda batch, order: {
-            q.index: (q.search.answer, [r["responses"] for r in q.rounds])
-            for q in evaluation.answer(
-                policy,
-                builder,
-                [evaluation.Question(i, samples[i], method) for i in order],
-                method,
-                pool=pool,
-                max_new=16,
-                batch=batch,
-            )
-        }
+
+        def ask(batch, order):
+            questions = [evaluation.Question(i, samples[i], method) for i in order]
+            how = {"pool": pool, "max_new": 16, "batch": batch}
+            answered = evaluation.answer(policy, builder, questions, method, **how)
+            return {
+                q.index: (q.search.answer, [r["responses"] for r in q.rounds]) for q in answered
+            }
+
         assert ask(32, range(6)) == ask(1, range(6)) == ask(4, reversed(range(6)))
 
 
 @pytest.fixture()
 def broken(tmp_path, world):
-    """Eight records: a good one, a broken video, a missing one, one option, options null, a folder of frames, and two that
-    are no records."""
+    """Eight records: a good one, a broken video, a missing one, one option, a number, a folder of
+    frames, no options, and a text that is no record."""
     good = next(
         r for r in json.loads((world / "test.json").read_text()) if r["data_source"] == "flash"
     )
@@ -223,12 +233,12 @@ def broken(tmp_path, world):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_cannot_be_answered_is_a_line_with_its_reason_and_a_wrong_answer(broken, cold_start):
     out = broken / "out"
-    printed = run(
-        *flags(broken, cold_start, out, "--tts", "--start", 4, "--cap", 16, records="records.json"),
-        ranks=2,
-    )
+    rounds = ("--tts", "--start", 4, "--cap", 16)
+    command = flags(broken, cold_start, out, *rounds, records="records.json")
+    printed = run("eval.py", *command, ranks=2)
     answered = {r["record"]: r for r in lines(out, "s2d-4-16")}
     assert sorted(answered) == list(range(8)) and len(lines(out, "s2d-4-16")) == 8
     assert "broken.y4m: cannot be decoded" in answered[1]["failure"] and answered[1]["rounds"] == []
@@ -248,17 +258,16 @@ def test_what_cannot_be_answered_is_a_line_with_its_reason_and_a_wrong_answer(br
     assert printed.count("failed: ") >= 4
 
 
-def test_records_of_any_problem_type_end_in_a_table(tmp_path, world, cold_start):
+def test_records_of_any_problem_type_end_in_a_table(tmp_path, world, cold_start, evaluate):
     good = json.loads((world / "test.json").read_text())[0]
     kinds = [3, False, ["OCR"], {}, "essay", "multiple choice"]
     (tmp_path / "r.json").write_text(
         json.dumps([good, *(good | {"problem_type": k, "solution": "Z"} for k in kinds)])
     )
-    command = flags(
-        tmp_path, cold_start, tmp_path / "out", "--media_root", world, records="r.json"
-    )[1:]
-    for _ in range(2):  # again, with nothing left to do
-        evaluation.main(list(map(str, command)))
+    where = {"records": "r.json"}
+    command = flags(tmp_path, cold_start, tmp_path / "out", "--media_root", world, **where)
+    for _ in range(2):  # the second time nothing is left to do
+        evaluate(*command)
         (method,) = summary(tmp_path / "out")
         assert (method["questions"], method["unreadable"]) == (7, 6)
     of_a_kind = [r.get("problem_type") for r in lines(tmp_path / "out", "greedy-16")]
@@ -266,10 +275,10 @@ def test_records_of_any_problem_type_end_in_a_table(tmp_path, world, cold_start)
 
 
 def test_most_media_missing_or_all_unreadable_is_an_error(tmp_path, world, cold_start):
-    """The first before a model is loaded, and the same folder then takes the corrected command."""
+    """Missing media before a model is loaded; the same folder then takes the corrected command."""
     records = json.loads((world / "test.json").read_text())[:3]
     (tmp_path / "r.json").write_text(json.dumps(records))
-    command = list(map(str, flags(tmp_path, cold_start, tmp_path / "out", records="r.json")[1:]))
+    command = list(map(str, flags(tmp_path, cold_start, tmp_path / "out", records="r.json")))
     with pytest.raises(
         SystemExit,
         match=f"error: .*r.json: the media of 3 of 3 records are missing: 3 in {tmp_path}/media; ",
@@ -330,22 +339,22 @@ def test_frames_of_a_real_video_do_not_depend_on_what_was_decoded_before():
 @pytest.mark.parametrize(
     "file", sorted((SHARED / "benchmarks").glob("*.json*")), ids=lambda f: f.stem
 )
-def test_gold_answers_of_the_real_benchmarks_score_all_points_and_the_constant_answer_is_the_commonest(
+def test_gold_answers_of_the_real_benchmarks_score_1_and_the_most_frequent_is_the_best_constant(
     file,
 ):
     samples = data.load_samples(file)
     golds = [rewards.normalize_answer(s.answer, s) for s in samples]
-    assert all(scores.score(gold, s) == 1 for gold, s in zip(golds, samples))
-    assert all(scores.score(None, s) == 0 for s in samples)
+    assert all(evaluation.score(gold, s) == 1 for gold, s in zip(golds, samples))
+    assert all(evaluation.score(None, s) == 0 for s in samples)
     expected = 0
     for kind in {s.problem_type for s in samples}:
         group = [(g, s) for g, s in zip(golds, samples) if s.problem_type == kind]
         if kind == "regression":
-            mra = lambda pred: sum(rewards.mean_relative_accuracy(pred, g) for g, _ in group)
-            expected += max(mra(g) for g, _ in group)
+            mra = rewards.mean_relative_accuracy
+            expected += max(sum(mra(pred, g) for g, _ in group) for pred, _ in group)
         else:
             expected += Counter(g for g, _ in group).most_common(1)[0][1]
-    assert scores.constant_answer(samples) == pytest.approx(expected / len(samples))
+    assert evaluation.constant_answer(samples) == pytest.approx(expected / len(samples))
 
 
 @needs_shared
@@ -353,9 +362,11 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
     samples = data.load_samples(SHARED / "benchmarks" / "eval_vsibench.json")
     kinds = [s.about["original_question_type"] for s in samples]
     assert len({k for k in kinds}) == 10
-    right = lambda s: (
-        s.about["original_question_type"] in ("object_rel_direction_easy", "room_size_estimation")
-    )
+
+    def right(s):
+        kind = s.about["original_question_type"]
+        return kind in ("object_rel_direction_easy", "room_size_estimation")
+
     asked = [
         dict(
             about=s.about,
@@ -366,17 +377,20 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
         )
         for s in samples
     ]
-    both = scores.vsi_bench(asked)
+    both = evaluation.vsi_bench(asked)
     assert both["vsi_bench_official"] == pytest.approx(
         (1 + 1 / 3) / 8
     )  # one sub-task, a third of another, of eight
-    share = lambda kind: np.mean([right(s) for s in samples if s.problem_type == kind])
+
+    def share(kind):
+        return np.mean([right(s) for s in samples if s.problem_type == kind])
+
     assert both["vsi_bench_video_r1"] == pytest.approx(
         (share("regression") + share("multiple choice")) / 2
     )
     assert (
         "vsi_bench_unknown" not in both
-        and scores.vsi_bench([r | {"about": {}} for r in asked]) == {}
+        and evaluation.vsi_bench([r | {"about": {}} for r in asked]) == {}
     )
     bad = dict(
         failure="no options",
@@ -386,21 +400,21 @@ def test_both_vsi_bench_aggregates_on_its_records(tmp_path):
         about=samples[-1].about,
     )
     assert (
-        scores.vsi_bench([*asked, bad])["vsi_bench_video_r1"] < both["vsi_bench_video_r1"]
+        evaluation.vsi_bench([*asked, bad])["vsi_bench_video_r1"] < both["vsi_bench_video_r1"]
     )  # it counts, as 0
-    assert scores.vsi_bench([*asked, dict(failure="not JSON", score=0.0, rounds=[])]) == both | {
-        "vsi_bench_unknown": 1
-    }
+    assert evaluation.vsi_bench(
+        [*asked, dict(failure="not JSON", score=0.0, rounds=[])]
+    ) == both | {"vsi_bench_unknown": 1}
 
 
 def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
-    assert scores.interval(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)
-    assert scores.interval(1.0, 100) == pytest.approx([0.96301, 1.0], abs=1e-5)
+    assert interval(0.5, 10) == pytest.approx([0.23659, 0.76341], abs=1e-5)
+    assert interval(1.0, 100) == pytest.approx([0.96301, 1.0], abs=1e-5)
     rows = [
         dict(score=s, about={"duration": d, "copy": d * 2, "url": str(i)})
         for i, (s, d) in enumerate(((1, "a"), (0, "a"), (1, "b")))
     ]
-    assert scores.by_group(rows) == {
+    assert by_group(rows) == {
         "duration": {"a": [0.5, 2], "b": [1.0, 1]}
     }  # not its copy, nor a url for each question
     assert (
@@ -408,14 +422,14 @@ def test_the_interval_the_groups_and_the_inclusive_mra_by_hand():
         and rewards.mean_relative_accuracy(1.5, 1.0, inclusive=True) == 0.1
     )
     sample = Sample("0", "?", [], "regression", "video", "x", "2")
-    assert scores.score(2.5, sample) == 0.5  # evaluation and reward differ here
+    assert evaluation.score(2.5, sample) == 0.5  # evaluation and reward differ here
     assert rewards.grade(2.5, sample) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 4000])
 @pytest.mark.parametrize("accuracy", [0.0, 1.0])
 def test_an_interval_stays_within_0_and_1(accuracy, n):
-    low, high = scores.interval(accuracy, n)
+    low, high = interval(accuracy, n)
     assert 0 <= low < high <= 1 and (low == 0 if accuracy == 0 else high == pytest.approx(1))
 
 
@@ -432,7 +446,7 @@ def test_an_interval_stays_within_0_and_1(accuracy, n):
 )
 def test_a_category_has_2_to_30_values_and_fewer_than_questions(values, expected):
     rows = [dict(score=1.0, failure=None, rounds=[], problem_type=v) for v in values]
-    assert scores.by_group(rows) == ({"problem_type": expected} if expected else {})
+    assert by_group(rows) == ({"problem_type": expected} if expected else {})
 
 
 def test_a_method_that_has_shown_nothing_has_no_means():
@@ -447,18 +461,19 @@ def test_a_method_that_has_shown_nothing_has_no_means():
             seconds=0.0,
         )
     ] * 2
-    nothing = scores.summarize(rows, "greedy-4")
+    nothing = evaluation.summarize(rows, "greedy-4")
     names = ("mean_frames", "pixels", "mean_visual_tokens", "mean_rounds")
     assert (
         all(nothing[name] is None for name in names)
         and nothing["accuracy"] == 0
         and nothing["unreadable"] == 2
     )
-    text = scores.table({"model": "m", "data": "d", "constant_answer": 0.25, "methods": [nothing]})
-    assert (
-        "greedy-4         0.000  0.000 - 0.658        - x -                   -       -         2      0.0"
-        in text
+    text = table({"model": "m", "data": "d", "constant_answer": 0.25, "methods": [nothing]})
+    row = (
+        "greedy-4         0.000  0.000 - 0.658        - x -                   -       -"
+        "         2      0.0"
     )
+    assert row in text
     assert (
         "The best constant answer of each problem type, chosen with the gold answers known: 0.250."
         in text
@@ -467,7 +482,7 @@ def test_a_method_that_has_shown_nothing_has_no_means():
 
 def test_methods_sort_as_a_reader_counts():
     names = ["vote-16", "greedy-16", "s2d-4-16", "greedy-8", "²", "7"]
-    assert sorted(names, key=scores.natural) == [
+    assert sorted(names, key=natural) == [
         "7",
         "greedy-8",
         "greedy-16",
@@ -480,89 +495,66 @@ def test_methods_sort_as_a_reader_counts():
 # ---- the command
 
 
-def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(
-    tmp_path, world, cold_start, whole
-):
+def test_a_folder_keeps_its_model_its_records_and_its_flags(tmp_path, world, cold_start, evaluate):
+    """Another number of frames is another method, and other workers change no answer."""
     out = tmp_path / "out"
-    run(*flags(world, cold_start, out, "--frames", 4))
-    with open(out / "vote-4.rank0.jsonl", "w") as f:
-        f.write('{"record": 0}\n')
-    printed = run(
-        *flags(world, cold_start, out, "--frames", 8, "--workers", 1)
-    )  # another method, the same answers
-    assert [m["method"] for m in summary(out)] == [
-        "greedy-8",
-        "greedy-4",
-    ] and "greedy-4 " in printed
+    evaluate(*flags(world, cold_start, out, "--frames", 4))
+    (out / "vote-4.rank0.jsonl").write_text('{"record": 0}\n')
+    printed = evaluate(*flags(world, cold_start, out, "--frames", 8, "--workers", 1))
+    assert [m["method"] for m in summary(out)] == ["greedy-8", "greedy-4"]
+    assert "greedy-4 " in printed
     assert "vote-4: has answers to 1 of 39 questions, so it is not in summary.json" in printed
-    assert "--max_pixels 5000" in run(
-        *flags(world, cold_start, out, "--frames", 4, "--max_pixels", 5000), expect=1
-    )
-    command = [
-        x if x != cold_start else world / "model"
-        for x in flags(world, cold_start, out, "--frames", 4)
-    ]
-    assert "# weights" in run(*command, expect=1)
+    larger = flags(world, cold_start, out, "--frames", 4, "--max_pixels", 5000)
+    assert "--max_pixels 5000" in evaluate(*larger, fails=True)
+    assert "# weights" in evaluate(*flags(world, world / "model", out, "--frames", 4), fails=True)
     records = tmp_path / "records.json"
     records.write_text((world / "test.json").read_text())
-    command = flags(
-        tmp_path,
-        cold_start,
-        tmp_path / "b",
-        "--frames",
-        4,
-        "--media_root",
-        world,
-        records="records.json",
-    )
-    run(*command)
-    records.write_text(
-        json.dumps(json.loads(records.read_text())[::-1])
-    )  # other records under the same name
-    assert "cannot be resumed" in run(*command, expect=1)
+    more = ("--frames", 4, "--media_root", world)
+    command = flags(tmp_path, cold_start, tmp_path / "b", *more, records="records.json")
+    evaluate(*command)
+    records.write_text(json.dumps(json.loads(records.read_text())[::-1]))  # under the same name
+    assert "cannot be resumed" in evaluate(*command, fails=True)
 
 
 @pytest.mark.parametrize("config", [None, "", "--seed 0\n--\n"])
 def test_answers_without_what_they_were_made_with_are_refused(tmp_path, world, config):
-    """As if config.txt had been deleted, emptied or edited; and answers of the same weights with another chat template."""
+    """config.txt deleted, emptied or edited; the same weights with another chat template."""
     shutil.copytree(world / "model", tmp_path / "m")
-    args = evaluation.parse_args(
-        [str(x) for x in flags(world, tmp_path / "m", tmp_path / "out")[1:]]
-    )
-    with contextlib.ExitStack() as at_end:
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+    args = evaluation.parse_args([str(x) for x in flags(world, tmp_path / "m", tmp_path / "out")])
+    with open_answers(args, tmp_path / "m"):
+        pass
     (tmp_path / "out" / "greedy-16.rank0.jsonl").write_text('{"record": 0}\n')
-    with contextlib.ExitStack() as at_end:
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+    with open_answers(args, tmp_path / "m"):
+        pass
     kept = (tmp_path / "out" / "config.txt").read_text()
     template = tmp_path / "m" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with (
         pytest.raises(SystemExit, match="cannot be resumed.* # weights"),
-        contextlib.ExitStack() as at_end,
+        open_answers(args, tmp_path / "m"),
     ):
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+        pass
     (tmp_path / "out" / "config.txt").unlink() if config is None else (
         tmp_path / "out" / "config.txt"
     ).write_text(config)
     with (
         pytest.raises(data.DataError, match="out/config.txt: missing, or without its line"),
-        contextlib.ExitStack() as at_end,
+        open_answers(args, tmp_path / "m"),
     ):
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+        pass
     (tmp_path / "out" / "config.txt").write_text(kept + "--\n\n")  # a line that is no flag
     template.write_text(template.read_text()[:-1])
-    with contextlib.ExitStack() as at_end:
-        evaluation.open_answers(args, tmp_path / "m", at_end)
+    with open_answers(args, tmp_path / "m"):
+        pass
 
 
-def test_the_filter_writes_over_no_records_and_no_folder(tmp_path, monkeypatch, capsys):
+def test_the_filter_overwrites_neither_the_records_nor_a_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.json").write_text("[]")
     (tmp_path / "link.json").symlink_to(tmp_path / "r.json")
     monkeypatch.chdir(tmp_path)
     for target, message in (
-        ("r.json", "is the file of --data"),
-        ("./link.json", "is the file of --data"),
+        ("r.json", "would overwrite the file of --data"),
+        ("./link.json", "would overwrite the file of --data"),
         (".", "is a folder"),
     ):
         with pytest.raises(SystemExit):
@@ -573,19 +565,18 @@ def test_the_filter_writes_over_no_records_and_no_folder(tmp_path, monkeypatch, 
 
 
 def test_two_runs_do_not_write_to_one_folder_and_a_broken_line_is_named(
-    tmp_path, world, cold_start
+    tmp_path, world, cold_start, evaluate
 ):
     out = tmp_path / "out"
     command = flags(world, cold_start, out, "--frames", 4)
-    run(*command)
+    evaluate(*command)
     with open(out / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        assert "other processes are writing to" in run(*command, expect=1)
+        assert "other processes are writing to" in evaluate(*command, fails=True)
     (file,) = out.glob("greedy-4.*")
     first, *rest = file.read_text().splitlines(keepends=True)
     file.write_text(first[:30] + "\n" + "".join(rest))
-    printed = run(*command, expect=1)
-    assert "greedy-4.rank0.jsonl, line 1: not JSON" in printed and "Traceback" not in printed
+    assert "greedy-4.rank0.jsonl, line 1: not JSON" in evaluate(*command, fails=True)
 
 
 @pytest.mark.parametrize("text", ['{"record": 3, "id"', "null", "[]", "{}", '{"record": [1]}', "7"])
@@ -594,7 +585,7 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, text):
     with pytest.raises(
         data.DataError, match="greedy-4.rank0.jsonl, line 2: not JSON with the number of a 'record'"
     ):
-        evaluation.read(tmp_path, "greedy-4")
+        read_answers(tmp_path, "greedy-4")
 
 
 @pytest.mark.parametrize(
@@ -618,7 +609,7 @@ def test_an_answer_that_was_edited_is_named_by_eval_and_report(tmp_path, change,
         json.dumps(whole) + "\n" + json.dumps(whole | {"record": 1} | change) + "\n"
     )
     with pytest.raises(data.DataError, match=f"greedy-4.rank0.jsonl, line 2: {message}"):
-        evaluation.read(tmp_path, "greedy-4")
+        read_answers(tmp_path, "greedy-4")
     with pytest.raises(data.DataError, match="greedy-4.rank0.jsonl, line 2: '"):
         report.page(tmp_path)
 
@@ -648,44 +639,31 @@ def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):
         data.load_samples(tmp_path / "r.json")
 
 
-def test_flags_are_judged_with_the_defaults_of_the_toy(tmp_path):
-    (tmp_path / "out" / "toy" / "grpo").mkdir(parents=True)
-    (tmp_path / "out" / "toy" / "world").mkdir()
-    record = dict(
-        problem="How many?", problem_type="numerical", solution="1", image="test.json"
-    )  # any file that is there
-    (tmp_path / "out" / "toy" / "world" / "test.json").write_text(json.dumps([record]))
-    ask = lambda *more: (
-        subprocess.run(
-            [sys.executable, ROOT / "eval.py", "--tts", *more],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        ).stderr
-    )
-    assert "--cap" not in ask("--cap", "8") and "--cap 2: expected at least 4, even" in ask(
-        "--cap", "2"
-    )
-    assert "out/toy/grpo: no config.json" in ask("--m", "3")  # which is not --model
+def test_the_toy_has_its_own_defaults(tmp_path, monkeypatch, evaluate):
+    root = tmp_path / "out" / "toy"
+    (root / "grpo").mkdir(parents=True)
+    (root / "world").mkdir()
+    record = {"problem": "How many?", "problem_type": "numerical", "solution": "1"}
+    record["image"] = "test.json"  # any file that is there
+    (root / "world" / "test.json").write_text(json.dumps([record]))
+    monkeypatch.chdir(tmp_path)
+    assert "--cap" not in evaluate("--tts", "--cap", 8, fails=True)
+    assert "--cap 2: expected at least 4, even" in evaluate("--tts", "--cap", 2, fails=True)
+    assert "out/toy/grpo: no config.json" in evaluate("--tts", "--m", 3, fails=True)  # not --model
+    names = [method.name for method in evaluation.methods_of(evaluation.toy_args(["--tts"], 0))]
+    frames = (4, 8, 16)
+    expected = [*(f"greedy-{n}" for n in frames), *(f"vote-{n}" for n in frames), "s2d-4-16"]
+    assert names == expected
+    (method,) = evaluation.methods_of(evaluation.toy_args([], 0))
+    assert method.name == "greedy-16"
 
 
 @pytest.mark.parametrize("m, temperature", [(1, 0.0), (2, 0.7)])
 def test_a_single_response_is_greedy(m, temperature):
-    args = [
-        "--model",
-        "m",
-        "--data",
-        "d",
-        "--tts",
-        "--compare",
-        "--m",
-        str(m),
-        "--temperature",
-        "0.7",
-    ]
+    args = f"--model m --data d --tts --compare --m {m} --temperature 0.7".split()
     found = {
         method.name: method.temperature
-        for method in evaluation.methods(evaluation.parse_args(args))
+        for method in evaluation.methods_of(evaluation.parse_args(args))
     }
     assert found["s2d-32-128"] == found["vote-64"] == temperature and found["greedy-64"] == 0
 
@@ -699,31 +677,40 @@ def test_a_single_response_is_greedy(m, temperature):
         (["--tts", "--start", "64", "--cap", "32"], "--cap 32: expected at least 64, even"),
         (["--temperature", "0"], "--temperature 0.0: expected above 0"),
         (["--tts", "--comp"], "unrecognized arguments: --comp"),
+        (["--compare"], "--compare: expected with --tts"),
+        (["--tts", "--frames", "8"], "--frames 8: expected without --tts, which has --start and"),
     ],
 )
-def test_bad_flags_end_with_one_clear_line(tmp_path, world, cold_start, change, message):
-    out = run(*flags(world, cold_start, tmp_path / "a"), *change, expect=1)
-    assert message in out and "Traceback" not in out
+def test_bad_flags_end_with_one_clear_line(tmp_path, world, cold_start, evaluate, change, message):
+    assert message in evaluate(*flags(world, cold_start, tmp_path / "a"), *change, fails=True)
 
 
-def test_without_a_trained_toy_the_default_says_what_to_do(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "eval.py", "--tts"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (
-        done.returncode
-        and "train the toy with `python train.py` first" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+def test_the_flags_of_a_folder_are_a_flag_file(tmp_path, world):
+    """--frames is not among those of a search, which refuses it."""
+    flags_of_a_search = [
+        "--model",
+        str(world / "model"),
+        "--data",
+        str(world / "test.json"),
+        "--tts",
+    ]
+    args = evaluation.parse_args([*flags_of_a_search, "--out", str(tmp_path / "out")])
+    with open_answers(args, world / "model") as out:
+        assert evaluation.parse_args([f"@{out}/config.txt"]) == args
+
+
+def test_without_a_trained_toy_the_default_says_what_to_do(tmp_path, monkeypatch, evaluate):
+    monkeypatch.chdir(tmp_path)
+    assert "train the toy with `python train.py` first" in evaluate("--tts", fails=True)
 
 
 def test_the_filter_keeps_what_is_neither_always_right_nor_always_wrong(
-    tmp_path, world, cold_start
+    tmp_path, world, cold_start, evaluate
 ):
-    """The records as they were, with their rates; the same again after a kill, and written as .jsonl too."""
+    """The records as they were, with their rates; the same after a kill, and as .jsonl."""
     out, kept = tmp_path / "out", tmp_path / "kept.json"
     command = flags(world, cold_start, out, "--frames", 16, "--m", 4, records="train.json")
-    printed = run(*command, "--filter", kept)
+    printed = evaluate(*command, "--filter", kept)
     source = json.loads((world / "train.json").read_text())
     rates = {
         r["record"]: np.mean(
@@ -733,12 +720,10 @@ def test_the_filter_keeps_what_is_neither_always_right_nor_always_wrong(
     }
     expected = [source[i] | {"pass_rate": rates[i]} for i in sorted(rates) if 0 < rates[i] < 1]
     assert json.loads(kept.read_text()) == expected and 0 < len(expected) < len(source)
-    assert (
-        f"{len(expected)} of {len(source)} records kept; always right: {sum(x == 1 for x in rates.values())}"
-        in printed
-    )
+    always = sum(rate == 1 for rate in rates.values())
+    assert f"{len(expected)} of {len(source)} records kept; always right: {always}" in printed
     (file,) = out.glob("vote-16.*")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
-    run(*command, "--filter", tmp_path / "kept.jsonl")
+    evaluate(*command, "--filter", tmp_path / "kept.jsonl")
     assert [json.loads(x) for x in (tmp_path / "kept.jsonl").read_text().splitlines()] == expected
     assert len(data.load_samples(kept, media_root=world)) == len(expected)

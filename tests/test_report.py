@@ -1,4 +1,4 @@
-"""The page of a run: what it says, what it survives, how large it gets, and what a browser makes of it."""
+"""The page of a run: what it shows, what it survives, its size, and what a browser draws."""
 
 import base64
 import html
@@ -95,7 +95,8 @@ def samples(world):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, samples):
-    """An evaluation by two methods, s2d of two ranks: right at once, wrong after two rounds, unreadable, hostile, gone, bad."""
+    """An evaluation by two methods, s2d on two ranks: right at once, wrong after two rounds, no
+    valid answer, a video that is gone, a hostile record, one that could not be read."""
     out = tmp_path_factory.mktemp("answers")
     wrong = next(x for x in "ABCD" if x != samples[1].answer)
     lines = [
@@ -190,8 +191,8 @@ def test_the_page_holds_nothing_from_elsewhere_and_hostile_text_stays_text(answe
     assert blob(text)["evaluation"]["questions"]["4"]["question"] == HOSTILE.replace("\ud800", "?")
 
 
-def test_an_evaluation_that_is_going_on(tmp_path, samples):
-    """No summary yet, an empty file of a rank that has just begun, NaN, a line that a kill has cut."""
+def test_an_unfinished_evaluation_has_a_page(tmp_path, samples):
+    """No summary yet, the empty file of a rank that has just begun, NaN, a line cut by a kill."""
     cut = json.dumps(line(9, samples[0], "A"))[:40]
     write_lines(
         tmp_path / "vote-4.rank0.jsonl",
@@ -210,8 +211,9 @@ def test_an_evaluation_that_is_going_on(tmp_path, samples):
     ]
 
 
+@pytest.mark.slow
 def test_500_questions_stay_within_the_budget(tmp_path):
-    """Noise, the worst that a JPEG can meet, and responses of 3,000 characters: 500 questions, three rounds each."""
+    """Noise, the worst case for JPEG; responses of 3,000 characters; three rounds each."""
     rng = np.random.default_rng(0)
     for k in range(30):
         toy.write_y4m(
@@ -327,7 +329,7 @@ def group(step, sample, accuracies, **more):
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory, world, samples):
-    """A run of 30 steps: evaluated at 0 and 30, step 7 without a sample that loads, a half-written last line."""
+    """A run of 30 steps: evaluated at 0 and 30, nothing loaded at 7, a half-written last line."""
     out = tmp_path_factory.mktemp("training")
     log = [
         dict(
@@ -368,11 +370,11 @@ def training(tmp_path_factory, world, samples):
                 if i % 10
                 else (0.0, 0.0, 0.0, 0.0)
             )
-            more = (
-                dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0])
-                if i == 30 and position == 0
-                else {}
-            )
+            more = {}
+            if (i, position) == (30, 0):
+                more = dict(orders=[[1, 0, 3, 2]], shuffled_accuracies=[0.0, 1.0])
+            if (i, position) == (30, 3):
+                more = dict(orders=[[3, 2, 1, 0]], probability_drops=[0.5, -0.25])
             sampled += group(i, samples[i % len(samples)], accuracies, **about, **more)
     write_lines(out / "samples.jsonl", sampled)
     (out / "config.txt").write_text(
@@ -383,7 +385,7 @@ def training(tmp_path_factory, world, samples):
 
 @pytest.fixture(scope="module")
 def training_page(training):
-    run("report.py", training, "--out", training / "page.html")
+    report.main([str(training), "--out", str(training / "page.html")])
     return training / "page.html"
 
 
@@ -437,7 +439,8 @@ def test_a_group_is_one_card_with_all_its_responses(training_page, samples):
     names = "reward", "accuracy", "format", "length_bonus", "temporal_bonus", "advantage"
     assert shown[0]["numbers"] == [dict(zip(names, (2.0, 1.0, 1.0, 0.0, 0.3, 0.75)))] * 4
     assert page["sheets"][shown[0]["sheet"]]["of"] == 8
-    assert shown[0]["shuffled_accuracies"] == [0.0, 1.0] and "orders" not in shown[1]
+    assert shown[0]["shuffled_accuracies"] == [0.0, 1.0]
+    assert shown[1]["probability_drops"] == [0.5, -0.25] and "orders" not in shown[2]
 
 
 def test_the_newest_groups_of_each_kind_are_shown(tmp_path, monkeypatch, samples):
@@ -473,7 +476,7 @@ def test_samples_of_the_older_form(tmp_path, samples):
 
 
 def test_what_was_not_computed_is_no_0(tmp_path):
-    """Step 2 had no gradient, so its loss is none; step 3 had one that was not finite. Nothing counts skipped samples."""
+    """Step 2 had no gradient, step 3 one that was not finite. Skipped samples are not logged."""
     idle = dict(
         step=2, skipped_update=True, grad_norm=0.0, loss=0.0, kl=0.0, entropy=0.07, reward=0.0
     )
@@ -508,8 +511,9 @@ def test_a_supervised_run_and_one_that_has_just_begun(tmp_path):
 
 
 def test_errors_are_one_line(tmp_path):
-    missing = run("report.py", tmp_path / "nowhere", expect=1)
-    assert missing.strip() == f"error: {tmp_path}/nowhere: no such folder"
+    with pytest.raises(SystemExit) as missing:
+        report.main([str(tmp_path / "nowhere")])
+    assert str(missing.value) == f"error: {tmp_path}/nowhere: no such folder"
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(
         SystemExit,
@@ -586,7 +590,7 @@ needs_chromium = pytest.mark.skipif(chromium is None, reason="needs chromium")
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory):
-    """browse(page, address, script) -> the DOM as text, after the script has run in it; no error may reach the console."""
+    """browse(page, address, script) -> the DOM as text after the script, no console errors."""
     folder = tmp_path_factory.mktemp("browser")
     quiet = "quic background-networking component-update sync gpu".split()
 
@@ -619,6 +623,12 @@ def browse(tmp_path_factory):
         return done.stdout.split('<script type="application/json">')[0]
 
     return dom
+
+
+def click(condition):
+    """A script that presses the first button whose text fulfils a condition."""
+    buttons = "[...document.querySelectorAll('button')]"
+    return f"{buttons}.find((b) => b.textContent.{condition}).click();"
 
 
 def articles(dom):
@@ -684,7 +694,8 @@ def test_an_evaluation_in_the_browser(browse, answers_page, samples):
     assert "! no valid answer" in failed[0][1]
 
 
-GOLDS = [  # options, the record's answer, its gold ("old": a line without one), given, score, marked right, marked wrong
+# options, the record's answer, its gold ("old": a line without one), given, score, right, wrong
+GOLDS = [
     (["A. left", "B. right"], "B.", "B", "B", 1.0, "B. right", None),
     (["A. left", "B. right"], "(B)", "B", "A", 0.0, "B. right", "A. left"),
     (["A. left", "B. right"], "B. right", "B", None, 0.0, "B. right", None),
@@ -769,6 +780,7 @@ def test_what_a_bad_record_holds_becomes_no_attribute(browse, tmp_path, samples)
     )
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_address_chooses_what_is_shown(browse, answers_page, samples):
     dom = browse(answers_page, "method=greedy-4")
@@ -800,11 +812,14 @@ def test_the_address_chooses_what_is_shown(browse, answers_page, samples):
 
 @needs_chromium
 def test_controls_change_the_page_and_its_address(browse, answers_page):
-    press = "[...document.querySelectorAll('button')].find((b) => b.textContent.includes('wrong')).click();"
+    press = click("includes('wrong')")
     tell = "document.querySelector('h1').textContent = location.hash;"
     dom = browse(answers_page, script=press + tell)
     assert [kind for kind, _ in articles(dom)] == ["wrong"] and "<h1>#show=wrong</h1>" in dom
-    pick = "const s = document.querySelector('select'); s.value = 'greedy-4'; s.onchange({ target: s });"
+    pick = (
+        "const s = document.querySelector('select'); s.value = 'greedy-4'; "
+        "s.onchange({ target: s });"
+    )
     dom = browse(answers_page, "show=wrong", script=pick + tell)
     assert articles(dom) == [] and "<h1>#show=wrong&amp;method=greedy-4</h1>" in dom
     dom = browse(answers_page, "show=wrong", script="location.hash = 'show=right'")
@@ -816,8 +831,7 @@ def test_4000_questions_are_shown_20_at_a_time(browse, tmp_path, samples):
     write_lines(tmp_path / "greedy-4.rank0.jsonl", (line(i, samples[0], "A") for i in range(4000)))
     page = report.page(tmp_path)
     assert len(articles(browse(page))) == 20
-    press = "[...document.querySelectorAll('button')].find((b) => b.textContent.startsWith('more (')).click();"
-    dom = browse(page, script=press)
+    dom = browse(page, script=click("startsWith('more (')"))
     assert len(articles(dom)) == 40 and "more (3960 left)" in dom
 
 
@@ -855,19 +869,27 @@ def test_a_training_run_in_the_browser(browse, training_page):
         and text.count("✓ right answer") == 1
     )
     assert "in the order 2 1 4 3: accuracies 0 1" in text
+    assert "in the order 4 3 2 1: probability drops 0.5 -0.25" in articles(dom)[1][1]
     mixed = articles(browse(training_page, "show=mixed"))
     assert {kind for kind, _ in mixed} == {"mixed"} and "1 of 4 responses right" in mixed[0][1]
     assert mixed[0][1].count("advantage -0.25") == 3 and mixed[0][1].count("advantage +0.75") == 1
 
 
+ACCURACY = "document.querySelector('[data-chart=accuracy] > svg')"
+
+
 @needs_chromium
 def test_pointing_at_a_curve_reads_all_curves_at_that_step(browse, training_page):
-    svg = "const v = document.querySelector('[data-chart=accuracy] > svg'), b = v.getBoundingClientRect();"
-    move = "v.dispatchEvent(new PointerEvent('pointermove', { clientX: b.left + b.width * (40 + 268 * 15 / 30) / 320 }));"
-    dom = browse(training_page, script=svg + move)
-    legend = lambda chart: re.search(
-        rf'data-chart="{chart}".*?class="legend">(.*?)</div>', dom, re.DOTALL
-    )[1]
+    move = f"""
+        const v = {ACCURACY}, box = v.getBoundingClientRect();
+        const clientX = box.left + box.width * (40 + 268 * 15 / 30) / 320;
+        v.dispatchEvent(new PointerEvent('pointermove', {{ clientX }}));"""
+    dom = browse(training_page, script=move)
+
+    def legend(chart):
+        found = rf'data-chart="{chart}".*?class="legend">(.*?)</div>'
+        return re.search(found, dom, re.DOTALL)[1]
+
     assert (
         "<b>0.5</b>" in legend("accuracy")
         and "<b>1.5</b>" in legend("reward")
@@ -890,7 +912,7 @@ def test_charts_are_read_by_keyboard(browse, training_page):
     )
     dom = browse(
         training_page,
-        script=f"const v = document.querySelector('[data-chart=accuracy] > svg'); v.focus(); {press}",
+        script=f"const v = {ACCURACY}; v.focus(); {press}",
     )
     svg = re.search(r'data-chart="accuracy".*?(<svg[^>]*role="slider"[^>]*>)', dom, re.DOTALL)[1]
     assert (
@@ -970,7 +992,10 @@ def test_the_strong_line_is_a_running_mean(browse, tmp_path):
     """80 steps: the mean of two steps before and two behind, of 0 1 0 1 ...: 2/5, 3/5, 2/5 ..."""
     write_lines(tmp_path / "log.jsonl", [dict(step=i, reward=i % 2) for i in range(80)])
     faint, strong = re.findall(r'<path[^>]* d="(.*?)"', browse(report.page(tmp_path)))
-    ys = lambda path: [float(y) for y in re.findall(r" ([\d.]+)", path)]
+
+    def ys(path):
+        return [float(y) for y in re.findall(r" ([\d.]+)", path)]
+
     bottom, top = ys(faint)[:2]
     heights = [(bottom - y) / (bottom - top) for y in ys(strong)]
     assert len(heights) == 80 and heights[2:-2] == pytest.approx([0.4, 0.6] * 38, abs=0.002)

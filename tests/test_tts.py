@@ -1,15 +1,15 @@
-"""tts.py by scripted votes: what each round asks, when it ends, what the answer is."""
+"""tts.py on scripted votes: what each round asks for, when the search ends, what the answer is."""
 
 import doctest
 
 import pytest
 
 import tts
-from tts import Vote, self_consistency, single, sparse_to_dense
+from tts import Vote, sparse_to_dense
 
 
 def ask_from(script):
-    """ask() that gives the script's rounds in turn, and the list of what it was asked."""
+    """ask(), which returns the rounds of the script in turn, and the list of what it was asked."""
     asked, rounds = [], iter(script)
 
     def ask(num_frames, m):
@@ -30,7 +30,7 @@ def test_the_example_in_the_module():
     assert doctest.testmod(tts) == (0, 3)
 
 
-def test_unanimous_at_once():
+def test_five_equal_answers_end_the_search():
     assert search(["AAAAA"]) == ("A", [32])
 
 
@@ -42,12 +42,12 @@ def test_never_agreed_is_the_plurality_of_the_last_round():
     assert search(["AAAAB", "AAAAB", "AABBB"]) == ("B", [32, 64, 128])
 
 
-def test_a_failure_among_the_votes_prevents_agreement_and_has_no_vote():
+def test_an_invalid_answer_does_not_vote_and_prevents_agreement():
     assert search([["A", "A", None, "A", "A"], "BBBBB"]) == ("B", [32, 64])
     assert search([["A", None, None, None, "A"]] * 3) == ("A", [32, 64, 128])
 
 
-def test_five_failures_are_no_consensus_and_no_answer():
+def test_five_invalid_answers_are_not_a_consensus():
     assert search([[None] * 5, [None] * 5, [None] * 5]) == (None, [32, 64, 128])
     assert search([[None] * 5, "CCCCC"]) == ("C", [32, 64])
     assert search(["AABBB", [None] * 5, [None] * 5]) == (
@@ -66,7 +66,7 @@ def test_ties_go_to_most_votes_over_all_rounds_then_to_the_surest_response_then_
     assert search([[Vote("A", -0.2), Vote("B", -0.3)]], start=8, cap=8, m=2)[0] == "A"
 
 
-def test_a_cap_that_is_no_power_of_two_times_start():
+def test_the_last_round_is_at_the_cap_whatever_the_start():
     assert search(["AB", "AB", "AB"], start=32, cap=100, m=2)[1] == [32, 64, 100]
     assert search(["AB"], start=32, cap=32, m=2)[1] == [32]
 
@@ -82,11 +82,10 @@ def test_numbers_vote_by_value():
     assert search([[5.0, 5, 5.0]], m=3) == (5.0, [32])
 
 
-def test_the_same_shape_at_a_fixed_number_of_frames():
+def test_start_at_the_cap_is_self_consistency_and_one_response_is_its_own_answer():
     ask, asked = ask_from(["ABBCC", "X"])
-    assert (
-        self_consistency(ask, frames=64, m=5).answer == "B" and single(ask, frames=16).answer == "X"
-    )
+    assert sparse_to_dense(ask, start=64, cap=64, m=5).answer == "B"
+    assert sparse_to_dense(ask, start=16, cap=16, m=1).answer == "X"
     assert asked == [(64, 5), (16, 1)]
 
 
