@@ -17,6 +17,7 @@ from collections import deque
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import bench
 import data
@@ -550,7 +551,7 @@ def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(
     """
     out = tmp_path / "a"
     often = 10**6
-    command = flags(world, out, steps=often, save_every=often, model=cold_start, prompts=2)
+    command = flags(world, out, "sft", steps=often, save_every=often, model=cold_start, prompts=2)
     script = Script(*command, ranks=ranks, torchrun=ranks > 1)
     script.wait_until(lambda: lines_of(out / "log.jsonl") >= 2)
     if ranks > 1:
@@ -655,7 +656,7 @@ def test_an_error_of_the_command_line_names_no_flag_file(tmp_path, capsys):
     ],
 )
 def test_a_flag_file_is_read_as_it_is_written(tmp_path, mark, text, out):
-    """A backslash is a backslash; and the flags that a run writes down are read back as they were."""
+    """A backslash is a backslash, and the flags that a run writes are read back as they were."""
     (tmp_path / "f.txt").write_bytes(mark + f"{text}\n--model 'a \"b\" # c'\n--data d\n".encode())
     args = train.parse_args([f"@{tmp_path}/f.txt"])
     assert (args.out, args.model) == (out, 'a "b" # c')
@@ -1381,7 +1382,7 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
                 "steps",
                 "prompts",
                 "max_new",
-                "updates",
+                "minibatches",
                 "row_tokens",
                 "shuffles",
                 "log_every",
@@ -1458,7 +1459,7 @@ def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path)
         "preprocessor_config.json",
     ):
         shutil.copyfile(SHARED / "qwen2_5_vl" / name, folder / name)
-    tokenizer = data.AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     config = toy.tiny_config(tokenizer, hidden=32, layers=2, heads=2, kv_heads=1, vision_hidden=32)
     real = json.loads((SHARED / "qwen2_5_vl" / "config.json").read_text())
     assert (config.video_token_id, config.image_token_id) == (
