@@ -20,6 +20,7 @@ with grouped-query attention moves no more for up to 8 ranks. Decoding reads the
 memory (8 GB for an hour of video on a 3B): left sharded, every token of every layer would wait for a collective.
 """
 
+import contextlib
 from functools import lru_cache
 
 import torch
@@ -27,6 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, layer_blocks
+from infra.memory import device_memory
+from infra.ranks import WORLD, gather, say
 
 ALL_GATHER = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor
@@ -98,6 +101,19 @@ def sequence_parallel(size, timeout=None):
         if me in ranks:
             mine = made
     return SequenceParallel(size, me % size, *mine)
+
+
+@contextlib.contextmanager
+def share_rows(sp, *policies):
+    for policy in policies:
+        if policy is not None:
+            policy.sp = sp
+    try:
+        yield
+    finally:
+        for policy in policies:
+            if policy is not None:
+                policy.sp = UNSHARDED
 
 
 # ---- stage 1: embeddings
@@ -357,3 +373,32 @@ def smallest_group(policy, reference, lengths, limit, args, world):
         f"a row of up to {row} tokens takes an estimated {sum(terms.values()) / 1e9:.2f} GB "
         f"of {limit / 1e9:.1f} on each rank ({listed})"
     )
+
+
+class RowSharing:
+    """Which ranks share each row of a step (py): --sp of them, or as few as memory allows."""
+
+    def __init__(self, policy, reference, patience, args):
+        self.policy, self.reference, self.patience, self.args = policy, reference, patience, args
+        self.sp, self.shown = UNSHARDED, None
+        self.memory = min(gather(device_memory(policy.device, WORLD)))  # the same on all ranks
+
+    def choose(self, prompts):
+        """Sets `sp`, this rank's group, from the lengths of all ranks' prompts."""
+        lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
+        size, estimate = smallest_group(
+            self.policy, self.reference, lengths, self.memory, self.args, WORLD
+        )
+        self.sp = sequence_parallel(size, self.patience)
+        if WORLD > 1 and lengths and size != self.shown:
+            self.shown = size
+            shared = f"sequence parallelism: {size} ranks share each row"
+            say(f"memory: {estimate}" if self.args.sp == "1" else f"{shared}; {estimate}")
+
+    def rows(self):
+        """A context: inside, the policy and the reference shard their rows over `sp`."""
+        return share_rows(self.sp, self.policy, self.reference)
+
+    def exchange(self, prompts):
+        """The prompts of all ranks that share rows, by position; each rank loaded some of them."""
+        return sorted(sum(self.sp.exchange(prompts), []), key=lambda p: p[0])

@@ -1,179 +1,188 @@
 """Rollout: G responses from one prompt. Encode once, prefill once, decode all.
 
-encode   visual embeddings of every prompt (model.Policy.encode, shared with the log-prob passes of the step)
-prefill  every prompt once through the language model, its keys and values kept in ONE copy (of every rank of policy.sp,
-         which deals the responses: mrsp.py)
-decode   the groups of all prompts together, one token a step, against that copy (attention.DecodeCache)
-sample   by inverse transform: token = first whose cumulative probability exceeds u. The u of (prompt, response, step)
-         come from the prompt's own seed, so a rollout does not depend on which rank or batch it ran in.
+    encode   visual embeddings of every prompt (Policy.encode), shared with the rest of the step
+    prefill  each prompt once through the language model; its keys and values are kept in ONE copy
+    decode   the responses to all prompts together, one token a step, against that copy
+             (attention.DecodeCache)
+    sample   by inverse transform: the first token whose cumulative probability exceeds u
+
+The u of (prompt, response, token) come from the prompt's own random seed, so a rollout does not
+depend on the rank or the batch that it ran in. With sequence parallelism (policy.sp, mrsp.py) every
+rank holds the prompts' keys and values and decodes its share of the responses.
+
+Shapes: B prompts, G responses, N = B * G rows, R tokens of a response, D hidden.
 """
 
 from dataclasses import dataclass, field
+from functools import singledispatch
 
 import torch
 
 from attention import CACHE_TOKENS, DecodeCache
 from data import Prompt
 from infra.errors import ModelError
+from infra.packing import pack
 
-WINDOW = 64  # a CUDA graph is good for so many tokens, and attends to up to so many that are not there yet
-COMPACT_EVERY = 4  # decode steps between two looks at who has finished: each look is a host sync
-PREFILL_TOKENS = 16384  # of one packed row of prompts
+PREFILL_TOKENS = 16384  # prompt tokens of one packed row of a prefill
+COMPACT_EVERY = 4  # decode steps between two checks of who has finished; each is a host sync
+WINDOW = 64  # tokens that one CUDA graph serves: it attends to up to this many unwritten ones
 
 
 @dataclass(eq=False)
 class Group:
-    """G responses to one prompt. responses: token ids (R_i,), the EOS included, no padding. logps: their log-probs (R_i,)
-    under the policy at the sampling temperature, without top-p. truncated: cut at max_new before an EOS. entropies: of
-    the policy's distribution at each token (R_i,), as logps."""
+    """G responses to one prompt; lists of G items, tensors on the CPU."""
 
     prompt: Prompt
-    responses: list[torch.Tensor] = field(default_factory=list)
-    logps: list[torch.Tensor] = field(default_factory=list)
-    truncated: list[bool] = field(default_factory=list)
-    entropies: list[torch.Tensor] = field(default_factory=list)
+    responses: list[torch.Tensor] = field(default_factory=list)  # token ids (R_i,), EOS included
+    logps: list[torch.Tensor] = field(default_factory=list)  # (R_i,) under pi_old, without top-p
+    truncated: list[bool] = field(default_factory=list)  # stopped at max_new, before an EOS
+    entropies: list[torch.Tensor] = field(default_factory=list)  # (R_i,) of pi_old at each token
 
 
 @torch.no_grad()
 def generate(
-    policy, prompts, G, *, max_new=768, temperature=1.0, top_p=1.0, seeds=None, visual_embeds=None
+    policy,
+    prompts,
+    G,
+    *,
+    max_new=768,
+    temperature=1.0,
+    top_p=1.0,
+    seeds=None,
+    visual_embeds=None,
 ):
-    """Samples G responses for every prompt -> list[Group], in order; all tensors on the CPU.
+    """Samples G responses to every prompt -> list[Group], in order.
 
-    temperature 0 is greedy (log-probs are then those at temperature 1). top_p < 1 samples from a truncated distribution,
-    while the log-probs stay those of the whole one: for evaluation, biased in training. seeds: one int per prompt.
-    visual_embeds: what policy.encode(prompts) gave; encoded here otherwise.
+    temperature: 0 is greedy, and log-probs are then those at temperature 1.
+    top_p: below 1, samples come from a truncated distribution while log-probs stay those of the
+    whole one. Use it for evaluation; it biases training.
+    seeds: one int for each prompt.  visual_embeds: of policy.encode(prompts); None encodes here.
+    Raises ModelError: logits that are not finite.
     """
     if not prompts:
         return []
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     training = policy.training
-    policy.eval()  # in train mode activation checkpointing would be on for nothing
-    visual_embeds = policy.encode(prompts) if visual_embeds is None else visual_embeds
-    order = sorted(
-        range(len(prompts)), key=lambda i: len(prompts[i].ids)
-    )  # prompts of one length are decoded together
-    most = max(1, CACHE_TOKENS // (len(prompts[order[-1]].ids) + G * max_new))
-    groups = [Group(prompt) for prompt in prompts]
-    for first in range(0, len(order), most):
-        part = order[first : first + most]
-        of_part = lambda x: [x[i] for i in part]
-        dealt = policy.sp.exchange(
-            decode(
-                policy,
-                of_part(prompts),
-                of_part(visual_embeds),
-                of_part(seeds),
-                G,
-                max_new,
-                temperature,
-                top_p,
-            )
-        )
-        for b, group in enumerate(of_part(groups)):
-            for i in range(G):  # response i was decoded by rank i % size
-                response, logp, entropy = (x[b, i // len(dealt)] for x in dealt[i % len(dealt)])
-                n = int((response >= 0).sum())
-                group.responses.append(response[:n].clone())
-                group.logps.append(logp[:n].clone())
-                group.entropies.append(entropy[:n].clone())
-                group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
-                if not group.logps[-1].isfinite().all():
-                    raise ModelError(
-                        f"logits that are not finite: the weights are broken (the policy began as {policy.folder})"
-                    )
+    policy.eval()  # in train mode, activation checkpointing would be on for nothing
+    if visual_embeds is None:
+        visual_embeds = policy.encode(prompts)
+    shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    longest = max(len(p.ids) for p in prompts)
+    together = max(1, CACHE_TOKENS // (longest + G * max_new))
+    groups = {}
+    for first in range(0, len(prompts), together):
+        part = shortest_first[first : first + together]
+        batch = [prompts[i] for i in part]
+        embeds = [visual_embeds[i] for i in part]
+        of_part = [seeds[i] for i in part]
+        decoded = decode(policy, batch, embeds, of_part, G, max_new, temperature, top_p)
+        decoded = policy.sp.exchange(decoded)  # of every rank: three tensors (B, G / ranks, R)
+        for b, i in enumerate(part):
+            groups[i] = collect(policy, prompts[i], decoded, b, G)
     policy.train(training)
-    return groups
+    return [groups[i] for i in range(len(prompts))]
 
 
+def collect(policy, prompt, decoded, b, G):
+    """Prompt b's responses from what the ranks decoded -> Group. Rank r decoded every response i
+    with i mod ranks = r."""
+    group = Group(prompt)
+    for i in range(G):
+        of_rank = decoded[i % len(decoded)]
+        response, logp, entropy = (x[b, i // len(decoded)] for x in of_rank)  # (max_new,)
+        n = int((response >= 0).sum())
+        group.responses.append(response[:n].clone())
+        group.logps.append(logp[:n].clone())
+        group.entropies.append(entropy[:n].clone())
+        group.truncated.append(int(response[n - 1]) not in policy.eos_ids)
+        if not group.logps[-1].isfinite().all():
+            raise ModelError(
+                f"the logits are not finite: the weights are broken (loaded from {policy.folder})"
+            )
+    return group
+
+
+def uniform_draws(seeds, G, max_new):
+    """One u in [0, 1) for each token of each response -> (B, G, max_new) float64."""
+    draws = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        draws.append(torch.rand(G, max_new, dtype=torch.float64, generator=generator))
+    return torch.stack(draws)
+
+
+@singledispatch
 def decode(policy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p):
-    """What this rank of policy.sp decodes, every size-th response of each prompt -> tokens, log-probs, entropies (B, G of
-    this rank, max_new), -1, 0 and 0 after the end, on the CPU. The prompts' lengths ascend."""
+    """What this rank of policy.sp decodes: every size-th response to each prompt.
+
+    prompts: their lengths ascend. Returns tokens, log-probs and entropies on the CPU, each
+    (B, G of this rank, max_new); after a response's end -1, 0 and 0. Another kind of policy may
+    register its own function here.
+    """
     mine = slice(policy.sp.rank, None, policy.sp.size)
-    uniform = torch.stack(
-        [
-            torch.rand(G, max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-            for s in seeds
-        ]
-    )[:, mine]  # (B, G, max_new)
+    uniform = uniform_draws(seeds, G, max_new)[:, mine]
     B, G, _ = uniform.shape
-    cache = DecodeCache(
-        policy.config.text_config,
-        [len(p.ids) for p in prompts],
-        G,
-        max_new,
-        device=policy.device,
-        dtype=policy.compute_dtype,
-    )
-    hidden, following = prefill(policy, prompts, visual_embeds, cache)
-    decoding = Decoding(
-        policy, cache, following, uniform.flatten(0, 1).to(policy.device), temperature, top_p
-    )
-    if G:
-        decoding.sample(
-            hidden.repeat_interleave(G, dim=0)
-        )  # the last prompt token predicts the first token of every response
+    lengths = [len(p.ids) for p in prompts]
+    where = dict(device=policy.device, dtype=policy.compute_dtype)
+    cache = DecodeCache(policy.config.text_config, lengths, G, max_new, **where)
+    hidden, following = prefill(policy, prompts, visual_embeds, cache)  # (B, D), (B,)
+    uniform = uniform.flatten(0, 1).to(policy.device)  # (N, max_new)
+    decoding = Decoding(policy, cache, following, uniform, temperature, top_p)
+    if G:  # the last prompt token predicts the first token of every response
+        decoding.sample(hidden.repeat_interleave(G, dim=0))
         decoding.run(max_new)
-    return tuple(
-        x.cpu().view(B, G, max_new) for x in (decoding.tokens, decoding.logps, decoding.entropies)
-    )
+    rows = (decoding.tokens, decoding.logps, decoding.entropies)
+    return tuple(x.cpu().view(B, G, max_new) for x in rows)
 
 
 def prefill(policy, prompts, visual_embeds, cache):
-    """Runs every prompt once, in packed rows, and fills the cache -> last hidden states (B, D), next positions (B,)."""
-    last, following, i = [], [], 0
-    while i < len(prompts):
-        end, total = i + 1, len(prompts[i].ids)
-        while end < len(prompts) and total + len(prompts[end].ids) <= PREFILL_TOKENS:
-            end, total = end + 1, total + len(prompts[end].ids)
+    """Runs every prompt once, in packed rows, and fills the cache -> last hidden states (B, D),
+    next positions (B,)."""
+    last, following = [], []
+    lengths = [len(p.ids) for p in prompts]
+    for row in pack(range(len(prompts)), lengths, PREFILL_TOKENS):
+        in_row = slice(row[0], row[-1] + 1)
+        no_responses = [[] for _ in row]
         hidden, plan, nexts = policy.run_row(
-            prompts[i:end], [[] for _ in range(i, end)], visual_embeds[i:end], cache, first_slot=i
+            prompts[in_row], no_responses, visual_embeds[in_row], cache, first_slot=row[0]
         )
-        ends = (
-            torch.tensor([len(p.ids) for p in prompts[i:end]], device=policy.device).cumsum(0) - 1
-        )
-        last.append(plan.collect(hidden[plan.find(ends)[1]], ends))
+        ends = torch.tensor(lengths[in_row], device=policy.device).cumsum(0) - 1
+        _, places = plan.find(ends)
+        last.append(plan.collect(hidden[places], ends))
         following += nexts
-        i = end
     return torch.cat(last), torch.tensor(following, device=policy.device)
 
 
 class Decoding:
-    """State of N responses; each step adds one token: tokens, logps, entropies (N, max_new), -1, 0 and 0 after the end.
+    """State of N responses; each step adds one token.
 
-    A step reads nothing back from the device and makes no tensor that outlives it, so that it can be a CUDA graph
-    (policy.cuda_graph): recorded once for each number of rows and each `WINDOW` of tokens, then replayed.
+    tokens, logps, entropies (N, max_new): after a response's end -1, 0 and 0.
+    A step reads nothing back from the device and makes no tensor that outlives it, so it can be a
+    CUDA graph (policy.cuda_graph): recorded once for each number of rows and each WINDOW of tokens,
+    then replayed.
     """
 
     def __init__(self, policy, cache, following, uniform, temperature, top_p):
-        self.policy, self.cache, self.uniform, self.temperature, self.top_p = (
-            policy,
-            cache,
-            uniform,
-            temperature,
-            top_p,
-        )
+        self.policy, self.cache, self.uniform = policy, cache, uniform
+        self.temperature, self.top_p = temperature, top_p
         (N, max_new), device = uniform.shape, uniform.device
         self.head = policy.head()
         self.eos = torch.tensor(policy.eos_ids, device=device)
         self.tokens = torch.full((N, max_new), -1, device=device)
-        self.logps, self.entropies = torch.zeros(
-            2, N, max_new, dtype=self.head.dtype, device=device
-        )
-        self.rows = torch.arange(
-            N, device=device
-        )  # the response that each row of the cache decodes
-        self.position = following.repeat_interleave(cache.G)
+        figures = torch.zeros(2, N, max_new, dtype=self.head.dtype, device=device)
+        self.logps, self.entropies = figures
+        # of every row that still decodes:
+        self.rows = torch.arange(N, device=device)  # which response it is
+        self.position = following.repeat_interleave(cache.G)  # of its first token
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
-        self.token = torch.zeros(N, dtype=torch.long, device=device)
+        self.token = torch.zeros(N, dtype=torch.long, device=device)  # drawn last
 
     def sample(self, hidden):
-        """Draws token t of every row, t of the cache, from hidden states (N, D)."""
+        """Draws token t = cache.t of every row from hidden states (N, D)."""
         t = self.cache.t
         logits = self.policy.logits(hidden, self.head)
-        token, logp, entropy = sample(
-            logits, self.uniform[self.rows, t], self.temperature, self.top_p
-        )
+        uniform = self.uniform[self.rows, t]
+        token, logp, entropy = sample(logits, uniform, self.temperature, self.top_p)
         self.tokens[self.rows, t] = torch.where(self.done, -1, token)
         self.logps[self.rows, t] = torch.where(self.done, 0.0, logp)
         self.entropies[self.rows, t] = torch.where(self.done, 0.0, entropy)
@@ -182,10 +191,9 @@ class Decoding:
 
     def step(self):
         """Runs the tokens drawn last, and draws the next."""
-        x = self.policy.embed(self.token[:, None])
-        hidden = self.policy.run_text(
-            x, (self.position + self.cache.t).expand(3, -1)[..., None], self.cache
-        )[:, 0]
+        x = self.policy.embed(self.token[:, None])  # (N, 1, D)
+        positions = (self.position + self.cache.t).expand(3, -1)[..., None]  # (3, N, 1)
+        hidden = self.policy.run_text(x, positions, self.cache)[:, 0]
         self.cache.t += 1
         self.sample(hidden)
 
@@ -199,9 +207,10 @@ class Decoding:
                     break
                 self.compact(drawn)
             self.cache.width = min(max_new, -(-drawn // window) * window)
+            shape = (len(self.rows), self.cache.width)
             if not self.policy.cuda_graph:
                 self.step()
-            elif recorded != (shape := (len(self.rows), self.cache.width)):
+            elif recorded != shape:
                 recorded, replay = shape, None
                 self.step()  # warms up
             else:
@@ -209,27 +218,25 @@ class Decoding:
                 replay()
 
     def compact(self, drawn):
-        """Drops finished rows and finished prompts, when that saves at least a quarter of the rows.
+        """Drops finished rows and finished prompts if that saves at least a quarter of the rows.
 
-        Every prompt that is left keeps as many rows as the one with most unfinished responses.
+        Every remaining prompt keeps as many rows as the one with most unfinished responses.
         """
         G = self.cache.G
-        alive = (~self.done).view(-1, G).sum(1)
+        alive = (~self.done).view(-1, G).sum(1)  # (B,)
         prompts, most = alive.nonzero()[:, 0], int(alive.max())
         if len(prompts) * most > 0.75 * len(self.rows):
             return
-        order = (
-            self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)[prompts, :most]
-        )  # unfinished rows first
+        unfinished_first = self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)
+        order = unfinished_first[prompts, :most]
         kept = (prompts[:, None] * G + order).flatten()
         self.cache.keep(prompts, kept, most, drawn - 1)
-        self.rows, self.position, self.done, self.token = (
-            x[kept] for x in (self.rows, self.position, self.done, self.token)
-        )
+        self.rows, self.position = self.rows[kept], self.position[kept]
+        self.done, self.token = self.done[kept], self.token[kept]
 
 
 def record(step):
-    """The step as a CUDA graph: the call that replays it."""
+    """Records the step as a CUDA graph -> the function that replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -237,18 +244,27 @@ def record(step):
 
 
 def sample(logits, uniform, temperature, top_p):
-    """One token per row of logits (N, vocabulary) -> tokens, log-probs, entropies, each (N,). uniform: (N,) in [0, 1).
-    Log-probs and entropies are those of the whole distribution at `temperature`, at 1 where that is 0, whatever top_p is."""
+    """One token for each row of logits (N, vocabulary) -> tokens, log-probs, entropies, each (N,).
+
+    uniform: (N,) in [0, 1). Log-probs and entropies are those of the whole distribution at
+    `temperature` (at 1 where that is 0), whatever top_p is.
+    """
     logp = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
         probs = logp.double().exp()
-        if top_p < 1:  # the smallest set of tokens whose probability reaches top_p
-            ordered, index = probs.sort(dim=-1, descending=True)
-            ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-            probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+        if top_p < 1:
+            probs = nucleus(probs, top_p)
         total = probs.cumsum(-1)
         token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
         token = token.clamp(max=logits.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return token, logp.gather(-1, token[:, None])[:, 0], entropy
+
+
+def nucleus(probs, top_p):
+    """Keeps the smallest set of tokens whose probability reaches top_p; the others get 0."""
+    ordered, index = probs.sort(dim=-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    return torch.zeros_like(probs).scatter(-1, index, ordered)

@@ -1,65 +1,86 @@
 """T-GRPO (Video-R1, arXiv 2503.21776, section 3.1): a reward for using the order of frames.
 
-For a video, G responses are sampled on the frames in order and G/2 on the same frames shuffled. If the ordered group is right
-at least as often, the policy may be using time, and every right response of the ordered group gets a bonus:
+For each video the policy samples G responses on the frames in order, and G/2 on the same frames
+shuffled. If the ordered group is right at least as often, the policy may be using time, and every
+right response of the ordered group gets a bonus:
+
     p, p~ = share of right responses, ordered and shuffled
-    r_t   = alpha if p >= mu * p~, else 0          (paper: mu = 1, alpha = 0.3; its release: mu = 0.8)
+    r_t   = alpha if p >= mu * p~, else 0        (paper: mu = 1, alpha = 0.3; release: mu = 0.8)
     R_i   = r_i + r_t for every right response o_i
-The shuffled responses are only counted; they never enter the loss. Images have no order: the test does not apply to them.
 
-**What a reader should know before using it.** With accuracies of 0 and 1 and an otherwise constant reward, R = r + r_t * [right]
-is (1 + r_t) * accuracy + a constant, and (R - mean) / std does not see the factor: the published bonus then leaves every
-advantage as it was. It acts only where the rest of the reward varies within the group (format, length, graded accuracies), or
-where advantages are not divided by the group's std. The paper remarks that the term could be added to the advantages
-directly; `--temporal advantage` does that: A_i + r_t for every right response, after the normalisation.
+The shuffled responses are only counted; they never enter the loss. Images have no order, so the
+test does not apply to them.
 
-The published test is about the group: within it, a right guess from a still frame gets the bonus of a right answer from motion.
-`--temporal contrast`, ours and not the paper's, tells them apart. It generates no shuffled responses, but scores the ordered ones
-again with the frames shuffled, one more packed forward pass:
-    c_i   = max(0, 1 - pi(o_i | shuffled) / pi(o_i | ordered))       the share of its probability that the order is good for
+**When the bonus cancels.** Suppose accuracies are 0 or 1 and the rest of the reward is the same
+within the group. Then R = r + r_t * [right] = (1 + r_t) * accuracy + a constant, and
+(R - mean) / std does not see the factor: every advantage stays as it was. The published bonus acts
+only where the rest of the reward varies within the group (format, length, graded accuracies), or
+where advantages are not divided by the group's std. The paper remarks that the term could be added
+to the advantages directly; `--temporal advantage` does that: A_i + r_t for every right response.
+
+**A bonus per response.** The published test is about the group: within it, a right guess from one
+still frame gets the same bonus as a right answer from motion. `--temporal contrast`, ours and not
+the paper's, tells them apart. It samples no shuffled responses, but scores the ordered ones again
+with the frames shuffled, in one more packed forward pass:
+
+    c_i   = max(0, 1 - pi(o_i | shuffled) / pi(o_i | ordered))      the probability drop of o_i
     R_i   = r_i + alpha * c_i for every right response o_i
-This varies within a group, so the normalisation does not cancel it; it also teaches where all responses are right. The
-probability is that of the whole response: its reasoning is where a look at the frames shows, its answer often only repeats it.
-Long responses lose nearly all of theirs to any shuffle, and there the bonus tells less.
 
-Pure functions; shapes: B prompts, G ordered and G' shuffled responses, K orders of the frames, T frames.
+c varies within a group, so the normalisation does not cancel it, and it also teaches where all
+responses are right. The probability is that of the whole response: its reasoning is where a look at
+the frames shows; its answer often only repeats the reasoning. Almost any shuffle takes nearly all
+of a long response's probability, so the longer responses are, the less c tells.
+
+The first half of this file is pure; the second half shuffles videos and runs the policy on them.
+Shapes: B prompts, G ordered and G' shuffled responses, T frames, V visual tokens, D hidden.
 """
 
 import random
+from dataclasses import dataclass, replace
 
 import torch
 
+from data import Prompt
+from infra.packing import pack
+from infra.ranks import seed
+from rewards import accuracy_reward
+from rollout import generate
+
+# ---- the formulas
+
 
 def temporal_test(ordered_acc, shuffled_acc, *, mu=1.0, correct=0.5):
-    """Is the ordered group right at least mu times as often? ordered_acc (B, G), shuffled_acc (B, G') accuracies in [0, 1].
+    """Is the ordered group right at least mu times as often as the shuffled one?
 
-    A response is right if its accuracy exceeds `correct`. A tie passes, whatever rounding makes of it: 8/12 is 0.8 * 5/6.
-    Returns (passed, vacuous), (B,) bool each; vacuous: passed because neither group had a right response, so that the test
-    says nothing (and there is nothing to give a bonus to).
+    ordered_acc (B, G), shuffled_acc (B, G'): accuracies in [0, 1]; above `correct`, a response
+    counts as right. A tie passes, also up to rounding: 8/12 passes against 0.8 * 5/6.
+    Returns (passed, vacuous), each (B,) bool. vacuous: passed with no right response on either
+    side, so the test says nothing, and no response gets a bonus.
     """
-    p, p_shuffled = ((acc > correct).double().mean(dim=1) for acc in (ordered_acc, shuffled_acc))
+    p = (ordered_acc > correct).double().mean(dim=1)
+    p_shuffled = (shuffled_acc > correct).double().mean(dim=1)
     return p >= mu * p_shuffled - 1e-9, (p == 0) & (p_shuffled == 0)
 
 
 def temporal_bonus(ordered_acc, shuffled_acc, *, alpha=0.3, mu=1.0, correct=0.5):
-    """The bonus of every ordered response (B, G): alpha where it is right and its group passed the test, else 0."""
+    """The bonus of each ordered response (B, G): alpha if it is right and its group passed."""
     passed, _ = temporal_test(ordered_acc, shuffled_acc, mu=mu, correct=correct)
     return alpha * (passed[:, None] & (ordered_acc > correct)).to(ordered_acc.dtype)
 
 
 def probability_drop(logp, shuffled_logp):
-    """c of every response: logp (G,) with the frames in order, shuffled_logp (K, G) of the same responses in K other orders, all
-    summed over a response's tokens -> (G,) in [0, 1], by its mean probability over the orders."""
-    return (1 - (shuffled_logp - logp).exp().mean(dim=0)).clamp(min=0)
+    """c of each response: logp (G,) on ordered frames, shuffled_logp (G,) on shuffled ones, both
+    summed over a response's tokens -> (G,) in [0, 1]."""
+    return (1 - (shuffled_logp - logp).exp()).clamp(min=0)
 
 
-def contrast_bonus(ordered_acc, lost, *, alpha=0.3, correct=0.5):
-    """The bonus of every ordered response (B, G): alpha * probability_drop (B, G) where it is right, else 0."""
-    return alpha * lost * (ordered_acc > correct).to(lost.dtype)
+def contrast_bonus(ordered_acc, drop, *, alpha=0.3, correct=0.5):
+    """The bonus of each ordered response (B, G): alpha * drop (B, G) if it is right."""
+    return alpha * drop * (ordered_acc > correct).to(drop.dtype)
 
 
 def permutation(n, seed):
-    """A random order of n >= 2 things that is not the one they are in -> LongTensor (n,)."""
+    """A random order of n >= 2 items that differs from 0, 1, 2, ... -> LongTensor (n,)."""
     if n < 2:
         raise ValueError(f"{n} frames or grids cannot be shuffled, at least 2 are needed")
     rng, order = random.Random(seed), list(range(n))
@@ -69,11 +90,161 @@ def permutation(n, seed):
 
 
 def reorder(x, order):
-    """The rows of x, in as many equal runs as `order` is long, in that order.
+    """Splits the rows of x into len(order) equal runs and puts these in the given order.
 
-    On frames (T, 3, H, W): with T numbers frames are shuffled, before the model's 2-frame grids are formed (as published);
-    with T / 2 numbers whole grids are. On embeddings (V, D), with T / 2 numbers: the vision tower of Qwen2-VL and Qwen2.5-VL
-    sees one grid at a time, so this equals encoding the permuted video, without a second pass. Neighbouring frames then stay
-    together, which hides less of the order.
+    On frames (T, 3, H, W): with T numbers the frames are shuffled before the model forms its
+    2-frame grids, as published; with T / 2 numbers whole grids are shuffled.
+    On embeddings (V, D), with T / 2 numbers: the vision tower of Qwen2-VL and Qwen2.5-VL sees one
+    grid at a time, so this equals encoding the shuffled video, without a second pass. Neighbouring
+    frames then stay together, which hides less of the order.
     """
     return x.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+
+
+# ---- the shuffled videos
+
+
+@dataclass
+class Shuffled:
+    """What shuffling a video's frames did. order: of its frames or grids. One of the two:"""
+
+    order: list[int]
+    accuracies: list[float] | None = None  # (G',) of the responses to the shuffled video
+    drops: list[float] | None = None  # (G,) of the ordered responses, with --temporal contrast
+
+
+@dataclass
+class ShuffledPrompt:
+    """A prompt of the step whose video has its frames in another order."""
+
+    position: int  # of the prompt in the step
+    order: list[int]
+    prompt: Prompt
+    visual_embeds: torch.Tensor | None  # (V, D) if known without encoding the video again
+
+
+def shuffle_prompts(prompts, visual_embeds, step, args):
+    """The videos of a step, shuffled -> [ShuffledPrompt]. Images are left out.
+
+    prompts: [(position in the step, Prompt)].  visual_embeds: (V, D) of each.
+    """
+    shuffled = []
+    for (position, prompt), embeds in zip(prompts, visual_embeds):
+        (media,) = prompt.media
+        units = media.grid[0] if args.shuffle == "grid" else len(media.frames)
+        if media.kind == "image" or units < 2:
+            continue
+        order = permutation(units, seed(args.seed, step, position, "order 0"))
+        frames = reorder(media.frames, order)
+        other = replace(prompt, media=[replace(media, frames=frames, key=None)])
+        embeds = reorder(embeds, order) if args.shuffle == "grid" else None
+        shuffled.append(ShuffledPrompt(position, order.tolist(), other, embeds))
+    return shuffled
+
+
+def compare_with_shuffled(policy, prompts, groups, visual_embeds, builder, step, args):
+    """Runs the policy on this rank's shuffled videos -> {position: Shuffled}.
+
+    groups: the ordered responses to each prompt, as rollout.generate returned them.
+    """
+    shuffled = shuffle_prompts(prompts, visual_embeds, step, args)
+    if args.temporal == "contrast":
+        ordered = {position: group for (position, _), group in zip(prompts, groups)}
+        return rescore(policy, shuffled, ordered, args)
+    return respond_to_shuffled(policy, shuffled, builder, step, args)
+
+
+def respond_to_shuffled(policy, shuffled, builder, step, args):
+    """Samples G/2 responses to every shuffled video and judges them -> {position: Shuffled}."""
+    groups = generate(
+        policy,
+        [s.prompt for s in shuffled],
+        args.group // 2,
+        max_new=args.max_new,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seeds=[seed(args.seed, step, s.position, "shuffled 0") for s in shuffled],
+        visual_embeds=known_embeds(shuffled),
+    )
+    found = {}
+    for s, group in zip(shuffled, groups):
+        texts = [builder.decode(r) for r in group.responses]
+        accuracies = [accuracy_reward(text, s.prompt.sample) for text in texts]
+        found[s.position] = Shuffled(s.order, accuracies=accuracies)
+    return found
+
+
+@torch.no_grad()
+def rescore(policy, shuffled, groups, args):
+    """Scores the ordered responses again on the shuffled videos -> {position: Shuffled}.
+
+    groups: {position: rollout.Group} of the ordered responses.
+    """
+    found, lengths = {}, []
+    for s in shuffled:
+        lengths.append(len(s.prompt.ids) + sum(map(len, groups[s.position].responses)))
+    for row in pack(shuffled, lengths, args.row_tokens):
+        prompts = [s.prompt for s in row]
+        responses = [groups[s.position].responses for s in row]
+        logp, _ = policy(prompts, responses, known_embeds(row), args.temperature)  # (N, R)
+        shuffled_logp = logp.double().sum(1).cpu().split(args.group)  # (G,) of each group
+        for s, after in zip(row, shuffled_logp):
+            before = torch.stack([x.double().sum() for x in groups[s.position].logps])  # (G,)
+            drops = probability_drop(before, after).tolist()
+            found[s.position] = Shuffled(s.order, drops=drops)
+    return found
+
+
+def known_embeds(shuffled):
+    """The embeddings of all, or None if the videos have to be encoded."""
+    embeds = [s.visual_embeds for s in shuffled]
+    return None if any(x is None for x in embeds) else embeds
+
+
+# ---- the bonus of a step
+
+
+def step_bonus(groups, args):
+    """The bonus of every response of a step -> (B, G); 0 for images and without T-GRPO.
+
+    groups: train.ScoredGroup of all ranks, with .accuracy (G,) and .shuffled (None for images).
+    """
+    accuracy = torch.tensor([g.accuracy for g in groups], dtype=torch.float64)  # (B, G)
+    bonus = torch.zeros_like(accuracy)
+    tested = [b for b, g in enumerate(groups) if g.shuffled]
+    if tested and args.temporal == "contrast":
+        drop = torch.tensor([groups[b].shuffled.drops for b in tested], dtype=torch.float64)
+        how = dict(alpha=args.alpha, correct=args.correct)
+        bonus[tested] = contrast_bonus(accuracy[tested], drop, **how)
+    elif tested:
+        shuffled = shuffled_accuracies(groups)
+        how = dict(alpha=args.alpha, mu=args.mu, correct=args.correct)
+        bonus[tested] = temporal_bonus(accuracy[tested], shuffled, **how)
+    return bonus
+
+
+def step_metrics(groups, bonus, args):
+    """What a step logs of T-GRPO: shares of the step's groups, and means."""
+    tested = [g for g in groups if g.shuffled]
+    metrics = {
+        "temporal_not_applicable": 1 - len(tested) / len(groups),
+        "temporal_bonus": float(bonus.mean()),
+    }
+    if args.temporal == "contrast":
+        drops = torch.tensor([g.shuffled.drops for g in tested], dtype=torch.float64)
+        return metrics | ({"probability_drop": float(drops.mean())} if tested else {})
+    metrics |= {"temporal_passed": 0.0, "temporal_vacuous": 0.0}
+    if tested:
+        accuracy = torch.tensor([g.accuracy for g in tested], dtype=torch.float64)
+        shuffled = shuffled_accuracies(groups)
+        passed, vacuous = temporal_test(accuracy, shuffled, mu=args.mu, correct=args.correct)
+        metrics["temporal_passed"] = int(passed.sum()) / len(groups)
+        metrics["temporal_vacuous"] = int(vacuous.sum()) / len(groups)
+        metrics["shuffled_accuracy"] = float(shuffled.mean())
+    return metrics
+
+
+def shuffled_accuracies(groups):
+    """(videos, G') accuracies of the responses to the shuffled videos."""
+    found = [g.shuffled.accuracies for g in groups if g.shuffled]
+    return torch.tensor(found, dtype=torch.float64)

@@ -1,260 +1,806 @@
-"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images: on reasoning examples (sft) or on rewards only (grpo, tgrpo).
+"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images: sft, or rewards only (grpo, tgrpo).
 
-    python train.py                                       the embedded default: a toy world, a cold start, then GRPO
-    torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (GPUs: nccl, none: gloo)
-    python train.py @configs/NAME.txt --data FILE         a recipe: a file of flags, overridden by what follows it
+    python train.py                                       a toy world, a cold start, then GRPO
+    torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (nccl, or gloo)
+    python train.py @configs/NAME.txt --data FILE         a recipe: a file of flags
 
-One GRPO step, for every rank's share of the step's prompts:
-    1. load      decode the videos, build the prompts (in worker processes, one step ahead)
-    2. encode    visual embeddings, once for everything below
-    3. rollout   G responses for every prompt (rollout.py)
-    4. reward    rules judge every response (rewards.py); the group's mean is the baseline (grpo.py)
-    5. train     log-probs of packed groups (model.py), clipped loss, backward, averaged over ranks (step.py) by DDP or
-                 by FSDP (--fsdp, fsdp.py)
-    6. update    clip the gradient, AdamW
-What is missing on purpose: a value network, a reward model, a trainer class, an inference server. Every random choice is a
-function of (--seed, step, position in the step): any number of ranks draws the same samples and, up to rounding, the same
-responses, and a run that was killed goes on as if it had not been (--resume).
+The algorithm, GRPO (arXiv 2402.03300) with Video-R1's temporal bonus (arXiv 2503.21776), is
+`grpo_step`. For every question q of the step's B:
 
-What a run leaves behind: run.py.
+    1. sample    G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
+    2. reward    rules judge each response: r_i                   rewards.py
+    3. bonus     T-GRPO: r_i + r_t if order helped                tgrpo.py
+    4. advantage A_i = (r_i - mean r) / std r                     grpo.group_advantages
+    5. loss      -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
+    6. update    clip the gradient, AdamW                         infra/optimizer.py
+
+rho = pi / pi_old, of the tokens. Missing on purpose: a value network, a reward model, a trainer
+class, an inference server.
+
+Rewards are gathered from all ranks before advantages are taken, and every loss is divided by a
+count over the whole batch. So any split of a step over ranks and rows gives the same gradient. Each
+random choice is a function of (--seed, step, position in the step): any number of ranks draws the
+same samples and, up to rounding, the same responses, and a killed run resumes as if nothing had
+happened (--resume). What a run leaves behind: infra/run_folder.py.
 """
 
-import contextlib
 import json
 import math
 import shlex
 import signal
 import sys
-from collections import deque
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as hf_logging
 
 import grpo
 import mrsp
+import tgrpo
 import toy
 from data import Loader, PromptBuilder, load_samples
 from eval import Method, Question, answer, look_for_media
 from infra import fsdp
 from infra.checkpoints import save
 from infra.clock import seconds, timed
+from infra.ddp import passes, unwrap
 from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import DataError, ModelError
-from infra.files import append
 from infra.flags import MEDIA, Parser, media_flags, ordered, peek
-from infra.memory import device_memory
-from infra.ranks import RANK, WORLD, gather, ranks, say
+from infra.optimizer import Update, learning_rate, make_optimizer, update
+from infra.packing import pack
+from infra.progress import LoadErrors, Progress
+from infra.ranks import RANK, WORLD, gather, ranks, say, seed
 from infra.run_folder import claimed, open_run, resumable, resume_command, stop_signals
+from infra.step_log import (
+    LossTotals,
+    column,
+    sample_lines,
+    sampled_metrics,
+    trained_metrics,
+    update_metrics,
+)
 from infra.video import close_workers
 from model import Policy
-from step import grpo_step, pack, sft_step
+from rewards import accuracy_reward, format_reward, length_reward
+from rollout import Group, generate
 
-EMPTY_STEPS = 10  # a run ends if most samples of so many steps in a row, or of all its steps if fewer, cannot be loaded
-IDLE_STEPS = 10  # after so many steps in a row that taught nothing, a line says what may help
+
+@dataclass
+class Run:
+    """What every step of a run needs."""
+
+    args: Namespace  # the flags
+    policy: nn.Module  # pi: a Policy, perhaps inside DistributedDataParallel
+    reference: Policy | None  # frozen, for the KL penalty; None if beta = 0
+    builder: PromptBuilder
+    more: Callable  # (step, k) -> the prompts of the step's k-th refill
+    optimize: Callable  # (step) -> Update: applies the gradient and clears it
+    loader: Loader | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    errors: LoadErrors | None = None
+    sharing: mrsp.RowSharing | None = None  # sequence parallelism
+
+
+# ---- GRPO
+
+
+def grpo_step(run, prompts, step):
+    """One step of GRPO, with T-GRPO's bonus under --algo tgrpo: the algorithm.
+
+    prompts: [(position in the step, Prompt), ...] of this rank; with sequence parallelism, the
+    ranks that share rows get the same ones.
+    Returns (log entry, lines for samples.jsonl, response tokens of all ranks).
+    """
+    args = run.args
+    local, groups, refills = sample_groups(run, prompts, step)  # o_1 ... o_G ~ pi_old, and r
+    reward = column(groups, "reward")  # (B, G)
+    bonus = tgrpo.step_bonus(groups, args)  # (B, G)
+    teaching = advantages(reward, bonus, args).any(dim=1)  # (B,)
+    kept = torch.arange(len(groups))
+    if args.drop_zero_std:  # DAPO
+        kept = kept[teaching][: args.prompts]
+    trained = [groups[b] for b in kept.tolist()]
+    A = advantages(reward[kept], bonus[kept], args)  # (r - mean r) / std r
+
+    totals, updates = [], []
+    for batch in minibatches(trained, A, args):  # one, unless --minibatches asks for more
+        with timed("train"):  # from the second minibatch on, rho is not 1
+            total = policy_gradient(run, batch, local)  # of -min(rho A, clip(rho) A) + beta KL
+        with timed("optimizer"):  # without a gradient, a step would only move by momentum
+            updates.append(run.optimize(step) if total.tokens else Update(skipped=True))
+        totals.append(total)
+
+    entry = step_metrics(groups, teaching, bonus, totals, updates, args)
+    entry |= {"trained_groups": len(trained), "refills": refills}
+    applied = torch.zeros_like(reward).index_copy(0, kept, A)  # 0 for groups that were dropped
+    sp_size = unwrap(run.policy).sp.size
+    lines = sample_lines(local, groups[:2], bonus, applied, step, sp_size)
+    return entry, lines, sum(sum(g.lengths) for g in groups)
+
+
+def step_metrics(groups, teaching, bonus, totals, updates, args):
+    """The log entry of a step, from all groups and from the minibatches' totals and updates."""
+    entry = sampled_metrics(groups, teaching)
+    if args.algo == "tgrpo":
+        entry |= tgrpo.step_metrics(groups, bonus, args)
+    return entry | trained_metrics(totals, updates) | update_metrics(updates)
+
+
+@dataclass
+class ScoredGroup:
+    """The numbers of one group, which every rank knows. (G,): one for each response."""
+
+    position: int  # of the prompt in the step
+    lengths: list[int]  # (G,) tokens
+    truncated: list[bool]  # (G,)
+    entropy: list[float]  # (G,) summed over a response's tokens
+    reward: list[float]  # (G,) the weighted sum of the next three
+    accuracy: list[float]  # (G,)
+    format: list[float]  # (G,)
+    length_bonus: list[float]  # (G,)
+    frames: int  # that the prompt shows
+    pixels: int  # of a frame
+    shuffled: tgrpo.Shuffled | None = None  # T-GRPO, videos only
+
+
+@dataclass
+class LocalGroup:
+    """A group of this rank with what stays on it: tokens, texts, and the video's embeddings."""
+
+    group: Group
+    visual_embeds: torch.Tensor  # (V, D)
+    texts: list[str]  # (G,)
+    scored: ScoredGroup
+
+    @property
+    def tokens(self):
+        """Of a packed row: one prompt and all responses."""
+        return len(self.group.prompt.ids) + sum(self.scored.lengths)
+
+
+def sample_groups(run, prompts, step):
+    """Rollouts and rewards, with --refill of more prompts until enough groups teach.
+
+    Returns ({position: LocalGroup} of this rank, [ScoredGroup] of all ranks, number of refills).
+    """
+    args, policy = run.args, unwrap(run.policy)
+    local, groups = rollout_and_reward(policy, prompts, run.builder, step, args)
+    refills, teach = 0, count_teaching(groups, args)
+    while args.drop_zero_std and teach < args.prompts and refills < args.refill:
+        refills += 1
+        with timed("data"):
+            prompts = run.more(step, refills)
+        more_local, more_groups = rollout_and_reward(policy, prompts, run.builder, step, args)
+        local, groups = local | more_local, groups + more_groups
+        teach = count_teaching(groups, args)
+    if args.refill and teach < args.prompts:
+        say(
+            f"step {step + 1}: {teach} of {args.prompts} groups have mixed rewards "
+            f"after {refills} refills"
+        )
+    return local, groups, refills
+
+
+def rollout_and_reward(policy, prompts, builder, step, args):
+    """Encodes, samples and scores -> ({position: LocalGroup} of this rank, [ScoredGroup] of all
+    ranks, by position)."""
+    with fsdp.gathered(policy):
+        with timed("encode"), torch.no_grad():
+            visual_embeds = policy.encode([p for _, p in prompts])
+        with timed("rollout"):
+            groups = generate(
+                policy,
+                [p for _, p in prompts],
+                args.group,
+                max_new=args.max_new,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                seeds=[seed(args.seed, step, i) for i, _ in prompts],
+                visual_embeds=visual_embeds,
+            )
+        compared = {}
+        if args.algo == "tgrpo":
+            with timed("shuffled"):
+                compared = tgrpo.compare_with_shuffled(
+                    policy, prompts, groups, visual_embeds, builder, step, args
+                )
+    with timed("reward"):
+        local = {}
+        for (position, _), group, embeds in zip(prompts, groups, visual_embeds):
+            texts = [builder.decode(r) for r in group.responses]
+            scored = score_group(position, group, texts, compared.get(position), args)
+            local[position] = LocalGroup(group, embeds, texts, scored)
+        everywhere = gather([x.scored for x in local.values()], policy.sp.size)
+        return local, sorted(sum(everywhere, []), key=lambda g: g.position)
+
+
+def score_group(position, group, texts, shuffled, args):
+    """The rewards of a group's responses -> ScoredGroup."""
+    frames, pixels = group.prompt.frames_x_pixels
+    sample = group.prompt.sample
+    lengths = [len(r) for r in group.responses]
+    accuracy = [accuracy_reward(text, sample) for text in texts]
+    formats = [format_reward(text) for text in texts]
+    rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
+    bonuses = [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)]
+    parts = zip(accuracy, formats, bonuses)
+    return ScoredGroup(
+        position=position,
+        lengths=lengths,
+        truncated=group.truncated,
+        entropy=[float(x.double().sum()) for x in group.entropies],
+        reward=[args.w_accuracy * a + args.w_format * f + b for a, f, b in parts],
+        accuracy=accuracy,
+        format=formats,
+        length_bonus=bonuses,
+        frames=frames,
+        pixels=pixels,
+        shuffled=shuffled,
+    )
+
+
+def advantages(reward, bonus, args):
+    """Rewards and T-GRPO's bonuses (B, G) -> advantages (B, G)."""
+    if args.temporal == "advantage":
+        return grpo.group_advantages(reward, args.norm) + bonus
+    return grpo.group_advantages(reward + bonus, args.norm)
+
+
+def count_teaching(groups, args):
+    """How many groups have a response with an advantage."""
+    bonus = tgrpo.step_bonus(groups, args)
+    return int(advantages(column(groups, "reward"), bonus, args).any(dim=1).sum())
+
+
+def used(group, args):
+    """(G,): 1 for the responses that are trained, 0 for those that --mask_truncated leaves out."""
+    kept = [not (args.mask_truncated and cut) for cut in group.truncated]
+    return torch.tensor(kept, dtype=torch.float64)
+
+
+def has_gradient(group, A, args):
+    """Whether a group has a gradient: from its advantages A (G,), or from the KL penalty."""
+    return bool(used(group, args).any()) and bool(args.beta or A.any())
+
+
+def minibatches(groups, A, args):
+    """The groups of each optimizer step -> [[(ScoredGroup, advantages (G,)), ...], ...]."""
+    pairs = list(zip(groups, A))
+    learnable = [has_gradient(group, a, args) for group, a in pairs]
+    return [[pairs[i] for i in part] for part in deal(learnable, args.minibatches)]
+
+
+def deal(learnable, parts):
+    """Deals groups into at most `parts` minibatches -> the indices of each, the same on all ranks.
+
+    learnable: whether each group has a gradient. Every minibatch gets about as many that have one,
+    and about as many that have none; none is without a gradient unless all are. Neighbours stay
+    together, because they are on different ranks.
+
+    >>> deal([True] * 8, 5)
+    [[0, 1], [2, 3], [4], [5, 6], [7]]
+    >>> deal([False, False, True, True], 3)
+    [[0, 2], [1, 3]]
+    """
+    n = max(1, min(parts, sum(learnable)))
+    dealt = [[] for _ in range(n)]
+    for kind in (True, False):
+        of_kind = [i for i, x in enumerate(learnable) if x == kind]
+        bounds = [-(-k * len(of_kind) // n) for k in range(n + 1)]  # rounded up
+        for k, part in enumerate(dealt):
+            part += of_kind[bounds[k] : bounds[k + 1]]
+    return [sorted(part) for part in dealt]
+
+
+def policy_gradient(run, batch, local):
+    """Accumulates the gradient of the loss on a minibatch -> LossTotals of all ranks.
+
+    batch: [(ScoredGroup, A (G,)), ...] of all ranks. This rank packs those that are `local` into
+    rows. Groups without a gradient get no pass.
+    """
+    args = run.args
+    denominator = loss_denominator([group for group, _ in batch], args)
+    mine = []
+    for group, A in batch:
+        if group.position in local and has_gradient(group, A, args):
+            mine.append((local[group.position], A))
+    total = LossTotals()
+    lengths = [group.tokens for group, _ in mine]
+    for row in passes(run.policy, pack(mine, lengths, args.row_tokens)):
+        loss, of_row = row_loss(run, row, denominator)
+        (loss * WORLD).backward()
+        total += of_row
+    return sum(gather(total, unwrap(run.policy).sp.size), LossTotals())
+
+
+def loss_denominator(groups, args):
+    """What the summed loss of a minibatch is divided by, over all ranks (grpo.grpo_loss)."""
+    if args.average == "constant":
+        return float(max(1, len(groups) * args.group * args.max_new))
+    total = 0.0
+    for group in groups:
+        weight = used(group, args)
+        if args.average == "token":
+            weight = weight * torch.tensor(group.lengths)
+        total += float(weight.sum())
+    return max(1.0, total)
+
+
+def row_loss(run, row, denominator):
+    """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, LossTotals).
+
+    N responses of all its groups, R tokens of the longest. pi_old's log-probs are the sampler's
+    own. An empty row has a loss of 0 that touches every parameter.
+    """
+    args = run.args
+    prompts = [x.group.prompt for x, _ in row]
+    responses = [x.group.responses for x, _ in row]
+    embeds = None if args.train_vision else [x.visual_embeds for x, _ in row]
+    logp, entropy = run.policy(prompts, responses, embeds, args.temperature)  # (N, R)
+    ref_logp = None
+    if args.beta:
+        with torch.no_grad():
+            ref_logp, _ = run.reference(prompts, responses, embeds, args.temperature)
+    if not row:
+        return logp.sum(), LossTotals()
+    old_logps, masks = [], []
+    for x, _ in row:
+        old_logps += x.group.logps
+        masks += [torch.ones(n) * w for n, w in zip(x.scored.lengths, used(x.scored, args))]
+    old_logp = pad_sequence(old_logps, batch_first=True).to(logp)  # (N, R)
+    mask = pad_sequence(masks, batch_first=True).to(logp)  # (N, R)
+    loss, sums = grpo.grpo_loss(
+        logp,
+        old_logp,
+        torch.cat([A for _, A in row]).to(logp),  # (N,)
+        mask,
+        ref_logp=ref_logp,
+        beta=args.beta,
+        estimator=args.kl,
+        variant=args.variant,
+        clip_low=args.clip_low,
+        clip_high=args.clip_high,
+        dual_clip=args.dual_clip,
+        average=args.average,
+        denominator=denominator,
+    )
+    sums |= {"loss": loss.detach(), "entropy": (entropy * mask).sum()}
+    sums["mismatch"] = ((logp.detach() - old_logp).abs() * mask).sum()
+    return loss, LossTotals(**{name: float(x) for name, x in sums.items()})
+
+
+# ---- SFT
+
+
+def sft_step(run, prompts, step):
+    """One supervised step: the mean negative log-prob of all response tokens of the batch.
+
+    Arguments and result as in grpo_step; there are no samples to log.
+    """
+    args, policy = run.args, unwrap(run.policy)
+    prompts = [p for _, p in prompts]
+    lengths = [len(p.ids) + len(p.target) for p in prompts]
+    tokens = sum(gather(sum(len(p.target) for p in prompts), policy.sp.size))
+    visual_embeds = [None] * len(prompts)
+    if not args.train_vision:  # a tower that is trained encodes with gradient, row by row
+        with timed("encode"), torch.no_grad():
+            visual_embeds = policy.encode(prompts)
+    total = 0.0
+    with timed("train"):
+        items = list(zip(prompts, visual_embeds))
+        for row in passes(run.policy, pack(items, lengths, args.row_tokens)):
+            embeds = None if args.train_vision else [x for _, x in row]
+            logp, _ = run.policy([p for p, _ in row], [[p.target] for p, _ in row], embeds)
+            loss = -logp.sum() / tokens  # (N, R), 0 beyond a response's end
+            (loss * WORLD).backward()
+            total += float(-logp.detach().sum()) / tokens
+    with timed("optimizer"):
+        made = run.optimize(step)
+    shown = sum(gather([p.frames_x_pixels for p in prompts], policy.sp.size), [])
+    shown = torch.tensor(shown, dtype=torch.float64)  # (B, 2)
+    entry = {
+        "loss": sum(gather(total, policy.sp.size)),
+        "response_length": tokens / len(shown),
+        "frames": float(shown[:, 0].mean()),
+        "pixels": float(shown[:, 1].mean()),
+        **update_metrics([made]),
+    }
+    return entry, [], tokens
+
+
+# ---- evaluation during training
+
+
+def evaluate(run, samples):
+    """Greedy accuracy on held-out samples, over all ranks -> log entry.
+
+    Each rank answers its own questions. A sample that cannot be loaded is a wrong answer. For sft
+    also the validation loss, on samples with reasoning.
+    Raises DataError if no sample can be loaded.
+    """
+    policy = unwrap(run.policy)
+    with bf16_on_gpu(policy.device), timed("evaluate"), fsdp.gathered(policy):
+        answered, supervised = answer_held_out(run, samples)
+        nll, tokens = validation_loss(policy, supervised, run.args)
+    answered = sum(gather(answered), [])
+    failures = [failure for _, _, failure in answered if failure]
+    if len(failures) == len(answered):
+        raise DataError(
+            f"{run.args.eval_data}: none of the {len(answered)} held-out media could be loaded; "
+            f"the first: {failures[0]}"
+        )
+    scores = [score for _, score, _ in answered]
+    by_source = {}
+    for source in sorted({source for source, _, _ in answered}):
+        of_source = [score for s, score, _ in answered if s == source]
+        by_source[source] = round(sum(of_source) / len(of_source), 4)
+    entry = {"eval_loss": nll / tokens} if tokens else {}
+    return entry | {
+        "eval_accuracy": sum(scores) / len(scores),
+        "eval_questions": len(scores),
+        "eval_failures": len(failures),
+        "eval_by_source": by_source,
+    }
+
+
+def answer_held_out(run, samples):
+    """This rank's answers -> ([(source, score, why it could not be loaded or None), ...],
+    [(Prompt, target ids), ...] for the validation loss of sft)."""
+    args, builder = run.args, run.builder
+    method = Method("greedy", args.max_frames, args.max_frames, 1, 0.0)
+    questions = [Question(i, samples[i], method) for i in range(RANK, len(samples), WORLD)]
+    answered, supervised = [], []
+    how = dict(pool=run.loader.pool, max_new=args.max_new)
+    for q in answer(unwrap(run.policy), builder, questions, method, **how):
+        answered.append((q.sample.source, q.score, None if q.prompt else q.failure))
+        if args.algo == "sft" and q.prompt and q.sample.reasoning:
+            supervised.append((q.prompt, builder.target(q.sample)))
+    return answered, supervised
+
+
+@torch.no_grad()
+def validation_loss(policy, supervised, args):
+    """Of [(Prompt, target ids), ...] -> (negative log-prob, number of tokens), over all ranks."""
+    nll, tokens = 0.0, 0
+    lengths = [len(p.ids) + len(target) for p, target in supervised]
+    for row in pack(supervised, lengths, args.row_tokens):
+        logp, _ = policy([p for p, _ in row], [[target] for _, target in row])
+        nll -= float(logp.sum())
+        tokens += sum(len(target) for _, target in row)
+    return sum(gather(nll)), sum(gather(tokens))
+
+
+# ---- the loop
+
+
+def train(args, device, at_end, policy_class=Policy):
+    """Runs args.steps steps of args.algo, with evaluations, logs and checkpoints.
+
+    at_end: an ExitStack of what has to be released, however the run ends. On SIGTERM (exit 0) and
+    ctrl-C (130) the program ends after a step and its checkpoint.
+    """
+    samples, held_out = read_data(args)  # before a model is loaded: a wrong path costs nothing
+    warn(args)
+    run, start = open_training(args, samples, device, at_end, policy_class)
+    progress = Progress(Path(args.out), args, start)
+    at_end.callback(progress.close)
+    signals = at_end.enter_context(stop_signals())
+    at_end.enter_context(resumable())
+    seconds.clear()
+    if start == 0 and held_out:
+        progress.log(0, evaluate(run, held_out))
+    for step in range(start, args.steps):
+        seconds.clear()
+        done = step + 1
+        with timed("step"):
+            entry, lines, tokens = train_step(run, step)
+        entry |= {
+            "lr": learning_rate(step, args),
+            "sp": run.sharing.sp.size,
+            "skipped_samples": len(run.errors.in_step),
+            "tokens_per_second": tokens / seconds["step"],
+        }
+        if held_out and (done % args.eval_every == 0 or done == args.steps):
+            entry |= evaluate(run, held_out)
+        progress.log(done, entry)
+        progress.samples(lines)
+        stop = max(gather(max(signals, default=0)))  # of any rank: all stop after the same step
+        if done % args.save_every == 0 or done == args.steps or stop:
+            with bf16_on_gpu(device):
+                save(unwrap(run.policy), run.optimizer, done, args)
+        if stop:
+            at = f"step {done} of {args.steps} by {signal.Signals(stop).name}"
+            say(f"stopped after {at}; to resume: {resume_command()}")
+            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
+    say(f"{args.out} holds the run; `python report.py {shlex.quote(args.out)} --open` shows it")
+
+
+def open_training(args, samples, device, at_end, policy_class):
+    """Opens the run folder and loads all that the run needs -> (Run, the step to start at)."""
+    at_end.enter_context(claimed(Path(args.out)))
+    checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
+    policy, reference = load_policies(args, checkpoint, device, policy_class)
+    loader = make_loader(args, policy, samples)
+    at_end.callback(close_workers)
+    at_end.callback(loader.pool.shutdown, cancel_futures=True)
+    optimizer = make_optimizer(policy, args)
+    start = resume_step(args, checkpoint, optimizer)
+    wrapped = policy
+    if WORLD > 1 and not args.fsdp:
+        how = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(policy, **how)
+    errors = LoadErrors(args.prompts, args.steps)
+    sharing = mrsp.RowSharing(policy, reference, patience(args), args)
+
+    def more(step, k):
+        return sharing.exchange(errors.usable(loader.refill(step, k)))
+
+    def optimize(step):
+        return update(policy, optimizer, step, args)
+
+    parts = dict(loader=loader, optimizer=optimizer, errors=errors, sharing=sharing)
+    return Run(args, wrapped, reference, loader.builder, more, optimize, **parts), start
+
+
+def bf16_on_gpu(device):
+    """A context: on a GPU, fp32 master weights compute in bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train_step(run, step):
+    """Loads a step's prompts and trains on them -> (log entry, sample lines, response tokens)."""
+    run.errors.next_step()
+    with timed("data"):
+        prompts = run.errors.usable(run.loader.load(step))
+        run.errors.check()
+        run.sharing.choose(prompts)
+        prompts = run.sharing.exchange(prompts)
+    if len(run.errors.in_step) == run.args.prompts:  # nothing could be loaded, on any rank
+        return {"updates": 0, "skipped_updates": 1, "skipped_update": True}, [], 0
+    run.policy.train()
+    with run.sharing.rows(), bf16_on_gpu(unwrap(run.policy).device):
+        if run.args.algo == "sft":
+            entry, lines, tokens = sft_step(run, prompts, step)
+            if not math.isfinite(entry["loss"]):
+                raise ModelError(
+                    f"step {step + 1}: the loss is {entry['loss']}: logits that are not finite"
+                )
+        else:
+            entry, lines, tokens = grpo_step(run, prompts, step)
+    run.policy.eval()
+    return entry, lines, tokens
+
+
+def patience(args):
+    """How long ranks wait for each other: half an hour, and the time to load a rank's prompts."""
+    loading = args.decode_timeout * math.ceil(args.prompts / WORLD / args.workers)
+    return timedelta(minutes=30, seconds=loading)
+
+
+# ---- what a run starts from
+
+
+def read_data(args):
+    """The records of a run -> (samples, held-out samples).
+
+    Bad records are printed and left out; missing media are counted.
+    Raises DataError: no usable record, a bad held-out record, or most media are missing.
+    """
+    skipped = {}
+    samples = load_samples(args.data, media_root=args.media_root, skipped=skipped)
+    bad = list(skipped.values())
+    if args.algo == "sft":
+        without = [s for s in samples if not s.reasoning]
+        bad += [f"{s.name}: no reasoning ('process') to learn from" for s in without]
+        samples = [s for s in samples if s.reasoning]
+    if not samples:
+        raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
+    for message in bad:
+        say(f"skipped: {message}")
+    held_out = []
+    if args.eval_data:
+        held_out = load_samples(args.eval_data, media_root=args.media_root)
+    counts = f"{len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped"
+    say(f"{args.data}: {counts}")
+    look_for_media(samples, args.data, args.media_root)
+    look_for_media(held_out, args.eval_data, args.media_root)
+    return samples, held_out
+
+
+def warn(args):
+    """Prints a line for every flag that keeps the run from learning."""
+    if args.lr == 0:
+        say("--lr 0: no step changes the weights")
+    if args.algo != "sft" and not (args.w_accuracy or args.w_format or args.len_bonus):
+        only = " but for the temporal bonus" if args.algo == "tgrpo" and args.alpha else ""
+        result = only or ", so nothing is learned"
+        say(f"--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0{result}")
+    if args.warmup >= args.steps:
+        say(
+            f"--warmup {args.warmup}: the run has {args.steps} steps, so the learning rate rises "
+            "until its end"
+        )
+
+
+def load_policies(args, checkpoint, device, policy_class):
+    """The policy, from the checkpoint or --model, and the reference -> (policy, None or Policy)."""
+    policy = policy_class.load(
+        checkpoint or args.model, device=device, grad_checkpointing=args.grad_checkpointing
+    )
+    policy.cuda_graph = args.cuda_graph and device.type == "cuda"
+    if not args.train_vision:
+        policy.freeze_vision()
+    sharded = args.fsdp and WORLD > 1
+    if sharded:
+        fsdp.shard(policy)
+    reference = None
+    if args.beta and args.algo != "sft":
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        reference = policy_class.load(args.model, device=device, dtype=dtype)
+        reference.requires_grad_(False)
+        if sharded:
+            fsdp.shard(reference)
+    if args.embedding_cache:
+        visual = policy.net.model.visual
+        tower = [str(visual.dtype), device.type, tensor_digest(*visual.parameters())]
+        policy.embedding_cache = EmbeddingCache(args.embedding_cache, args.cache_gb, tower)
+    millions = sum(p.numel() for p in policy.parameters()) / 1e6
+    say(f"{args.algo}: {args.out}: {millions:.1f} M parameters, {WORLD} x {device.type}")
+    return policy, reference
+
+
+def make_loader(args, policy, samples):
+    """The Loader of this rank."""
+    media = {name: getattr(args, name) for name in (*MEDIA, "max_frames")}
+    builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
+    return Loader(
+        samples,
+        builder,
+        prompts=args.prompts,
+        seed=args.seed,
+        workers=args.workers,
+        target=args.algo == "sft",
+        rank=mrsp.turn(RANK, WORLD, args.sp),
+        world=WORLD,
+    )
+
+
+def resume_step(args, checkpoint, optimizer):
+    """Loads the optimizer of a checkpoint -> the step to start at; 0 without a checkpoint."""
+    if not checkpoint:
+        return 0
+    start = json.loads((checkpoint / "state.json").read_text())["step"]
+    fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
+    if start >= args.steps:
+        say(
+            f"{checkpoint}: {start} steps are done and --steps is {args.steps}, "
+            "so there is nothing left to do"
+        )
+    return start
+
+
+# ---- the flags
 
 
 def parse_args(argv=None):
-    """The flags, from argv or the command line; @FILE reads them from a file, one a line, # begins a comment."""
+    """The flags, from argv or the command line. @FILE reads more, one a line, # is a comment."""
     p = Parser(__doc__)
     g = p.section("run")
     g.value(
         "algo",
         "grpo",
-        "sft: learn reasoning examples; grpo: learn from rewards; tgrpo: with the temporal reward",
+        "sft: imitate reasoning; grpo: learn from rewards; tgrpo: grpo with the temporal reward",
         choices=("sft", "grpo", "tgrpo"),
     )
-    g.value(
-        "model",
-        None,
-        "model folder, run folder or hub name; without one: the embedded toy world",
-    )
+    g.value("model", None, "model folder, run folder or hub name; without: the toy world's")
     g.value("data", None, "records to train on, .json or .jsonl")
     g.value("eval_data", None, "held-out records, answered greedily every --eval_every steps")
-    g.value(
-        "media_root",
-        None,
-        "what relative paths in the records start from; the records' own folder unless told",
-    )
+    g.value("media_root", None, "folder of the records' relative paths; default: the records' own")
     g.value("out", None, "run folder (default: out/toy or out/run)")
-    g.value(
-        "steps",
-        1000,
-        "steps: one batch of examples, or one rollout and its --updates",
-        "at least 1",
-    )
-    g.value("seed", 0, "of the order of the data and of the sampling")
-    g.switch(
-        "resume", "resume from the newest whole checkpoint in --out; start anew if there is none"
-    )
+    g.value("steps", 1000, "steps: a batch of examples, or a rollout and its updates", "at least 1")
+    g.value("seed", 0, "random seed of the data's order and of the sampling")
+    g.switch("resume", "resume from the newest whole checkpoint in --out, if there is one")
     g = media_flags(p, fps=2.0, max_pixels=128 * 28 * 28, max_prompt=16384)
     g.value("max_frames", 16, "at most this many frames", "at least 2")
     g = p.section("step")
     g.value("prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
-    g.value("group", 8, "G, responses to a prompt, at least 2", "at least 2")
+    g.value("group", 8, "G, responses to a prompt", "at least 2")
     g.value("max_new", 768, "tokens of a response, at most", "at least 1")
-    g.value(
-        "temperature",
-        1.0,
-        "of the rollout, and of the log-probs that are trained",
-        "above 0, at most 100",
-    )
-    g.value(
-        "top_p",
-        1.0,
-        "nucleus of the rollout; below 1 the gradient is biased",
-        "above 0, at most 1",
-    )
-    g.value(
-        "minibatches",
-        1,
-        "optimizer steps on the rollout of one step, each on its share of the groups that have a gradient",
-        "at least 1",
-    )
-    g.value(
-        "row_tokens",
-        16384,
-        "tokens of a packed row, i.e. of one forward and backward pass (a longer group gets its own)",
-        "at least 1",
-    )
+    g.value("temperature", 1.0, "of sampling and of the trained log-probs", "above 0, at most 100")
+    g.value("top_p", 1.0, "nucleus; below 1 the gradient is biased", "above 0, at most 1")
+    g.value("minibatches", 1, "optimizer steps on the groups of one rollout", "at least 1")
+    g.value("row_tokens", 16384, "tokens of a packed row; a longer group gets one", "at least 1")
     g.switch("cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     g = p.section("reward = w_accuracy * accuracy + w_format * format + length bonus")
     g.value("w_accuracy", 1.0, "weight of the accuracy reward")
     g.value("w_format", 1.0, "weight of the format reward")
     g.value("len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
-    g.value("len_lo", 320, "shortest response that gets the bonus")
-    g.value("len_hi", 512, "longest response that gets the bonus")
-    g = p.section("temporal reward (tgrpo, videos only)")
-    g.value(
-        "temporal",
-        "reward",
-        "the bonus is added to the reward, as published, or to the advantage; contrast (ours): to the "
-        "reward, each response its own, by the share of its probability that is lost when the frames are shuffled",
-        choices=("reward", "advantage", "contrast"),
-    )
-    g.value(
-        "alpha",
-        0.3,
-        "the bonus of a right response whose group passed the test; contrast: that has lost it all",
-    )
-    g.value("mu", 1.0, "passed: right at least mu times as often in order as shuffled")
-    g.value("correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
-    g.value(
-        "shuffle",
-        "frame",
-        "what is shuffled: frames, or 2-frame grids (no second encoding)",
-        choices=("frame", "grid"),
-    )
-    g.value(
-        "shuffles",
-        1,
-        "orders drawn for each video; they share its G/2 shuffled responses",
-        "at least 1",
-    )
-    g = p.section("loss")
-    g.value(
-        "norm",
-        "std",
-        "advantages are divided by the group's std, by nothing, or by the batch's std",
-        choices=grpo.NORMS,
-    )
-    g.value(
-        "average",
-        "sequence",
-        "token losses are averaged per response, over all, or by a constant",
-        choices=grpo.AVERAGES,
-    )
-    g.value(
-        "beta", 0.0, "weight of the KL penalty to the starting model; 0 keeps no reference model"
-    )
-    g.value("kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
-    g.value(
-        "variant",
-        "grpo",
-        "the clipped ratio is a token's, a response's (gspo), or weights log pi (cispo)",
-        choices=grpo.VARIANTS,
-    )
-    g.value(
-        "clip_low",
-        0.2,
-        "the ratio's lower clip, 1 - clip_low (none in cispo)",
-        "at least 0, at most 1",
-    )
-    g.value("clip_high", 0.2, "the ratio's upper clip, 1 + clip_high")
-    g.value(
-        "dual_clip",
-        0.0,
-        "bound the loss where the advantage is negative and the ratio above this; 3 is usual, 0 is off",
-    )
-    g.switch(
-        "drop_zero_std",
-        "leave groups without an advantage out of the batch (and of its averages)",
-    )
-    g.value(
-        "refill",
-        0,
-        "with --drop_zero_std: draw --prompts more, up to so many times, until --prompts groups are left",
-    )
-    g.switch("mask_truncated", "leave truncated responses out of the loss")
+    g.value("len_lo", 320, "shortest response with the bonus")
+    g.value("len_hi", 512, "longest response with the bonus")
+    temporal_flags(p)
+    loss_flags(p)
     g = p.section("optimizer")
     g.value("lr", 1e-6, "peak learning rate")
     g.value("schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
     g.value("warmup", 0, "steps of linear warm-up")
-    g.value(
-        "beta2",
-        0.999,
-        "AdamW's memory of squared gradients (beta1 is 0.9)",
-        "at least 0, below 1",
-    )
+    g.value("beta2", 0.999, "AdamW's beta2 (beta1 is 0.9)", "at least 0, below 1")
     g.value("weight_decay", 0.01, "of matrices")
     g.value("clip_grad", 1.0, "largest gradient norm", "above 0")
-    g.switch("train_vision", "train the vision tower too; without it, it is frozen")
-    g.value(
-        "grad_checkpointing",
-        1,
-        "recompute the activations of every n-th layer in the backward pass; 0: keep them all",
-    )
-    g.switch(
-        "fsdp",
-        "shard weights, gradients and moments over all ranks (fsdp.py); a single rank has nothing to shard",
-    )
+    g.switch("train_vision", "train the vision tower too; it is frozen otherwise")
+    g.value("grad_checkpointing", 1, "recompute every n-th layer in the backward pass; 0: none")
+    g.switch("fsdp", "shard weights, gradients and moments over all ranks")
     g = p.section("long videos (mrsp.py)")
-    g.value(
-        "sp",
-        "1",
-        "ranks that share each row, a divisor of all ranks; auto: as few as memory allows, by each step's length",
-    )
-    g.value(
-        "embedding_cache",
-        None,
-        "folder for the embeddings of a frozen vision tower, shared by runs",
-    )
-    g.value(
-        "cache_gb", 100.0, "size of that folder; what was used longest ago goes first", "above 0"
-    )
+    g.value("sp", "1", "ranks that share each row, a divisor of all ranks, or auto: as few as fit")
+    g.value("embedding_cache", None, "folder for embeddings of a frozen tower, shared by runs")
+    g.value("cache_gb", 100.0, "its size; the least recently used entries go first", "above 0")
     g = p.section("logs and checkpoints")
-    g.value(
-        "log_every", 10, "steps between console lines (log.jsonl gets every step)", "at least 1"
-    )
-    g.value(
-        "eval_every",
-        100,
-        "steps between evaluations on --eval_data, also done before the first and after the last",
-        "at least 1",
-    )
-    g.value(
-        "save_every",
-        100,
-        "steps between checkpoints; one is always written at the end",
-        "at least 1",
-    )
+    g.value("log_every", 10, "steps between console lines; log.jsonl has every step", "at least 1")
+    g.value("eval_every", 100, "steps between evaluations, also at both ends", "at least 1")
+    g.value("save_every", 100, "steps between checkpoints, also at the end", "at least 1")
     g.value("keep", 2, "newest checkpoints to keep", "at least 1")
     args = p.parse_args(argv)
+    refuse_combinations(p, args)
+    return args
+
+
+def temporal_flags(p):
+    """The flags of T-GRPO."""
+    g = p.section("temporal reward (tgrpo, videos only)")
+    g.value(
+        "temporal",
+        "reward",
+        "add the bonus to the reward (as published) or to the advantage; contrast (ours): to the "
+        "reward, for each response by its probability drop when the frames are shuffled",
+        choices=("reward", "advantage", "contrast"),
+    )
+    g.value("alpha", 0.3, "the bonus of a right response; contrast: the most it can be")
+    g.value("mu", 1.0, "the test passes if right mu times as often in order as shuffled")
+    g.value("correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
+    g.value(
+        "shuffle",
+        "frame",
+        "shuffle frames, or 2-frame grids, which need no second encoding",
+        choices=("frame", "grid"),
+    )
+
+
+def loss_flags(p):
+    """The flags of GRPO's loss."""
+    g = p.section("loss")
+    g.value("norm", "std", "divide advantages by a std", choices=grpo.NORMS)
+    g.value(
+        "average",
+        "sequence",
+        "average token losses per response, over all tokens, or by a constant",
+        choices=grpo.AVERAGES,
+    )
+    g.value("beta", 0.0, "weight of the KL penalty to the starting model; 0 loads no reference")
+    g.value("kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
+    g.value(
+        "variant",
+        "grpo",
+        "clip the ratio of a token (grpo) or a response (gspo), or weight log pi by it (cispo)",
+        choices=grpo.VARIANTS,
+    )
+    g.value("clip_low", 0.2, "lower clip, 1 - clip_low (not cispo)", "at least 0, at most 1")
+    g.value("clip_high", 0.2, "upper clip, 1 + clip_high")
+    g.value("dual_clip", 0.0, "bound the loss where A < 0 and rho is above this; usual: 3, off: 0")
+    g.switch("drop_zero_std", "leave groups without an advantage out of the batch and its averages")
+    g.value("refill", 0, "with --drop_zero_std: extra draws, until --prompts groups are left")
+    g.switch("mask_truncated", "leave truncated responses out of the loss")
+
+
+def refuse_combinations(p, args):
+    """Ends the program for flags that do not go together."""
     if args.model and not args.data:
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
@@ -272,437 +818,41 @@ def parse_args(argv=None):
         p.error(f"--refill {args.refill}: expected --drop_zero_std beside it")
     if args.dual_clip and (args.dual_clip <= 1 or args.variant == "cispo"):
         p.error(
-            f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, which does not clip below"
+            f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, "
+            "which does not clip below"
         )
     if args.sp != "auto" and (not args.sp.isdecimal() or int(args.sp) < 1 or WORLD % int(args.sp)):
         p.error(f"--sp {args.sp}: expected auto or a divisor of the {WORLD} ranks")
     if args.embedding_cache and args.train_vision:
         p.error(
-            "--embedding_cache: expected a frozen vision tower; with --train_vision its embeddings change with every step"
-        )
-    if args.algo == "tgrpo" and args.group // 2 % args.shuffles:
-        p.error(
-            f"--shuffles {args.shuffles}: expected a divisor of the {args.group // 2} shuffled responses"
-        )
-    return args
-
-
-def evaluate(policy, samples, loader, args):
-    """Greedy accuracy on held-out samples, over all ranks -> log entry. A sample that cannot be loaded is a wrong answer; if
-    none can be, DataError. For sft also the validation loss, on the samples that hold reasoning.
-    """
-    method, builder = Method("greedy", args.max_frames, args.max_frames, 1, 0.0), loader.builder
-    questions = (Question(i, samples[i], method) for i in range(RANK, len(samples), WORLD))
-    results, nll, tokens, items = [], 0.0, 0, []
-    for q in answer(policy, builder, questions, method, pool=loader.pool, max_new=args.max_new):
-        results.append((q.sample.source, q.score, None if q.prompt else q.failure))
-        if args.algo == "sft" and q.prompt and q.sample.reasoning:
-            items.append((q.prompt, builder.target(q.sample)))
-    for row in pack(items, [len(p.ids) + len(target) for p, target in items], args.row_tokens):
-        with torch.no_grad():
-            nll -= float(policy([p for p, _ in row], [[target] for _, target in row])[0].sum())
-        tokens += sum(len(target) for _, target in row)
-    results, nll, tokens = sum(gather(results), []), sum(gather(nll)), sum(gather(tokens))
-    failures = [failure for _, _, failure in results if failure]
-    if len(failures) == len(results):
-        raise DataError(
-            f"{args.eval_data}: none of the {len(results)} held-out media could be loaded; the first: {failures[0]}"
-        )
-    by_source = {}
-    for source, score, _ in results:
-        by_source.setdefault(source, []).append(score)
-    mean = lambda scores: sum(scores) / len(scores)
-    entry = {"eval_loss": nll / tokens} if tokens else {}
-    return entry | {
-        "eval_accuracy": mean([score for _, score, _ in results]),
-        "eval_questions": len(results),
-        "eval_failures": len(failures),
-        "eval_by_source": {
-            source: round(mean(scores), 4) for source, scores in sorted(by_source.items())
-        },
-    }
-
-
-# ---- the loop
-
-
-def learning_rate(step, args):
-    """Of a step (from 0): linear warm-up, then constant or a half cosine down to 0."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    if args.schedule == "constant":
-        return args.lr
-    return (
-        args.lr
-        * 0.5
-        * (1 + math.cos(math.pi * (step - args.warmup) / max(1, args.steps - args.warmup)))
-    )
-
-
-def make_optimizer(policy, args):
-    """AdamW on what is trained; weight decay on matrices only."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True), trained
-
-
-def usable(loaded, errors):
-    """The prompts of this rank, of what a loader gave; what could not be loaded, on any rank, is said and added to errors."""
-    failed = sum(gather([str(p) for _, p in loaded if isinstance(p, DataError)]), [])
-    for message in failed:
-        say(f"skipped: {message}")
-    errors += failed
-    return [(i, p) for i, p in loaded if not isinstance(p, DataError)]
-
-
-def refuse_failing(failed, args):
-    """Raises DataError if most samples of the last steps could not be loaded. failed: the messages of each of them, up to
-    EMPTY_STEPS; of fewer steps, only a whole run is judged."""
-    messages, drawn = sum(failed, []), len(failed) * args.prompts
-    if len(failed) == min(EMPTY_STEPS, args.steps) and 2 * len(messages) > drawn:
-        raise DataError(
-            f"{len(messages)} of the {drawn} samples of {len(failed)} steps in a row could not be loaded; the last: "
-            f"{messages[-1]}"
+            "--embedding_cache: expected a frozen vision tower; "
+            "with --train_vision its embeddings change with every step"
         )
 
 
-def patience(args):
-    """How long ranks wait for each other: half an hour, and the time that one of them may need to load its prompts."""
-    return timedelta(
-        minutes=30, seconds=args.decode_timeout * math.ceil(args.prompts / WORLD / args.workers)
-    )
-
-
-def share(group, prompts):
-    """The prompts of a sequence-parallel group: each was loaded by one of its ranks, now all have them, in order."""
-    return sorted(sum(group.exchange(prompts), []), key=lambda p: p[0])
-
-
-def update(optimizer, trained, step, args):
-    """Clips the gradient and steps, unless the gradient is not finite -> log entry."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
-    norm = torch.nn.utils.clip_grad_norm_(trained, args.clip_grad)
-    norm = float(
-        norm.full_tensor() if isinstance(norm, DTensor) else norm
-    )  # sharded: of this rank's parts
-    if math.isfinite(norm):
-        optimizer.step()
-        torch.clear_autocast_cache()  # it holds bf16 copies of the weights as they were
-    else:
-        say(f"step {step + 1}: the gradient's norm is {norm}, so this update is skipped")
-    optimizer.zero_grad()
-    return {"grad_norm": norm, "skipped_update": not math.isfinite(norm)}
-
-
-def read_data(args):
-    """The records of a run -> (samples, held-out samples); bad records are printed and left out, missing media are counted.
-    Raises DataError: nothing is left, a bad held-out record, or most media are missing."""
-    bad = {}
-    samples = load_samples(args.data, media_root=args.media_root, skipped=bad)
-    bad = list(bad.values())
-    if args.algo == "sft":
-        bad += [
-            f"{s.name}: no reasoning ('process') to learn from" for s in samples if not s.reasoning
-        ]
-        samples = [s for s in samples if s.reasoning]
-    if not samples:
-        raise DataError(f"{args.data}: holds no usable record; the first problem: {bad[0]}")
-    for message in bad:
-        say(f"skipped: {message}")
-    held_out = load_samples(args.eval_data, media_root=args.media_root) if args.eval_data else []
-    say(
-        f"{args.data}: {len(samples)} samples, {len(held_out)} held out, {len(bad)} bad records skipped"
-    )
-    look_for_media(samples, args.data, args.media_root)
-    look_for_media(held_out, args.eval_data, args.media_root)
-    return samples, held_out
-
-
-def warn(args):
-    """Prints a line for every flag that keeps the run from learning, or from its learning rate."""
-    if args.lr == 0:
-        say("--lr 0: no step changes the weights")
-    if args.algo != "sft" and not (args.w_accuracy or args.w_format or args.len_bonus):
-        say(
-            "--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0"
-            + (
-                " but for the temporal bonus"
-                if args.algo == "tgrpo" and args.alpha
-                else ", so nothing is learned"
-            )
-        )
-    if args.warmup >= args.steps:
-        say(
-            f"--warmup {args.warmup}: the run has {args.steps} steps, so the learning rate rises until its end"
-        )
-
-
-def load(args, checkpoint, device, samples):
-    """What a run works with -> (policy, reference or None, Loader)."""
-    policy = Policy.load(
-        checkpoint or args.model, device=device, grad_checkpointing=args.grad_checkpointing
-    )
-    policy.cuda_graph = args.cuda_graph and device.type == "cuda"
-    if not args.train_vision:
-        policy.freeze_vision()
-    sharded = args.fsdp and WORLD > 1
-    if sharded:
-        fsdp.shard(policy)
-    reference = None
-    if args.beta and args.algo != "sft":
-        reference = Policy.load(
-            args.model,
-            device=device,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        )
-        reference.requires_grad_(False)
-        if sharded:
-            fsdp.shard(reference)
-    media = {name: getattr(args, name) for name in (*MEDIA, "max_frames")}
-    builder = PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
-    if args.embedding_cache:
-        tower = [
-            str(policy.net.model.visual.dtype),
-            device.type,
-            tensor_digest(*policy.net.model.visual.parameters()),
-        ]
-        policy.embedding_cache = EmbeddingCache(args.embedding_cache, args.cache_gb, tower)
-    say(
-        f"{args.algo}: {args.out}: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {WORLD} x {device.type}"
-    )
-    loader = Loader(
-        samples,
-        builder,
-        prompts=args.prompts,
-        seed=args.seed,
-        workers=args.workers,
-        target=args.algo == "sft",
-        rank=mrsp.turn(RANK, WORLD, args.sp),
-        world=WORLD,
-    )
-    return policy, reference, loader
-
-
-def advice(entry, args):
-    """One line on why steps like that of this log entry teach nothing, and what may help."""
-    if not math.isfinite(entry["grad_norm"]):
-        return "the gradient is not finite: lower --lr, or check the weights it started from"
-    if entry["truncated"] > 0.5:
-        return f"{entry['truncated']:.0%} of the responses are cut off at --max_new {args.max_new}: raise it"
-    if entry["format"] == 0:
-        return "no response has the format <think> </think><answer> </answer>: begin with a cold start (--algo sft)"
-    return (
-        "all responses to a question get the same reward: choose questions that are neither too easy nor too hard "
-        "(eval.py --filter), or raise --group"
-    )
-
-
-def report(out, bar, step, entry, args, skipped=0):
-    """Writes a step's log entry; shows its figures on the bar and, every args.log_every steps, on a line, with the updates that
-    were skipped since the run began or was resumed."""
-    if torch.cuda.is_available():
-        entry["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if RANK == 0:
-        append(
-            out / "log.jsonl",
-            [{"step": step, **entry, "seconds": {k: round(v, 4) for k, v in seconds.items()}}],
-        )
-    figures = {
-        k: f"{entry[k]:.3f}"
-        for k in ("loss", "reward", "accuracy", "response_length", "grad_norm")
-        if k in entry
-    }
-    bar.set_postfix(figures)
-    if step and step % args.log_every == 0:
-        figures |= {k: f"{entry[k]:.3f}" for k in ("zero_std_groups", "truncated") if k in entry}
-        figures["skipped_updates"] = f"{skipped}"
-        phases = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "step")
-        say(
-            f"step {step:5d}  {'  '.join(f'{k} {v}' for k, v in figures.items())}  {seconds['step']:.2f} s: {phases}"
-        )
-    if "eval_accuracy" in entry:
-        say(
-            f"step {step:5d}  held-out accuracy {entry['eval_accuracy']:.3f}   "
-            + "  ".join(
-                f"{source} {accuracy:.2f}" for source, accuracy in entry["eval_by_source"].items()
-            )
-        )
-
-
-def train(args, device, at_end):
-    """Runs args.steps steps of args.algo; see the module's first lines for what a step does. at_end: an ExitStack of what is to
-    be let go of, however it ends. Ends the program, after a step and its checkpoint, on SIGTERM (exit 0) or ctrl-C (130)."""
-    samples, held_out = read_data(
-        args
-    )  # before a folder is opened or a model loaded: a wrong path costs nothing
-    warn(args)
-    out = Path(args.out)
-    at_end.enter_context(claimed(out))
-    checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
-    policy, reference, loader = load(args, checkpoint, device, samples)
-    at_end.callback(close_workers)
-    at_end.callback(loader.pool.shutdown, cancel_futures=True)
-    optimizer, trained = make_optimizer(policy, args)
-    start, failed = (
-        0,
-        deque(maxlen=EMPTY_STEPS),
-    )  # samples that could not be loaded, of the last steps
-    idle_steps = skipped = 0
-    if checkpoint:
-        start = json.loads((checkpoint / "state.json").read_text())["step"]
-        fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
-        if start >= args.steps:
-            say(
-                f"{checkpoint}: {start} steps are done and --steps is {args.steps}, so there is nothing left to do"
-            )
-    wrapped = policy
-    if WORLD > 1 and not args.fsdp:
-        wrapped = DistributedDataParallel(
-            policy, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
-    autocast = torch.autocast(
-        policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda"
-    )  # fp32 master weights
-    bar = at_end.enter_context(
-        tqdm(
-            total=args.steps,
-            initial=start,
-            disable=None if RANK == 0 else True,
-            desc=args.algo,
-            unit="step",
-        )
-    )
-    noted = at_end.enter_context(stop_signals())
-    at_end.enter_context(resumable())
-
-    def held_out_accuracy():
-        policy.sp = mrsp.UNSHARDED  # every rank answers its own questions
-        with autocast, timed("evaluate"), fsdp.gathered(policy):
-            return evaluate(policy, held_out, loader, args)
-
-    limit, said = (
-        min(gather(device_memory(device, WORLD))),
-        None,
-    )  # the same on all ranks, as the degree must be
-    seconds.clear()
-    if start == 0 and held_out:
-        report(out, bar, 0, held_out_accuracy(), args)
-    for step in range(start, args.steps):
-        seconds.clear()
-        done = step + 1
-        with timed("step"):
-            errors = []
-            with timed("data"):
-                prompts = usable(loader.load(step), errors)
-                failed.append(errors[:])
-                refuse_failing(failed, args)
-                lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
-                size, estimate = mrsp.smallest_group(policy, reference, lengths, limit, args, WORLD)
-                group = policy.sp = mrsp.sequence_parallel(size, patience(args))
-                if reference:
-                    reference.sp = group
-                if WORLD > 1 and lengths and size != said:
-                    say(
-                        f"memory: {estimate}"
-                        if args.sp == "1"
-                        else f"sequence parallelism: {size} ranks a row; {estimate}"
-                    )
-                    said = size
-                prompts = share(group, prompts)
-            entry, some, tokens = (
-                {"updates": 0, "skipped_updates": 1, "skipped_update": True},
-                [],
-                0,
-            )
-            if len(errors) < args.prompts:
-                policy.train()
-                optimize = partial(update, optimizer, trained, step, args)
-                with autocast:
-                    if args.algo == "sft":
-                        entry, some, tokens = sft_step(wrapped, prompts, optimize, args)
-                        if not math.isfinite(entry["loss"]):
-                            raise ModelError(
-                                f"step {done}: the loss is {entry['loss']}: logits that are not finite"
-                            )
-                    else:
-                        more = lambda k: share(group, usable(loader.refill(step, k), errors))
-                        entry, some, tokens = grpo_step(
-                            wrapped, reference, prompts, more, loader.builder, step, optimize, args
-                        )
-                policy.eval()
-        entry |= {
-            "lr": learning_rate(step, args),
-            "sp": group.size,
-            "skipped_samples": len(errors),
-            "tokens_per_second": tokens / seconds["step"],
-        }
-        if held_out and (done % args.eval_every == 0 or done == args.steps):
-            entry |= held_out_accuracy()
-        bar.update()
-        skipped += entry["skipped_updates"]
-        report(out, bar, done, entry, args, skipped)
-        if "grad_norm" in entry:  # some sample was loaded
-            idle_steps = (
-                idle_steps + 1
-                if entry["skipped_update"] or entry.get("zero_std_groups") == 1
-                else 0
-            )
-            if idle_steps == IDLE_STEPS:
-                say(
-                    f"step {done}: the last {IDLE_STEPS} steps taught nothing; {advice(entry, args)}"
-                )
-        if RANK == 0:
-            append(out / "samples.jsonl", some)
-        stop = max(gather(max(noted, default=0)))  # of any rank: all stop after the same step
-        if done % args.save_every == 0 or done == args.steps or stop:
-            policy.sp = mrsp.UNSHARDED
-            with autocast:
-                save(policy, optimizer, done, args)
-        if stop:
-            say(
-                f"stopped after step {done} of {args.steps} by {signal.Signals(stop).name}; to resume: {resume_command()}"
-            )
-            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
-    say(
-        f"{out} holds the checkpoints, the log and samples; `python report.py {shlex.quote(str(out))} --open` shows them"
-    )
+# ---- the command
 
 
 def toy_runs(args, argv):
-    """The embedded default as ordinary runs: a cold start in the toy world, then (--algo grpo) RL from it."""
-    parse_args(["--algo", args.algo])
+    """The embedded default as ordinary runs: a cold start in the toy world, then RL from it."""
+    parse_args(["--algo", args.algo])  # another name than sft, grpo, tgrpo ends here
     root, configs = Path(args.out or toy.root(args.seed)), Path(__file__).parent / "configs"
-    common = ["--eval_data", f"{root}/world/test.json", "--seed", str(args.seed)]
-    sft = [
-        f"@{configs}/toy_sft.txt",
-        *common,
-        "--data",
-        f"{root}/world/cot.json",
-        "--model",
-        f"{root}/world/model",
-    ]
+    world = root / "world"
+    common = ["--eval_data", f"{world}/test.json", "--seed", str(args.seed)]
+    sft = [f"@{configs}/toy_sft.txt", *common, "--data", f"{world}/cot.json"]
+    sft += ["--model", f"{world}/model"]
     if args.algo == "sft":
         return [parse_args([*sft, *argv, "--out", f"{root}/sft"])]
-    rl = [
-        f"@{configs}/toy_{args.algo}.txt",
-        *common,
-        "--data",
-        f"{root}/world/train.json",
-        "--model",
-        f"{root}/sft",
-    ]
+    rl = [f"@{configs}/toy_{args.algo}.txt", *common, "--data", f"{world}/train.json"]
+    rl += ["--model", f"{root}/sft"]
     return [
         parse_args([*sft, "--out", f"{root}/sft", "--resume"]),
         parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"]),
     ]
 
 
-def main(argv=None):
-    """The command line: one run, or the embedded default's."""
+def main(argv=None, policy_class=Policy):
+    """The command line: one run, or the embedded default's two."""
     argv = sys.argv[1:] if argv is None else argv
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -716,8 +866,8 @@ def main(argv=None):
         gather(None)
         for run in runs:
             run.out = run.out or "out/run"
-            with contextlib.ExitStack() as at_end:
-                train(run, device, at_end)
+            with ExitStack() as at_end:
+                train(run, device, at_end, policy_class)
 
 
 if __name__ == "__main__":

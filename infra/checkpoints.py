@@ -1,4 +1,8 @@
-"""Checkpoints that survive a kill at any moment."""
+"""The checkpoints of a run, which survive a kill, a full disk or a power cut at any moment.
+
+`save` writes checkpoint-N: a model folder, with the optimizer's state and state.json beside it.
+`newest_whole` finds the one to resume from, and `torn` says what is wrong with a damaged one.
+"""
 
 import errno
 import json
@@ -15,13 +19,19 @@ from infra.errors import ModelError
 from infra.model_folder import checkpoints, weight_files
 from infra.ranks import RANK
 
+# ---- which one to resume from
+
 
 def torn(checkpoint):
-    """Why a checkpoint cannot be resumed from, or None: a file that is missing or cut off, as a disk that was full or lost its
-    power leaves it. Sizes are compared, not every byte. Raises OSError for a file that is there and cannot be read."""
-    file = checkpoint / "state.json"
+    """Why a checkpoint cannot be resumed from ("FILE: reason"), or None if it can.
+
+    Finds files that are missing or cut off, as a full disk or a power cut leaves them: headers and
+    sizes are checked, not every byte. Raises OSError for a file that exists and cannot be read.
+    """
+    file = checkpoint / "state.json"  # `file`: the one that is being checked
     try:
-        if checkpoint.name != f"checkpoint-{json.loads(file.read_bytes())['step']:06d}":
+        step = json.loads(file.read_bytes())["step"]
+        if checkpoint.name != f"checkpoint-{step:06d}":
             return "state.json: of another step"
         file = checkpoint / "config.json"
         json.loads(file.read_bytes())
@@ -40,30 +50,79 @@ def torn(checkpoint):
 
 
 def newest_whole(out):
-    """The newest checkpoint of a run that is whole, or None if it has none -> (checkpoint, [(newer one, why it is torn), ...]).
-    Ends the program if all are torn."""
-    found = []
+    """The newest checkpoint of a run that is not torn, or None if the run has no checkpoint.
+
+    Returns it and the newer ones that are torn: (checkpoint, [(torn checkpoint, reason), ...]).
+    Ends the program if all are torn.
+    """
+    damaged = []
     for checkpoint in reversed(checkpoints(out)):
-        if (reason := torn(checkpoint)) is None:
-            return checkpoint, found
-        found.append((checkpoint, reason))
-    if found:
+        reason = torn(checkpoint)
+        if reason is None:
+            return checkpoint, damaged
+        damaged.append((checkpoint, reason))
+    if damaged:
+        reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged)
         raise SystemExit(
-            f"error: {out}: no checkpoint is whole ({'; '.join(f'{c.name}: {why}' for c, why in found)}). "
-            "Delete them to start anew"
+            f"error: {out}: no checkpoint is whole ({reasons}). Delete them to start over"
         )
     return None, []
 
 
-def _disk_is_full(folder):
-    """Words for an error if less than 1 MB is free, else "": torch and safetensors do not always say why a write failed."""
-    free = shutil.disk_usage(folder).free
-    return f" (no space left: {free} bytes are free)" if free < 1e6 else ""
+# ---- saving
+
+
+def save(policy, optimizer, step, args):
+    """Saves args.out/checkpoint-STEP and deletes all but the newest args.keep.
+
+    Rank 0 writes, but every rank must call it: what is sharded is gathered. Raises ModelError if
+    the policy's logits are not finite. Ends the program if the checkpoint cannot be written.
+    """
+    if not policy.is_sound():
+        raise ModelError(
+            f"step {step}: the policy's logits are not finite, so no checkpoint is saved; "
+            "try a lower --lr"
+        )
+    weights, moments = fsdp.full_state(policy, optimizer)
+    if RANK:
+        return
+    folder = Path(args.out) / f"checkpoint-{step:06d}"
+    # Every random choice is a function of (seed, step, position): no generator has a state to save.
+    state = {"step": step, "seed": args.seed, "data_position": step * args.prompts}
+    try:
+        _write(folder, policy, weights, moments, state)
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch: RuntimeError on a full disk
+        full = _disk_is_full(folder.parent)  # before the partial checkpoint is deleted
+        shutil.rmtree(_partial(folder), ignore_errors=True)
+        rest = "The run has no checkpoint before it"
+        if checkpoints(folder.parent):
+            rest = "The checkpoint before it is whole; --resume resumes from there"
+        raise SystemExit(f"error: {folder} could not be written: {e}{full}. {rest}") from e
+    for old in checkpoints(folder.parent)[: -args.keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _partial(folder):
+    """The temporary name of a checkpoint. Only a complete one is renamed to checkpoint-N."""
+    return folder.with_suffix(".partial")
+
+
+def _write(folder, policy, weights, moments, state):
+    """Writes a checkpoint under its temporary name, syncs it to the disk, and renames it."""
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.save(partial, weights)
+    torch.save(moments, partial / "optimizer.pt")
+    (partial / "state.json").write_text(json.dumps(state))
+    for path in (*partial.iterdir(), partial):  # after a power cut: no name without the content
+        _sync(path)
+    partial.rename(folder)
+    _sync(folder.parent)
 
 
 def _sync(path):
-    """Brings a file, or a folder's list of names, to the disk."""
-    if path.is_dir() and os.name == "nt":  # which opens no folders
+    """Flushes a file, or a folder's list of names, to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -75,41 +134,7 @@ def _sync(path):
         os.close(handle)
 
 
-def save(policy, optimizer, step, args):
-    """Writes checkpoint-N under another name and moves it into place, on rank 0: a checkpoint that has its name is whole.
-    Every rank must call it: what is sharded is gathered. Raises ModelError for a policy whose logits are not finite."""
-    if not policy.is_sound():
-        raise ModelError(
-            f"step {step}: the policy's logits are not finite (a lower --lr?), so no checkpoint of it is saved"
-        )
-    weights, moments = fsdp.full_state(policy, optimizer)
-    if RANK:
-        return
-    folder = Path(args.out) / f"checkpoint-{step:06d}"
-    partial = folder.with_suffix(".partial")
-    # all randomness is a function of (seed, step, position in the step): these are the state of every generator
-    state = {"step": step, "seed": args.seed, "data_position": step * args.prompts}
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        policy.save(partial, weights)
-        torch.save(moments, partial / "optimizer.pt")
-        (partial / "state.json").write_text(json.dumps(state))
-        for path in (
-            *partial.iterdir(),
-            partial,
-        ):  # a power cut must not leave the name without the content
-            _sync(path)
-        partial.rename(folder)
-        _sync(folder.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as e:  # a full disk is a RuntimeError in torch, the third in safetensors
-        full = _disk_is_full(folder.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        before = "The checkpoint before it is whole; --resume resumes from there"
-        rest = before if checkpoints(folder.parent) else "The run has no checkpoint before it"
-        raise SystemExit(f"error: {folder} could not be written: {e}{full}. {rest}") from e
-    for old in checkpoints(folder.parent)[: -args.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def _disk_is_full(folder):
+    """A remark if less than 1 MB is free, else "": the errors of torch may not say so."""
+    free = shutil.disk_usage(folder).free
+    return f" (no space left: {free} bytes are free)" if free < 1e6 else ""

@@ -1,16 +1,19 @@
-"""Seconds of the phases of a step."""
+"""Where the time of a step goes: `with timed("rollout"): ...` adds to `seconds["rollout"]`.
+
+The training loop clears `seconds` before each step and logs it after.
+"""
 
 import contextlib
 import time
 
 import torch
 
-seconds = {}  # of the phases of the step
+seconds = {}  # phase -> seconds in this step
 
 
 @contextlib.contextmanager
 def timed(phase):
-    """Adds the seconds of its body to the phase, the GPU's work included."""
+    """Adds the wall-clock seconds of the body, GPU work included, to the phase."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""Errors of the user's data, which end a run with one line."""
+"""Errors of the user's files. They end a run with one line, without a traceback."""
 
 
 class DataError(ValueError):
-    """A record or medium that cannot be used: names the file, the record, what was found and what was expected."""
+    """A record or medium that cannot be used. Names file, record, found and expected."""
 
 
 class ModelError(ValueError):

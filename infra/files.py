@@ -1,4 +1,8 @@
-"""Files that are whole or not there, locks, and digests."""
+"""Files that are complete or absent, logs of JSON lines, locks, and digests.
+
+`write_whole` replaces a file, `append` adds to a .jsonl log, `lock` locks an open file, `digest`
+hashes a file. A failed write raises an OSError that names its file.
+"""
 
 import contextlib
 import errno
@@ -17,7 +21,7 @@ except ImportError:  # Windows
 
 
 def digest(path):
-    """Hex digits that tell a file's content from others. Raises DataError."""
+    """A hash of a file's content, in hex digits. Raises DataError."""
     try:
         return hashlib.blake2b(Path(path).read_bytes(), digest_size=12).hexdigest()
     except OSError as e:
@@ -26,7 +30,7 @@ def digest(path):
 
 @contextlib.contextmanager
 def naming(path):
-    """Around the writing of a file: an OSError that names no file, as that of a full disk, names this one."""
+    """Names the file in an OSError of the body that names none, such as that of a full disk."""
     try:
         yield
     except OSError as e:
@@ -36,8 +40,11 @@ def naming(path):
 
 
 def write_whole(path, text, errors="strict"):
-    """Writes a file under another name and moves it into place: a file that has its name is whole. errors: as in open, for
-    what UTF-8 does not have. Raises OSError, which names the file; nothing is left under the other name."""
+    """Writes a text file under a temporary name, then renames it: readers never see half a file.
+
+    errors: as in open(), for characters that UTF-8 cannot encode. Raises OSError, which names the
+    file; the temporary file is removed.
+    """
     partial = Path(f"{path}.partial")
     try:
         with naming(path):
@@ -48,36 +55,36 @@ def write_whole(path, text, errors="strict"):
 
 
 def append(path, objects):
-    """Appends objects to a .jsonl file. Raises OSError, which names the file."""
+    """Appends dicts to a .jsonl file, one a line. Raises OSError, which names the file."""
     with naming(path), open(path, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(_finite(o)) + "\n" for o in objects)
 
 
 def _finite(o):
-    """NaN and infinity as null: JSON has neither."""
+    """The dict with NaN and infinity as None: JSON has neither."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in o.items()}
 
 
 def lock(file, *, shared=False, wait=False):
-    """Locks an open file until it is closed -> whether other processes allow it. shared: with others that share it; on Windows,
-    whose locks are one process's, nothing is done for a shared one. wait: until they allow it."""
+    """Locks an open file until it is closed. Returns False if another process holds a lock on it.
+
+    shared: processes can share the lock (on Windows, which has no such locks, nothing is locked).
+    wait: wait until the lock is free. On a file system without locks, warns and returns True.
+    """
     try:
         if fcntl:
-            fcntl.flock(
-                file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-            )
+            mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
         elif not shared:
             import msvcrt
 
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     except OSError as e:
-        if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+        if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # another process has it
             return False
         if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         if not shared:
-            say(
-                f"{file.name}: this file system has no locks, so nothing keeps other processes from writing there too"
-            )
+            say(f"{file.name}: this file system has no locks; run only one process here")
     return True

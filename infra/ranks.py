@@ -1,4 +1,9 @@
-"""The processes of a run: who this one is, meeting, leaving, and what only one of them prints."""
+"""The processes of a run, one per GPU, as torchrun starts them; without torchrun, only rank 0.
+
+A script runs inside `ranks(...)`, which joins and leaves the process group and turns an error into
+one line. Inside, RANK and WORLD say which process this is, `gather` exchanges objects, `say` prints
+once, and `seed` derives a random seed that does not depend on the number of ranks.
+"""
 
 import contextlib
 import gc
@@ -12,14 +17,16 @@ from tqdm import tqdm
 
 from infra.errors import DataError, ModelError
 
-RANK, WORLD, LOCAL = (
-    int(os.environ.get(k, default))
-    for k, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # the rank on this machine, which picks the GPU
 
 
 def start_ranks(patience):
-    """Joins the other processes of torchrun, if there are any -> this rank's device. patience: a timedelta, for each wait."""
+    """Joins the process group, if there are several ranks, and returns this rank's device.
+
+    patience: a timedelta, how long a collective operation waits for the other ranks.
+    """
     if WORLD > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(LOCAL)
@@ -28,17 +35,22 @@ def start_ranks(patience):
 
 
 def stop_ranks():
-    """Leaves the other processes. The group's threads end with the last reference to it, which a cycle may hold; a thread that
-    outlives the interpreter aborts the process."""
+    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # The group's threads live until the last reference to it is gone, which may sit in a cycle.
+        # A thread that outlives the interpreter aborts the process.
         gc.collect()
 
 
 @contextlib.contextmanager
 def ranks(patience, stopped="stopped"):
-    """start_ranks and stop_ranks around the body; an error that ends it is one line, from the rank that fails first.
-    stopped: the line for ctrl-C. What is no error of the user's has its traceback, also from one rank only."""
+    """Runs the body between start_ranks and stop_ranks; yields this rank's device.
+
+    An error of the user's (DataError, ModelError, OSError) ends the program with one line, any
+    other with a traceback. Only the first rank to fail prints: the others fail because it left.
+    stopped: the line to print after ctrl-C.
+    """
     device = start_ranks(patience)
     try:
         yield device
@@ -52,7 +64,7 @@ def ranks(patience, stopped="stopped"):
         if isinstance(e.code, str) and not _first_to_fail():
             raise SystemExit(1) from None
         raise
-    except Exception:  # where another rank has failed first, only the news that it has left
+    except Exception:
         if not _first_to_fail():
             raise SystemExit(1) from None
         raise
@@ -61,16 +73,20 @@ def ranks(patience, stopped="stopped"):
 
 
 def _first_to_fail():
+    """Whether no other rank has called this before."""
     if WORLD == 1:
         return True
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # rank 0 kept the count, and has left
+    except RuntimeError:  # rank 0, which keeps the count, has left: it failed first
         return False
 
 
 def gather(x, every=1):
-    """The objects of all ranks, as a list; every: of the first rank of every so many, which all have the same."""
+    """The objects `x` of all ranks, as a list in rank order. Every rank must call it.
+
+    every: keep only those of ranks 0, every, 2 * every, ... (neighbours hold the same object).
+    """
     if WORLD == 1:
         return [x]
     out = [None] * WORLD
@@ -79,12 +95,12 @@ def gather(x, every=1):
 
 
 def say(text):
-    """Prints a line, on rank 0, above the progress bar."""
+    """Prints a line above the progress bar, on rank 0 only."""
     if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def seed(*parts):
-    """A seed from the run's seed, the step, and whatever else tells this random choice from all others."""
+    """A random seed from what identifies a random choice: the run's seed, the step, the prompt."""
     return random.Random(" ".join(map(str, parts))).getrandbits(62)

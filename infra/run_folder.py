@@ -1,11 +1,15 @@
-"""A run: its flags, its ranks, its clock, and its folder, which survives a kill at any moment.
+"""The folder that a run leaves behind, and how a run resumes from it.
 
-config.txt      the flags, as a flag file: `python train.py @RUN/config.txt --out NEW` is the same run again
-log.jsonl       one object a step; what a killed run wrote after its last checkpoint is dropped when it resumes
-samples.jsonl   all responses of two groups a step, with their rewards
-checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json beside. Its weights have the
-                dtype that they came in; optimizer.pt then also holds the trained ones in fp32, to resume from
-lock            held by the processes that write to the folder
+    config.txt      the flags: `python train.py @RUN/config.txt --out NEW` repeats the run
+    log.jsonl       one object a step
+    samples.jsonl   all responses of two groups a step, with their rewards
+    checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json.
+                    The weights keep the dtype of the model that the run started from; unless that
+                    is fp32, optimizer.pt also holds the trained ones in fp32, to resume from
+    lock            locked by the processes that write to the folder
+
+A training run enters `claimed`, then calls `open_run`. Inside `stop_signals` it stops after a step
+and its checkpoint; inside `resumable`, a disk error prints the command that resumes.
 """
 
 import contextlib
@@ -25,7 +29,7 @@ from infra.flags import flag_lines, refuse_changes
 from infra.model_folder import checkpoints, fingerprint, local_folder
 from infra.ranks import RANK, WORLD, gather, say
 
-# what a resumed run may change: where things are, how long it runs, what it shows and keeps, and what it costs
+# what a resumed run may change: paths, the number of steps, what it logs and keeps, what it costs
 MAY_CHANGE = (
     "out",
     "resume",
@@ -49,10 +53,16 @@ MAY_CHANGE = (
 )
 
 
+# ---- opening
+
+
 @contextlib.contextmanager
 def claimed(out):
-    """The folder `out` is made, and is this run's inside. Ends the program where other processes are writing to it: ranks of a
-    run whose torchrun was killed can live on. Every rank must enter."""
+    """Makes the folder `out`, and keeps other runs from writing to it inside the body.
+
+    Every rank must enter. Ends the program if other processes are writing to it already: ranks can
+    outlive their torchrun.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / "lock", "a+")
@@ -63,19 +73,75 @@ def claimed(out):
             raise SystemExit(
                 f"error: other processes are writing to {out}: wait for them, or end them"
             )
-        gather(None)
+        gather(None)  # rank 0 has made sure that no other run holds it: now all ranks share it
         lock(file, shared=True, wait=True)
         yield
 
 
+def open_run(args, defaults):
+    """Opens the folder args.out, once it is claimed. Every rank must call it.
+
+    Returns the checkpoint to resume from, or None for a new run. Ends the program rather than
+    overwrite a run, or resume it with other settings. defaults: the flags of a run that sets none.
+    """
+    checkpoint = _open_run(args, defaults) if RANK == 0 else None
+    return gather(checkpoint)[0]
+
+
+def _open_run(args, defaults):
+    out = Path(args.out)
+    if not args.resume and checkpoints(out):
+        raise SystemExit(
+            f"error: {out} holds a run: add --resume to resume it, or give this run its own --out"
+        )
+    checkpoint, damaged = newest_whole(out)
+    config = _config(args)
+    if checkpoint:
+        refuse_changes(out / "config.txt", config, _fixed(args), flag_lines(defaults))
+    elif args.resume or (out / "log.jsonl").exists():
+        say(f"{out}: no checkpoint to resume from, so the run starts from the beginning")
+    for folder, reason in damaged:
+        aside = folder.with_name(f"{folder.name}.torn")
+        say(
+            f"{folder}: {reason}. "
+            f"It is moved to {aside.name}; the run resumes from {checkpoint.name}"
+        )
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    for partial in out.glob("checkpoint-*.partial"):  # a run was killed while it wrote them
+        shutil.rmtree(partial)
+    write_whole(out / "config.txt", "\n".join(config) + "\n")
+    step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else -1
+    for name in ("log.jsonl", "samples.jsonl"):
+        _rewind(out / name, step)
+    return checkpoint
+
+
+def _config(args):
+    """The lines of config.txt: commit, records and reference model as comments, then the flags."""
+    lines = [f"# commit {commit()}", f"# records {digest(args.data)}"]
+    if args.beta and args.algo != "sft":
+        lines.append(f"# reference {fingerprint(local_folder(args.model))}")
+    return lines + flag_lines(args)
+
+
+def _fixed(args):
+    """The names of the flags and comments that a resumed run must not change."""
+    fixed = {*vars(args), "# records", "# reference"} - {*MAY_CHANGE}
+    if args.schedule == "cosine":  # the learning rate depends on the number of steps
+        fixed.add("steps")
+    return fixed
+
+
 def _rewind(path, step):
-    """Drops the entries after `step`, and a half-written last line. Lines that cannot be read are dropped, too, and counted on
-    the console; so is a file that should be there, as the step is not the first."""
+    """Drops from a log the entries after `step`, which the resumed run writes again.
+
+    A half-written last line is dropped, too. Other lines that cannot be read are dropped, and their
+    number is printed. A missing log is reported, unless step is -1: the run starts.
+    """
     if not path.exists():
         if step >= 0:
-            say(
-                f"{path}: no such file, so what was logged up to step {step} is lost; the log begins again"
-            )
+            say(f"{path}: no such file, so the log up to step {step} is lost; a new one begins")
         return
     kept, unreadable = [], 0
     *lines, _ = path.read_bytes().split(b"\n")
@@ -87,88 +153,59 @@ def _rewind(path, step):
         except (ValueError, KeyError, TypeError):
             unreadable += 1
     if unreadable:
-        say(f"{path}: {unreadable} of {len(lines)} lines hold no entry of a step; they are dropped")
+        say(f"{path}: dropped {unreadable} of {len(lines)} lines, which are not entries of a step")
     write_whole(path, "".join(kept))
 
 
-def open_run(args, defaults):
-    """Opens the claimed folder args.out -> the checkpoint to resume from, or None. Ends the program rather than write over a
-    run or resume another one. A folder without a checkpoint holds nothing to resume: it is written over.
-    defaults: the flags of a run that sets none."""
-    checkpoint = None
-    if RANK == 0:
-        out = Path(args.out)
-        if not args.resume and checkpoints(out):
-            raise SystemExit(
-                f"error: {out} holds a run: --resume goes on with it, another --out starts a new one"
-            )
-        checkpoint, torn_ones = newest_whole(out)
-        lines = [f"# commit {commit()}", f"# records {digest(args.data)}", *flag_lines(args)]
-        if args.beta and args.algo != "sft":
-            lines.insert(2, f"# reference {fingerprint(local_folder(args.model))}")
-        if checkpoint:
-            same = {*vars(args), "# records", "# reference"} - {*MAY_CHANGE}
-            same |= (
-                {"steps"} if args.schedule == "cosine" else set()
-            )  # the learning rate depends on it
-            refuse_changes(out / "config.txt", lines, same, flag_lines(defaults))
-        elif args.resume or (out / "log.jsonl").exists():
-            say(f"{out}: no checkpoint to resume from, so the run starts anew")
-        for bad, reason in torn_ones:
-            aside = bad.with_name(f"{bad.name}.torn")
-            say(
-                f"{bad}: {reason}. It is moved to {aside.name}; the run resumes from {checkpoint.name}"
-            )
-            shutil.rmtree(aside, ignore_errors=True)
-            bad.rename(aside)
-        for partial in out.glob("checkpoint-*.partial"):  # what a kill in mid-write leaves
-            shutil.rmtree(partial)
-        write_whole(out / "config.txt", "\n".join(lines) + "\n")
-        for name in ("log.jsonl", "samples.jsonl"):
-            _rewind(out / name, int(checkpoint.name.split("-")[1]) if checkpoint else -1)
-    return gather(checkpoint)[0]
+# ---- ending
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, the first SIGTERM or ctrl-C is only noted: its number, in the list that is yielded. A second one ends the process
-    at once. Signals that are ignored (a shell's background jobs) stay so, and all do in another thread than the main one."""
-    noted, in_main = [], threading.current_thread() is threading.main_thread()
-    signals = [
-        s
-        for s in (signal.SIGINT, signal.SIGTERM)
-        if in_main and signal.getsignal(s) is not signal.SIG_IGN
-    ]
+    """Records the first SIGTERM or ctrl-C instead of ending the process; the second one ends it.
+
+    Yields a list, to which the number of that signal is added: the training loop looks at it after
+    each step. Signals that are ignored stay ignored (ctrl-C in a shell's background jobs). Only the
+    main thread can handle signals; in any other, this does nothing.
+    """
+    noted, handlers = [], {}
 
     def note(number, _):
         noted.append(number)
-        for s in signals:
+        for s in handlers:
             signal.signal(s, signal.SIG_DFL)
-        if RANK == 0:
+        if RANK == 0:  # os.write: print is not safe in a signal handler
             os.write(
-                2,
-                b"\nstopping after this step and its checkpoint; the same signal again stops at once\n",
+                2, b"\nstopping after this step and its checkpoint; a second signal stops at once\n"
             )
 
-    before = [signal.signal(s, note) for s in signals]
+    if threading.current_thread() is threading.main_thread():
+        for s in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(s) is not signal.SIG_IGN:
+                handlers[s] = signal.getsignal(s)
+    for s in handlers:
+        signal.signal(s, note)
     try:
         yield noted
     finally:
-        for s, handler in zip(signals, before):
+        for s, handler in handlers.items():
             signal.signal(s, handler)
 
 
 def resume_command():
-    """The command of this process, with --resume."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
-    nodes = f"--nnodes {WORLD // local} " if WORLD > local else ""
-    launcher = f"torchrun {nodes}--nproc_per_node {local} --" if WORLD > 1 else "python"
-    return f"{launcher} {shlex.join(sys.argv)}" + ("" if "--resume" in sys.argv else " --resume")
+    """The command line of this process, with --resume."""
+    launcher = "python"
+    if WORLD > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+        nodes = f"--nnodes {WORLD // local} " if WORLD > local else ""
+        launcher = f"torchrun {nodes}--nproc_per_node {local} --"
+    resume = "" if "--resume" in sys.argv else " --resume"
+    return f"{launcher} {shlex.join(sys.argv)}{resume}"
 
 
 @contextlib.contextmanager
 def resumable():
-    """Inside, an OSError ends the program with one line: the error, and the command that resumes."""
+    """Ends the program on an OSError, with one line: the error, and the command that resumes."""
     try:
         yield
     except OSError as e:
@@ -176,16 +213,10 @@ def resumable():
 
 
 def commit():
-    """The version of the code, with -dirty where files differ from it."""
-    describe = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=10",
-    ]
-    with contextlib.suppress(OSError):  # no git
-        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
+    """The git commit of this code, with -dirty if files have changed; "unknown" without git."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    folder = Path(__file__).parent
+    with contextlib.suppress(OSError):  # git is not installed
+        done = subprocess.run(describe, cwd=folder, capture_output=True, text=True)
+        return done.stdout.strip() or "unknown"
     return "unknown"

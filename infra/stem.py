@@ -1,6 +1,7 @@
-"""The Porter stemmer (An algorithm for suffix stripping, Program 14(3), 1980), which ROUGE compares words by.
+"""The Porter stemmer (Porter 1980, "An algorithm for suffix stripping"): ROUGE compares stems.
 
-With the amendments of NLTK's version, which the rouge-score package uses and so Video-R1's reward for free-form answers does.
+With the changes of NLTK's version. The rouge-score package uses that one, and so does Video-R1's
+reward for free-form answers.
 
     >>> stem("connections"), stem("happily"), stem("skies")
     ('connect', 'happili', 'sky')
@@ -40,27 +41,7 @@ STEP_2 = dict(
     fulli="ful",
 )
 STEP_3 = dict(icate="ic", ative="", alize="al", iciti="ic", ical="ic", ful="", ness="")
-STEP_4 = (
-    "al",
-    "ance",
-    "ence",
-    "er",
-    "ic",
-    "able",
-    "ible",
-    "ant",
-    "ement",
-    "ment",
-    "ent",
-    "ion",
-    "ou",
-    "ism",
-    "ate",
-    "iti",
-    "ous",
-    "ive",
-    "ize",
-)
+STEP_4 = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split()
 
 
 def stem(word):
@@ -71,7 +52,7 @@ def stem(word):
 
 
 def _shape(word):
-    """The word as consonants c and vowels v; y is a vowel after a consonant."""
+    """A word as consonants c and vowels v: "toy" -> "cvc". y is a vowel after a consonant."""
     shape = ""
     for letter in word:
         shape += "v" if letter in "aeiou" or (letter == "y" and shape.endswith("c")) else "c"
@@ -79,12 +60,12 @@ def _shape(word):
 
 
 def _measure(word):
-    """How often a vowel is followed by a consonant: m of [C](VC)^m[V]."""
+    """How often a consonant follows a vowel: the m of [C](VC)^m[V]."""
     return _shape(word).count("vc")
 
 
 def _short(word):
-    """Ends consonant, vowel, consonant other than w, x, y; or is a vowel and a consonant."""
+    """Does it end in consonant, vowel, consonant other than w, x, y; or is it vowel, consonant?"""
     shape = _shape(word)
     return shape == "vc" or (shape.endswith("cvc") and word[-1] not in "wxy")
 
@@ -112,12 +93,10 @@ def _step_1b(word):  # past and present participles
     return rest + "e" if _measure(rest) == 1 and _short(rest) else rest
 
 
-def _step_1c(word):
-    return (
-        word[:-1] + "i"
-        if word.endswith("y") and len(word) > 2 and _shape(word[:-1])[-1] == "c"
-        else word
-    )
+def _step_1c(word):  # y after a consonant
+    if word.endswith("y") and len(word) > 2 and _shape(word[:-1])[-1] == "c":
+        return word[:-1] + "i"
+    return word
 
 
 def _step_2(word):
@@ -140,11 +119,8 @@ def _step_4(word):
     for suffix in STEP_4:
         if word.endswith(suffix):
             rest = word[: -len(suffix)]
-            return (
-                rest
-                if _measure(rest) > 1 and (suffix != "ion" or rest.endswith(("s", "t")))
-                else word
-            )
+            removable = suffix != "ion" or rest.endswith(("s", "t"))
+            return rest if removable and _measure(rest) > 1 else word
     return word
 
 

@@ -1,18 +1,19 @@
-"""Frames of video and image files, read in a process of its own that can be killed.
+"""Frames of videos, images and folders of frames, decoded in a worker process that can be killed.
 
-A decoder can hang or crash inside native code, holding the interpreter's lock: no signal and no
-in-process timeout helps. So this file is also a program (`python -m infra.video`, a worker that answers
-requests on its standard input), and read_clip and read_image ask it, and kill it when it does not
-answer. A bad file then costs one sample, never the run.
+A decoder can hang or crash inside native code and hold the interpreter's lock: no signal and no
+timeout inside the process helps. So read_clip and read_image send requests to a worker, and kill it
+if it does not answer. A bad file costs one sample, never the run. This file is also the worker's
+program (`python -m infra.video`): it answers requests on its standard input.
 
-What is read from a file: reader.py. Which frames are shown and at what size: here, by the rules of
-Video-R1 (arXiv 2503.21776, released code). The worker resizes frame by frame, so that an hour of
-video never stands in memory at full size.
+reader.py reads the pictures of a file. frames.py chooses frames and sizes, by the rules of Video-R1
+(arXiv 2503.21776, released code). The worker resizes each frame at once, so an hour of video is
+never in memory at full size.
 """
 
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,32 +27,14 @@ from infra.errors import VideoError
 from infra.frames import choose_frames, choose_times, resize
 from infra.reader import READERS, load_image
 
-CLIPS_PER_WORKER = 500  # decord leaks memory: a worker is replaced after this many
-
-
-# ---- which frames, which size
-
-
-# ---- the side of the trainer
-
-_worker = threading.local()  # one worker process per reading thread
-_running = set()  # all of them
-
-
-def _forget():
-    """For a forked process: the workers are its parent's."""
-    _worker.__dict__.clear()
-    _running.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+CLIPS_PER_WORKER = 500  # then a new worker: decord leaks memory
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the frames of a folder
 
 
 class Clip(NamedTuple):
     """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of 28.
-    seconds: of the clip, divided by T.  available: frames that it would show without max_frames.
-    indices: of the T frames, counted in order of display.  keys: what identifies each in its file.
+    seconds: the duration of the clip, divided by T.  available: frames that it would show without
+    max_frames.  indices: of the T frames, in order of display.  keys: their identity in the file.
     """
 
     frames: np.ndarray
@@ -62,7 +45,7 @@ class Clip(NamedTuple):
 
 
 def read_video(path, **how):
-    """Decodes a video file -> (frames uint8 [T, H, W, 3], seconds per frame); read_clip says how and what is raised."""
+    """A video file -> (frames uint8 [T, H, W, 3], seconds per frame). See read_clip."""
     return read_clip(path, **how)[:2]
 
 
@@ -79,54 +62,86 @@ def read_clip(
     decoded=None,
     reader="av",
 ):
-    """Decodes a video file, or its `segment` (start, end) in seconds -> Clip; rotated videos come upright.
+    """A video file, or its `segment` (start, end) in seconds -> Clip. Rotated videos come upright.
 
-    decoded: {key of a frame: frame} of earlier calls for this file at this size; these are not decoded again, new ones are
-    added.  reader: one of reader.READERS.
-    Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or not decoded after `timeout` seconds (the
-    worker is then killed, and the next call starts another).
+    decoded: {key of a frame: frame} of earlier calls for this file and size. These are not decoded
+    again; new ones are added.  reader: one of reader.READERS.
+    Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or not decoded
+    after `timeout` seconds (the worker is then killed, and the next call starts another).
     """
     decoded = {} if decoded is None else decoded
-    reply, frames = _ask(
-        timeout,
-        op="video",
-        path=str(path),
-        target_fps=target_fps,
-        min_frames=min_frames,
-        max_frames=max_frames,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        segment=segment,
-        skip=list(decoded),
-        reader=reader,
-    )
-    decoded.update(zip(reply["new"], frames))
-    frames = [decoded[key] for key in reply["keys"]]
-    if len(shapes := {frame.shape for frame in frames}) > 1:
-        raise VideoError(f"{path}: frames of {len(shapes)} different sizes")
-    return Clip(
-        np.stack(frames), reply["seconds"], reply["available"], reply["indices"], reply["keys"]
-    )
+    request = dict(target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
+    request |= dict(min_pixels=min_pixels, max_pixels=max_pixels, segment=segment)
+    request |= dict(op="video", path=str(path), reader=reader, skip=list(decoded))
+    reply, new = _ask(timeout, request)
+    decoded.update(zip(reply["new"], new))
+    frames = _stack([decoded[key] for key in reply["keys"]], path)
+    return Clip(frames, reply["seconds"], reply["available"], reply["indices"], reply["keys"])
 
 
 def read_image(path, *, min_pixels, max_pixels, timeout=60.0):
-    """An image file -> uint8 (H, W, 3). Raises VideoError as read_clip."""
-    return _ask(timeout, op="image", path=str(path), min_pixels=min_pixels, max_pixels=max_pixels)[
-        1
-    ][0]
+    """An image file -> uint8 (H, W, 3). Raises VideoError, as read_clip."""
+    request = dict(op="image", path=str(path), min_pixels=min_pixels, max_pixels=max_pixels)
+    _, frames = _ask(timeout, request)
+    return frames[0]
 
 
-def _ask(timeout, **request):
+def read_folder(path, fps, *, segment=None, min_pixels, max_pixels, timeout=60.0, **counts):
+    """A folder of frames, `fps` a second, in the order of the numbers in their names -> Clip.
+    counts: as choose_frames. Raises VideoError: as read_clip, or an ambiguous order."""
+    path = Path(path)
+    if not path.is_dir():
+        raise VideoError(f"{path}: no such folder of frames")
+    files = [f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "."]
+    files = _by_number(files, path)
+    indices, seconds, available = choose_frames(len(files), fps, segment, **counts)
+    pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
+    frames = [read_image(files[i], **pixels, timeout=timeout) for i in indices]
+    return Clip(_stack(frames, path), seconds, available, indices, indices)
+
+
+def _by_number(files, folder):
+    """Files in the order of the numbers in their names: 9 before 10. Raises VideoError if it
+    matters whether 1.5 is one number or two."""
+    whole = sorted(files, key=lambda file: _numbers("([0-9]+)", file.stem))
+    decimal = sorted(files, key=lambda file: _numbers(r"([0-9]+(?:\.[0-9]+)?)", file.stem))
+    for a, b in zip(whole, decimal):
+        if a != b:
+            raise VideoError(
+                f"{folder}: {a.name} or {b.name} first? Number its frames with as many digits each"
+            )
+    return whole
+
+
+def _numbers(pattern, name):
+    """The parts of a name, its numbers as floats: "frame9" -> ["frame", 9.0, ""]."""
+    parts = re.split(pattern, name)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _stack(frames, path):
+    """(H, W, 3) each -> (T, H, W, 3). Raises VideoError: frames of different sizes."""
+    sizes = {frame.shape for frame in frames}
+    if len(sizes) > 1:
+        raise VideoError(f"{path}: frames of {len(sizes)} different sizes")
+    return np.stack(frames)
+
+
+# ---- the trainer's side: one worker process per thread that reads
+
+_worker = threading.local()  # this thread's: process, clips that it has read
+_running = set()  # the processes of all threads
+
+
+def _ask(timeout, request):
     """Sends a request about the file request["path"] to this thread's worker -> (reply, frames)."""
-    path, request["path"] = (
-        request["path"],
-        os.path.abspath(request["path"]),
-    )  # FFmpeg takes "a:b" for an address
+    path = request["path"]
     if not os.path.exists(path):
         raise VideoError(f"{path}: no such file")
     if os.path.isdir(path):
         raise VideoError(f"{path}: a folder, expected a file")
-    request["alarm"] = math.ceil(timeout) + 5
+    absolute = os.path.abspath(path)  # FFmpeg takes "a:b" for an address
+    request = request | dict(path=absolute, alarm=math.ceil(timeout) + 5)
     process = _open_worker()
     timer = threading.Timer(timeout, process.kill)
     timer.start()
@@ -142,7 +157,7 @@ def _ask(timeout, **request):
         close_worker()
         reason = f"not decoded after {timeout:g} s" if late else f"the decoder crashed ({e})"
         raise VideoError(f"{path}: {reason}") from e
-    except BaseException:  # ctrl-C, say: the next request must not get this one's answer
+    except BaseException:  # e.g. ctrl-C: the next request must not get the answer to this one
         close_worker()
         raise
     finally:
@@ -151,10 +166,12 @@ def _ask(timeout, **request):
 
 
 def _open_worker():
+    """This thread's worker process, a new one where it has none."""
     process = getattr(_worker, "process", None)
     if process is None or process.poll() is not None or _worker.clips >= CLIPS_PER_WORKER:
         close_worker()
-        # in a session of its own: ctrl-C and torchrun signal all of a process's group, and a run that stops ends its step first
+        # A session of its own: ctrl-C and torchrun signal the whole process group, but a run that
+        # is asked to stop still finishes its step.
         _worker.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "infra.video"],
             cwd=Path(__file__).parent.parent,
@@ -176,7 +193,8 @@ def close_worker():
 
 
 def close_workers():
-    """Ends the workers of all threads, which are done reading: those of a thread pool outlive its threads."""
+    """Ends the workers of all threads. Call it when none is reading: the workers of a thread pool
+    outlive its threads."""
     for process in list(_running):
         _end(process)
 
@@ -187,91 +205,103 @@ def _end(process):
     _running.discard(process)
 
 
-# ---- the side of the worker
+def _forget():
+    """In a forked process: the workers are its parent's."""
+    _worker.__dict__.clear()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+# ---- the worker's side
 
 
 def decode(path, *, reader="av", segment=None, skip=(), min_pixels, max_pixels, **counts):
-    """What read_clip promises -> (reply, the new frames: those whose keys are not in `skip`)."""
+    """The answer to read_clip -> (reply, the new frames: those whose keys are not in `skip`)."""
     clip = READERS[reader](path)
     if clip.rate:
-        indices, seconds, available = choose_frames(
-            len(clip.keys), clip.rate, segment, start=clip.times[0], **counts
-        )
+        num_frames, start = len(clip.keys), clip.times[0]
+        chosen = choose_frames(num_frames, clip.rate, segment, start=start, **counts)
     else:
-        indices, seconds, available = choose_times(clip.times, clip.end, segment, **counts)
+        chosen = choose_times(clip.times, clip.end, segment, **counts)
+    indices, seconds, available = chosen
     new = [i for i in sorted(set(indices)) if clip.keys[i] not in skip]
-    frames = [
-        resize(picture.image, min_pixels, max_pixels, picture.shape)
-        for picture in clip.pictures(new)
-    ]
-    reply = dict(
-        indices=indices,
-        seconds=seconds,
-        available=available,
-        keys=[clip.keys[i] for i in indices],
-        new=[clip.keys[i] for i in new],
-    )
+    frames = [resize(p.image, min_pixels, max_pixels, p.shape) for p in clip.pictures(new)]
+    reply = dict(indices=indices, seconds=seconds, available=available)
+    reply["keys"] = [clip.keys[i] for i in indices]
+    reply["new"] = [clip.keys[i] for i in new]
     return reply, frames
 
 
 def decode_image(path, *, min_pixels, max_pixels):
-    """What read_image promises -> ({}, [frame])."""
+    """The answer to read_image -> ({}, [frame])."""
     return {}, [resize(load_image(path), min_pixels, max_pixels)]
 
 
+OPERATIONS = {"video": decode, "image": decode_image}
+
+
 def answer(request):
-    """Does what a request asks for -> (reply, frames)."""
-    ops = {"video": decode, "image": decode_image}
-    before = os.stat(request["path"])
+    """Does what a request asks -> (reply, frames). Raises VideoError: e.g. the file changed."""
+    path, operation = request["path"], OPERATIONS[request.pop("op")]
+    before = _version(path)
     try:
-        reply, frames = ops[request.pop("op")](**request)
-        if (
-            len(shapes := {frame.shape for frame in frames}) > 1
-        ):  # their bytes would not fit one shape
-            raise VideoError(f"frames of {len(shapes)} different sizes")
+        reply, frames = operation(**request)
+        sizes = {frame.shape for frame in frames}
+        if len(sizes) > 1:  # their bytes would not fit one shape
+            raise VideoError(f"frames of {len(sizes)} different sizes")
         reply["shape"] = (len(frames), *frames[0].shape) if frames else (0,)
     finally:
-        now = os.stat(request["path"])
-        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
-            before.st_ino,
-            before.st_size,
-            before.st_mtime_ns,
-        ):
+        if _version(path) != before:
             raise VideoError("changed while it was read")
     return reply, frames
 
 
-def work(requests, replies):
-    """Answers one JSON request a line with one JSON line, and on success the frames' bytes behind it.
+def _version(path):
+    """Changes if a file changes."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    Where there are alarms, one ends this process if a request takes longer than its "alarm", in seconds: the process that
-    asked may have gone, and a native library that hangs hears nothing else.
+
+def work(requests, replies):
+    """Answers each request, a line of JSON, with a line of JSON, followed by the bytes of the
+    frames.
+
+    If a request takes longer than its "alarm", in seconds, an alarm ends this process (not on
+    Windows): the trainer may be gone, and a native library that hangs reacts to nothing else.
     """
-    set_alarm = getattr(signal, "alarm", lambda seconds: None)
     for line in requests:
         request = json.loads(line)
         path = request["path"]
-        set_alarm(request.pop("alarm"))
+        _set_alarm(request.pop("alarm"))
         try:
             reply, frames = answer(request)
-        except Exception as e:  # whatever a broken file makes a native library raise is this file's error, not the run's
-            reason = (
-                str(e)
-                if type(e) in (VideoError, ValueError)
-                else f"cannot be decoded: {type(e).__name__}: {e}"
-            )
-            reason = reason.replace(f" {path!r}", "").replace(path, "")
-            reply, frames = dict(error=" ".join(reason.split())[:300]), []
-        set_alarm(0)
+        except Exception as e:  # whatever a native library raises about a broken file
+            reply, frames = dict(error=_reason(e, path)), []
+        _set_alarm(0)
         replies.write(json.dumps(reply).encode() + b"\n")
         for frame in frames:
             replies.write(frame.tobytes())
         replies.flush()
 
 
+def _set_alarm(seconds):
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.alarm(seconds)
+
+
+def _reason(e, path):
+    """An exception in one line, without the path."""
+    reason = str(e)
+    if type(e) not in (VideoError, ValueError):
+        reason = f"cannot be decoded: {type(e).__name__}: {e}"
+    reason = reason.replace(f" {path!r}", "").replace(path, "")
+    return " ".join(reason.split())[:300]
+
+
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(
-        2, 1
-    )  # whatever a native library prints goes to standard error, not between the replies
+    os.dup2(2, 1)  # what native libraries print goes to standard error, not between the replies
     work(sys.stdin.buffer, replies)

@@ -1,6 +1,6 @@
-"""Clips whose pictures show their own numbers, so that what was shown can be read back.
+"""Clips whose pictures show their own numbers, so a test can read back which were shown.
 
-python tests/clips.py              which kinds of file each reader shows rightly: the README's table
+python tests/clips.py              the README's table: which files does each reader read rightly?
 python tests/clips.py FILE ...     CPU seconds of each reader for 16, 64 and 512 frames of a file
 """
 
@@ -28,7 +28,8 @@ HEVC = {
 }
 MPEG2 = {"codec": "mpeg2video", "bf": 2, "g": 12}
 MPEG4 = {"codec": "mpeg4", "bf": 2, "g": 12}
-# name: file, codec and its options (g: pictures between key frames), of a clip of 48 pictures at 25 a second
+# name: file, codec and its options (g: pictures from one key frame to the next)
+# of a clip of 48 pictures, 25 a second
 KINDS = {
     "H.264, mp4": ("h264.mp4", H264),
     "H.264, mkv": ("h264.mkv", H264),
@@ -86,8 +87,8 @@ def write(
     edit=None,
     **options,
 ):
-    """Writes a clip that shows `numbers`, at `rate` a second or at `times`, in seconds, rounded to `ticks` a second.
-    edit: called with the stream before anything is written."""
+    """Writes a clip that shows `numbers`, at `rate` a second or at `times` in seconds, rounded to
+    `ticks` a second -> path. edit: called with the stream before anything is written."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
             codec, rate=rate, options={name: str(value) for name, value in options.items()}
@@ -109,7 +110,8 @@ def write(
 
 
 def cut(source, target, start, first=0):
-    """Copies the packets of a clip from number `first` on without encoding them again; `start` becomes second 0."""
+    """Copies the packets of a clip from number `first` on, without encoding them again -> target.
+    Second `start` becomes second 0."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for i, packet in enumerate(old.demux(video=0)):
@@ -131,7 +133,7 @@ def shown(path, **how):
 
 
 def shows_rightly(path, reader):
-    """The word for the README's table: are 2 to 64 frames of a clip of 48 pictures the right ones?"""
+    """Are 2 to 64 frames of a clip of 48 pictures the right ones? In the words of the table."""
     for n in ROUNDS:
         try:
             numbers, _ = shown(path, reader=reader, target_fps=float("inf"), max_frames=n)
@@ -143,7 +145,7 @@ def shows_rightly(path, reader):
 
 
 def table():
-    """Prints for every kind of clip whether each reader shows its frames rightly."""
+    """Prints for each kind of clip whether each reader shows the right frames."""
     print("| file | `--reader av` | `--reader decord` |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, (file, options) in KINDS.items():
@@ -156,7 +158,7 @@ def table():
 
 
 def speed(path):
-    """Prints the CPU seconds of each reader, the median of three readings in turn, and frames decoded."""
+    """Prints the CPU seconds of each reader, the median of three, and the frames it decoded."""
     from infra import reader
 
     for n in (16, 64, 512):
@@ -174,8 +176,9 @@ def speed(path):
         same = all(map(np.array_equal, pixels["av"], pixels["decord"]))
         a, d = (median(seconds[name]) for name in ("av", "decord"))
         print(
-            f"{path}: {len(indices)} of {len(clip.keys)} frames: av {a:.2f} s ({decoded} decoded), decord {d:.2f} s, "
-            f"ratio {a / d:.2f}, {'the same' if same else 'other'} pixels"
+            f"{path}: {len(indices)} of {len(clip.keys)} frames: "
+            f"av {a:.2f} s ({decoded} decoded), decord {d:.2f} s, ratio {a / d:.2f}, "
+            f"{'the same' if same else 'other'} pixels"
         )
 
 

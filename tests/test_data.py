@@ -100,7 +100,7 @@ def test_only_a_closing_run_of_letters_is_options(tmp_path):
 
 
 def test_one_bad_line_does_not_cost_the_others(tmp_path):
-    """Nor do a byte-order mark and a line separator inside a string."""
+    """Nor does a byte-order mark, or a line separator inside a string."""
     lines = [
         json.dumps(RECORD),
         '{"pro',
@@ -133,7 +133,7 @@ def test_a_longvideo_reason_record(tmp_path):
 
 
 def test_errors_after_loading_name_the_record_as_those_before(tmp_path, builder):
-    """By its number in the file, and by its id where that is another; a Sample made by hand by its id."""
+    """By its position in the file and its id; a Sample made by hand by its id."""
     records = [RECORD | {"problem_id": 3}, RECORD | {"problem_id": 1}]
     first, second = load(tmp_path, *records)
     for sample, name in (
@@ -201,7 +201,7 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"solution": True}, "'solution' is True"),
         (
             {"problem": " "},
-            "no question .* it has 'problem_id', .* expected a list of objects with problem, options",
+            "no question .* it has 'problem_id', .* expected a list of objects with problem, ",
         ),
         ({"fps": 0}, "'fps' is 0"),
         ({"fps": True}, "'fps' is True"),
@@ -366,7 +366,7 @@ def test_a_field_is_read_rightly(tmp_path, change, field, value):
     ],
 )
 def test_letters_of_any_style_are_the_options_own(tmp_path, style):
-    """Written as "A. x"; a second letter before them would leave choice_letter two to read."""
+    """Rewritten as "A. x"; with a second letter before them choice_letter would find two."""
     for letters in ("abc", "ABC", "ＡＢＣ"):
         options = [
             style.format(letter, text) for letter, text in zip(letters, ("left", "2² m", "B-roll"))
@@ -397,8 +397,11 @@ def test_a_list_and_json_lines_under_either_name(tmp_path, name):
     "record", [{"messages": [{"role": "user"}]}, {"id": 1, "conversations": [], "video": "x.mp4"}]
 )
 def test_records_of_another_form_name_the_fields_that_are_wanted(tmp_path, record):
-    expected = "no question .*'(messages|conversations)'.* expected a list of objects with problem, options, problem_type, "
-    with pytest.raises(DataError, match=expected + "data_type, solution, path"):
+    expected = (
+        "no question .*'(messages|conversations)'.* expected a list of objects with "
+        "problem, options, problem_type, data_type, solution, path"
+    )
+    with pytest.raises(DataError, match=expected):
         load(tmp_path, record)
 
 
@@ -423,7 +426,7 @@ def test_a_file_that_is_no_json_is_called_by_its_name(tmp_path, content, kind):
 
 
 def test_missing_media_are_counted_by_folder(tmp_path):
-    """v holds one of three videos, w none of one, and one is named twice: 4 of 5 records lack theirs."""
+    """v lacks y and z, w lacks x, and two records name y: 4 of 5 lack their video."""
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "x.mp4").write_bytes(b"")
     paths = ["v/x.mp4", "v/y.mp4", "v/z.mp4", "w/x.mp4", "v/y.mp4"]
@@ -432,8 +435,9 @@ def test_missing_media_are_counted_by_folder(tmp_path):
     )
     message, most = data.missing_media(samples, tmp_path / "r.json", None)
     assert most and message == (
-        f"{tmp_path}/r.json: the media of 4 of 5 records are missing: 3 in {tmp_path}/v, 1 in {tmp_path}/w; the first: record 1, "
-        f"{tmp_path}/v/y.mp4; --media_root was not set, so paths start from {tmp_path}"
+        f"{tmp_path}/r.json: the media of 4 of 5 records are missing: "
+        f"3 in {tmp_path}/v, 1 in {tmp_path}/w; the first: record 1, {tmp_path}/v/y.mp4; "
+        f"--media_root was not set, so paths start from {tmp_path}"
     )
     message, most = data.missing_media(samples[:2], tmp_path / "r.json", tmp_path)
     assert (
@@ -529,9 +533,9 @@ def test_frame_indices():
 
 
 def test_smart_resize():
-    resize = lambda h, w, lo=4 * 28 * 28, hi=128 * 28 * 28: data.smart_resize(
-        h, w, min_pixels=lo, max_pixels=hi
-    )
+    def resize(h, w, lo=4 * 28 * 28, hi=128 * 28 * 28):
+        return data.smart_resize(h, w, min_pixels=lo, max_pixels=hi)
+
     assert (
         resize(360, 640) == (224, 420) and resize(56, 56) == (56, 56) and resize(28, 28) == (56, 56)
     )
@@ -544,7 +548,7 @@ def test_smart_resize():
 
 
 def test_patches_of_an_image_equal_transformers_processor():
-    """Its Pillow-based processor, which needs no torchvision: the same size, the same pixels, the same order."""
+    """Its processor based on Pillow, which needs no torchvision: the same size, pixels, order."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     rng = np.random.default_rng(0)
@@ -689,7 +693,8 @@ def test_a_prompt_over_the_limit_is_refused(world):
     tight = data.PromptBuilder(world / "model", min_pixels=784, max_prompt=30)
     with pytest.raises(
         DataError,
-        match=r"record 0: .*train_00000.y4m: a prompt of \d+ tokens \(8 visual\), more than --max_prompt 30",
+        match=r"record 0: .*train_00000.y4m: a prompt of \d+ tokens \(8 visual\), "
+        "more than --max_prompt 30",
     ):
         tight(data.load_samples(world / "train.json")[0])
 

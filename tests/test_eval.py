@@ -519,7 +519,7 @@ def test_other_flags_or_other_weights_do_not_mix_with_answers_that_are_there(
     records.write_text(
         json.dumps(json.loads(records.read_text())[::-1])
     )  # other records under the same name
-    assert "was run otherwise" in run(*command, expect=1)
+    assert "cannot be resumed" in run(*command, expect=1)
 
 
 @pytest.mark.parametrize("config", [None, "", "--seed 0\n--\n"])
@@ -538,7 +538,7 @@ def test_answers_without_what_they_were_made_with_are_refused(tmp_path, world, c
     template = tmp_path / "m" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with (
-        pytest.raises(SystemExit, match="was run otherwise.* # weights"),
+        pytest.raises(SystemExit, match="cannot be resumed.* # weights"),
         contextlib.ExitStack() as at_end,
     ):
         evaluation.open_answers(args, tmp_path / "m", at_end)

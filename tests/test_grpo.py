@@ -60,7 +60,7 @@ def test_kl_estimators_by_hand():
     "estimator, direction", [("k1", None), ("k2", "pi||ref"), ("k3", "ref||pi")]
 )
 def test_kl_gradients_are_the_ones_documented(estimator, direction):
-    """Expectation over the policy of the gradient of the penalty = zero, of KL(pi||ref), of KL(ref||pi)."""
+    """Its expectation over the policy: zero for k1, of KL(pi||ref) for k2, of KL(ref||pi) for k3."""
     logits = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([0.1, 0.5, -0.4], dtype=torch.float64).log_softmax(0)
     logp = logits.log_softmax(0)
@@ -78,11 +78,15 @@ def test_kl_gradients_are_the_ones_documented(estimator, direction):
 
 
 def test_loss_by_hand_two_responses():
-    """rho = (1.5, 1) with A = 1: clipped to 1.2, and 1. rho = 0.5 with A = -2: clipped to 0.8. Padding counts nothing."""
+    """rho = (1.5, 1), A = 1: clipped to (1.2, 1). rho = 0.5, A = -2: clipped to 0.8.
+    Padding does not count."""
     old = torch.tensor([[-1.0, -2.0], [-1.0, 7.0]], dtype=torch.float64)
     logp = old + torch.tensor([[math.log(1.5), 0.0], [math.log(0.5), 1e9]], dtype=torch.float64)
     mask, A = torch.tensor([[1, 1], [1, 0]]), torch.tensor([1.0, -2.0], dtype=torch.float64)
-    loss = lambda **kw: float(grpo.grpo_loss(logp, old, A, mask, **kw)[0])
+
+    def loss(**kw):
+        return float(grpo.grpo_loss(logp, old, A, mask, **kw)[0])
+
     assert loss() == pytest.approx((-(1.2 + 1) / 2 + 1.6) / 2)
     assert loss(average="token") == pytest.approx((-1.2 - 1 + 1.6) / 3)
     assert loss(average="constant", denominator=8) == pytest.approx((-1.2 - 1 + 1.6) / 8)
@@ -103,7 +107,8 @@ def test_loss_adds_beta_times_kl():
 
 
 def test_on_policy_gradient_is_reinforce():
-    """One update per rollout: rho = 1, the loss is -A whatever the clip, and its gradient is that of -A log pi."""
+    """One update per rollout: rho = 1, the loss is -A whatever the clip, its gradient that of
+    -A log pi."""
     logp = torch.tensor([[-1.0, -2.0], [-0.3, -0.7]], dtype=torch.float64, requires_grad=True)
     A, mask = (
         torch.tensor([0.8, -1.3], dtype=torch.float64),
@@ -130,7 +135,8 @@ def test_parts_of_a_batch_add_up_with_global_denominators(average):
     torch.testing.assert_close(sum(parts), whole)
 
 
-# ---- the variants, on a policy small enough for plain numbers: two prompts, three responses each, a vocabulary of two tokens
+# ---- the variants, on a policy small enough for plain numbers: two prompts, three responses each,
+# a vocabulary of two tokens
 
 P_NEW, P_OLD = (
     0.6,
@@ -141,12 +147,14 @@ REWARDS_2x3 = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float
 
 
 def small_batch():
-    """(logp with gradient to one logit, old, advantages, mask, logit); A = +-1.1547 and +-0.57735."""
+    """(logp with gradient to one logit, old, advantages, mask, logit). A = +-1.1547, +-0.57735."""
     logit = torch.tensor(math.log(P_NEW / (1 - P_NEW)), dtype=torch.float64, requires_grad=True)
     one, zero = torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)
-    pad = lambda rows: torch.nn.utils.rnn.pad_sequence(
-        [torch.stack(row) for row in rows], batch_first=True
-    )
+
+    def pad(rows):
+        rows = [torch.stack(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
     logp = pad([[one if t else zero for t in row] for row in TOKENS])
     mask = pad([[torch.ones(()) for _ in row] for row in TOKENS])
     old = torch.full_like(logp, math.log(P_OLD)).detach()
@@ -167,7 +175,8 @@ A = [
 @pytest.mark.parametrize(
     "settings, per_response",
     [
-        # per-token objective, its mean over each response; clip_low = clip_high = 0.1 holds rho A at 1.1 A and 0.9 A
+        # per-token objective, its mean over each response;
+        # clip_low = clip_high = 0.1 holds rho A between 0.9 A and 1.1 A
         (
             dict(),
             [
@@ -207,7 +216,8 @@ A = [
                 1.1 * A[5] * math.log(0.6),
             ],
         ),
-        # a bound of 1.15 on the ratio where A < 0: only the first token of the third response exceeds it
+        # a bound of 1.15 on the ratio where A < 0:
+        # only the first token of the third response exceeds it
         (
             dict(dual_clip=1.15),
             [
@@ -226,7 +236,10 @@ def test_variants_by_hand(settings, per_response):
     assert advantages.tolist() == pytest.approx(A)
     settings = dict(clip_low=0.1, clip_high=0.1) | settings
     lengths = [len(row) for row in TOKENS]
-    loss = lambda **kw: grpo.grpo_loss(logp, old, advantages, mask, **settings, **kw)[0].item()
+
+    def loss(**kw):
+        return grpo.grpo_loss(logp, old, advantages, mask, **settings, **kw)[0].item()
+
     assert loss() == pytest.approx(-sum(per_response) / 6)
     total = sum(x * n for x, n in zip(per_response, lengths))
     assert loss(average="token") == pytest.approx(-total / 10)
@@ -235,7 +248,7 @@ def test_variants_by_hand(settings, per_response):
 
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_on_the_sampling_policy_variants_have_one_gradient(average):
-    """rho = 1: GRPO = CISPO = REINFORCE whatever the average; GSPO too when averaged per response."""
+    """rho = 1: GRPO = CISPO = REINFORCE for every average; GSPO too when averaged per response."""
     gradients = {}
     for variant in grpo.VARIANTS:
         logp, _, advantages, mask, logit = small_batch()

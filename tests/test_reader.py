@@ -1,4 +1,4 @@
-"""The picture at time t is the picture that is shown: clips that show their own numbers, of every kind, read back."""
+"""The picture of time t is the one shown: clips of every kind that show their own numbers."""
 
 import shutil
 from fractions import Fraction
@@ -24,7 +24,7 @@ def frame_numbers(n, of=48, **how):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_shows_its_right_frames(tmp_path, kind):
-    """2 to 64 frames, in the rounds of sparse-to-dense, and of a part of the clip; the time is that of the clip."""
+    """2 to 64 frames, as in the rounds of sparse-to-dense, and frames of a part of the clip."""
     file, options = KINDS[kind]
     path = write(tmp_path / file, range(48), **options)
     decoded, rate = {}, 25
@@ -63,7 +63,7 @@ SCREEN = [
     ],
 )
 def test_frames_of_a_variable_rate_are_spread_evenly_in_time(tmp_path, file, codec):
-    """At time t stands the picture that appeared last, not the nearest one nor the one of that count."""
+    """At time t: the picture that appeared last, not the nearest one, not one by its count."""
     path = write(tmp_path / file, range(45), codec=codec, times=SCREEN)
     numbers, clip = shown(path, target_fps=2, max_frames=16)
     assert clip.seconds * 16 == pytest.approx(21, abs=0.05)
@@ -82,7 +82,7 @@ def test_frames_of_a_variable_rate_are_spread_evenly_in_time(tmp_path, file, cod
 
 
 def test_a_still_that_lasts_takes_its_share_of_the_frames(tmp_path):
-    """Pictures 0 to 9 in the first second, then 10 for nine seconds, in the middle or at the end."""
+    """Pictures 0 to 9 in the first second, then 10 for nine seconds, inside the clip or last."""
     start = [i / 10 for i in range(11)]
     middle = write(tmp_path / "m.mp4", range(12), times=[*start, 10.0])
     assert shown(middle, target_fps=1, max_frames=16)[0] == [0, *[10] * 8, 11]
@@ -93,7 +93,7 @@ def test_a_still_that_lasts_takes_its_share_of_the_frames(tmp_path):
 
 
 def test_a_last_picture_that_stays_is_part_of_the_clip(tmp_path):
-    """A GIF says how long: pictures 0 to 9 for 0.1 s each, and the last for 5 s."""
+    """A GIF stores durations: pictures 0 to 8 for 0.1 s each, and the last for 5 s."""
     path = tmp_path / "last.gif"
     images = [Image.fromarray(picture(i)) for i in range(10)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=[100] * 9 + [5000])
@@ -105,7 +105,7 @@ def test_a_last_picture_that_stays_is_part_of_the_clip(tmp_path):
 
 @pytest.mark.parametrize("codec, bf", [("libx264", 0), ("libx264", 2), ("mpeg4", 0), ("mpeg4", 2)])
 def test_frames_that_an_avi_left_out_leave_their_time(tmp_path, codec, bf):
-    """AVI holds times of decoding only; 16 pictures are missing after the 20th."""
+    """AVI stores decoding times only; 16 pictures are missing after the 20th."""
     numbers, times = [*range(20), *range(36, 48)], [i / 25 for i in (*range(20), *range(36, 48))]
     mkv = write(tmp_path / "gap.mkv", numbers, codec=codec, times=times, bf=bf)
     avi = write(tmp_path / "gap.avi", numbers, codec=codec, ticks=25, times=times, bf=bf)
@@ -116,7 +116,7 @@ def test_frames_that_an_avi_left_out_leave_their_time(tmp_path, codec, bf):
 
 
 def test_a_rate_rounded_to_milliseconds_is_constant(tmp_path):
-    """24000/1001 pictures a second in Matroska: the same frames as in mp4, at every number of frames."""
+    """24000/1001 pictures a second in Matroska: the same frames as in mp4, however many."""
     for file in ("a.mkv", "a.mp4"):
         path = write(tmp_path / file, range(120), rate=Fraction(24000, 1001))
         assert reader.AvVideo(str(path)).rate == pytest.approx(24000 / 1001, abs=1e-3)
@@ -145,7 +145,7 @@ def test_what_an_edit_list_leaves_out_is_not_shown(tmp_path):
 )
 @pytest.mark.parametrize("first", [5, 12, 30])
 def test_a_cut_within_a_group_begins_with_the_first_whole_picture(tmp_path, kind, first):
-    """Never with a picture that lacks what it refers to."""
+    """Never with a picture whose reference is missing."""
     file, options = KINDS[kind]
     path = cut(
         write(tmp_path / file, range(48), **options), tmp_path / f"cut_{file}", start=0, first=first
@@ -159,7 +159,7 @@ def test_a_cut_within_a_group_begins_with_the_first_whole_picture(tmp_path, kind
 
 
 def test_two_recordings_in_one_file_are_shown_one_after_the_other(tmp_path):
-    """Their stamps begin anew, so they order nothing."""
+    """Their stamps start again at 0, so they give no order."""
     data = write(tmp_path / "a.ts", range(48), g=12).read_bytes()
     (tmp_path / "two.ts").write_bytes(data + data)
     assert shown(tmp_path / "two.ts", **EVERY, max_frames=96)[0] == [*range(48), *range(48)]
@@ -167,7 +167,8 @@ def test_two_recordings_in_one_file_are_shown_one_after_the_other(tmp_path):
 
 @pytest.mark.parametrize("first", [5, 12])
 def test_an_index_is_the_same_picture_in_every_round(tmp_path, first):
-    """The second recording begins within a group of pictures and ten seconds later, so its first packets show nothing."""
+    """The second recording begins ten seconds later, within a group of pictures: its first packets
+    show nothing."""
     source = write(tmp_path / "a.ts", range(48), g=12)
     late = cut(source, tmp_path / "late.ts", start=-10, first=first)
     (tmp_path / "both.ts").write_bytes(source.read_bytes() + late.read_bytes())
@@ -222,7 +223,7 @@ def test_a_video_that_starts_after_its_sound_keeps_the_clock_of_the_file(tmp_pat
     ],
 )
 def test_a_clip_comes_upright(tmp_path, matrix, turned):
-    """The display matrix of a file: turned by a quarter, a half, three quarters; mirrored; across its diagonal."""
+    """Display matrices: turned by 90, 180, 270 degrees; mirrored; flipped across the diagonal."""
     a, b, c, d = (65536 * x for x in matrix)
 
     def turn(stream):
@@ -343,7 +344,7 @@ def test_lists_of_files_and_text_are_no_video(tmp_path):
 
 
 def test_a_name_is_a_file_and_no_address(tmp_path, monkeypatch):
-    """FFmpeg takes "file:x" and "concat:x" for protocols; a worker keeps the folder in which it was started."""
+    """FFmpeg reads "file:x" as a protocol; and a worker stays in the folder where it started."""
     monkeypatch.chdir(tmp_path)
     for file, first in (
         ("x.mp4", 0),
@@ -421,7 +422,8 @@ def test_frames_numbered_in_two_ways_are_refused(tmp_path):
 
 
 def test_a_long_file_is_not_decoded_whole(tmp_path):
-    """8 of 3,000 pictures, a key frame every 25: at most one group of pictures for each, and a few for the decoder's delay."""
+    """8 of 3,000 pictures, a key frame every 25: at most one group of pictures for each, and a few
+    for the decoder's delay."""
     path = write(tmp_path / "long.mp4", [i % 512 for i in range(3000)], g=25, preset="ultrafast")
     clip = reader.AvVideo(str(path))
     indices = frame_numbers(8, of=3000)

@@ -1,4 +1,5 @@
-"""The answer normaliser and the rule rewards: a table to look things up in; texts against rouge-score, jiwer and NLTK."""
+"""The answer normaliser and the rule rewards, as tables; ROUGE, word error rate and stemmer against
+rouge-score, jiwer and NLTK."""
 
 import json
 import random
@@ -664,6 +665,7 @@ def test_no_rounding_decides_mean_relative_accuracy(pred, target, strict, inclus
     assert rewards.mean_relative_accuracy(pred, target, inclusive=True) == inclusive
 
 
+@pytest.mark.slow
 def test_any_string_gives_a_number_in_range():
     rng, pieces = (
         random.Random(0),
@@ -702,6 +704,7 @@ def test_any_string_gives_a_number_in_range():
         assert rewards.format_reward(text) in (0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     ["<answer>", "(", " ", "the ", "the answer is ", "1 000", "5.", r"\text{", "' ", "a.", "左"],
@@ -718,7 +721,7 @@ def test_a_long_response_takes_no_long_time(piece):
 
 
 def vocabulary(rng):
-    """Words of our own files, and random stems with every suffix that the stemmer knows."""
+    """Words of our own files, and random stems with all suffixes that the stemmer knows."""
     text = " ".join(f.read_text() for f in [*ROOT.glob("*.md"), *ROOT.glob("*.py")]).lower()
     suffixes = [
         *stem.STEP_2,
@@ -726,8 +729,10 @@ def vocabulary(rng):
         *stem.STEP_4,
         *"ing ed ies ied eed sses logi logy ally y ll e s".split(),
     ]
-    random_stem = lambda: "".join(rng.choices("aeiousytnlrd", k=rng.randrange(1, 7)))
-    made = {random_stem() + suffix for suffix in suffixes for _ in range(60)}
+    made = set()
+    for suffix in suffixes:
+        for _ in range(60):
+            made.add("".join(rng.choices("aeiousytnlrd", k=rng.randrange(1, 7))) + suffix)
     return sorted(made | set(re.findall("[a-z]{2,}", text)) | set(stem.IRREGULAR))
 
 
@@ -761,14 +766,17 @@ def test_rouge_and_word_error_rate_equal_known_libraries():
     )
 
 
+@pytest.mark.slow
 @needs_shared
 def test_rewards_on_every_real_record():
-    """The gold answer in the asked form is right, whatever marks it carries; nothing else is, and nothing without tags."""
+    """The gold answer in tags is right, whatever its marks; other answers are not, nor is an answer
+    without tags."""
     for file in sorted((SHARED / "benchmarks").glob("*.json*")):
         for s in load_samples(file):
-            reward = lambda said, s=s: rewards.accuracy_reward(
-                f"<think>so</think>\n<answer>{said}</answer>", s
-            )
+
+            def reward(said, s=s):
+                return rewards.accuracy_reward(f"<think>so</think>\n<answer>{said}</answer>", s)
+
             assert reward(s.answer) == 1 and rewards.accuracy_reward(s.answer, s) == 0, s
             assert rewards.format_reward(f"<think>so</think>\n<answer>{s.answer}</answer>") == 1
             if s.options:

@@ -1,4 +1,4 @@
-"""Rollouts against transformers' generate and against the log-probs of the training pass, in float64."""
+"""Rollouts against transformers' generate and the log-probs of the training pass, in float64."""
 
 import math
 
@@ -19,7 +19,8 @@ def talkative(policy):
 
 
 def test_greedy_equals_transformers_generate(world, policy, prompts):
-    """transformers' cached greedy decoding with our positions is the oracle; several prompts of unequal length at once."""
+    """transformers' cached greedy decoding with our positions is the oracle; several prompts of
+    unequal length at once."""
     net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
     groups = rollout.generate(policy, prompts, 1, max_new=24, temperature=0)
     for prompt, group in zip(prompts, groups):
@@ -108,7 +109,8 @@ def test_finished_rows_stop_costing(talkative, prompts, monkeypatch):
 
 
 def test_a_step_that_could_be_a_cuda_graph(talkative, prompts, monkeypatch):
-    """With windows of tokens that are not there yet, every step recorded once for its shape: the same responses."""
+    """Windows reach beyond the tokens written so far, and each shape of a step is recorded once:
+    the responses stay the same."""
     shapes = []
     monkeypatch.setattr(rollout, "WINDOW", 16)
     monkeypatch.setattr(
@@ -136,7 +138,8 @@ def test_cuda_graph_is_eager(world, prompts, monkeypatch):
 
 
 def test_sampling_follows_the_distribution():
-    """Inverse transform: u picks the first token whose cumulative probability exceeds it; top-p cuts the tail off."""
+    """Inverse transform: u picks the first token whose cumulative probability exceeds it; top-p cuts
+    the tail off."""
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().expand(5, 4)
     u = torch.tensor([0.0, 0.0999, 0.11, 0.59, 0.999], dtype=torch.float64)
     token, logp, entropy = rollout.sample(logits, u, 1.0, 1.0)
@@ -190,7 +193,8 @@ def test_training_mode_is_restored(policy, prompts):
 
 
 def test_bf16_compute_with_fp32_weights_as_on_a_gpu(world, prompts):
-    """Under autocast the same path runs in bf16: sampler and scorer stay close, log-probs and gradients are fp32."""
+    """Under autocast the same path runs in bf16: sampler and scorer stay close, log-probs and
+    gradients are fp32."""
     policy = model.Policy.load(world / "model").train()
     policy.eos_ids = list(range(20, 66))
     with torch.autocast("cpu", torch.bfloat16):

@@ -15,6 +15,7 @@ import signal
 from collections import deque
 
 import pytest
+import step
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -25,7 +26,6 @@ import eval
 import grpo
 import model
 import report
-import step
 import toy
 import train
 from conftest import ROOT, SHARED, Script, flags, needs_shared, run
@@ -345,7 +345,7 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
         and lines[1].startswith("# records ")
         and "--lr 0.001" in lines
     )
-    assert "--resume goes on with it, another --out starts a new one" in here(*command)
+    assert "holds a run: add --resume to resume it" in here(*command)
     for flag, was, now in (
         ("prompts", "--prompts 4", "3"),
         ("group", "--group 4", "6"),
@@ -361,13 +361,11 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
         if was is None:
             assert message is None, flag
         else:
-            start = f"error: {out} was run otherwise, so it cannot be resumed: it had {was}; "
-            assert message.startswith(f"{start}now --{flag} {now}. Another"), flag
-    assert "it had not; now --drop_zero_std. Another" in here(
-        *command, "--drop_zero_std", "--resume"
-    )
+            start = f"error: {out} cannot be resumed with other settings: found --{flag} {now}, "
+            assert message.startswith(f"{start}expected {was}. "), flag
+    assert "found --drop_zero_std, expected none. " in here(*command, "--drop_zero_std", "--resume")
     records.write_text(content.replace("red", "RED", 1))
-    assert "it had # records " in here(*command, "--resume")
+    assert ", expected # records " in here(*command, "--resume")
     (tmp_path / "moved.json").write_text(content)
     assert here(*command, "--resume", "--data", tmp_path / "moved.json") is None
     config = [
@@ -388,13 +386,11 @@ def test_a_failed_start_does_not_block_the_corrected_command(tmp_path, world, ca
     assert "no such model folder" in here(*command, "--model", "./nowhere")
     (out / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     assert here(*command, "--seed", "5") is None
-    assert f"{out}: no checkpoint to resume from, so the run starts anew" in capsys.readouterr().out
+    anew = "no checkpoint to resume from, so the run starts from the beginning"
+    assert f"{out}: {anew}" in capsys.readouterr().out
     assert [e["step"] for e in log(out)] == [1]
     assert here(*flags(world, tmp_path / "b", "sft", steps=1), "--resume") is None
-    assert (
-        f"{tmp_path / 'b'}: no checkpoint to resume from, so the run starts anew"
-        in capsys.readouterr().out
-    )
+    assert f"{tmp_path / 'b'}: {anew}" in capsys.readouterr().out
 
 
 def test_a_folder_is_written_to_by_one_run(tmp_path, world):
@@ -523,10 +519,8 @@ def test_a_policy_that_is_not_finite_ends_the_run_and_is_not_saved(
         "--lr",
         "1e38",
     )
-    expected = (
-        "error: step 1: the policy's logits are not finite (a lower --lr?), so no checkpoint of"
-    )
-    assert message == f"{expected} it is saved"
+    expected = "error: step 1: the policy's logits are not finite, so no checkpoint is saved; "
+    assert message == f"{expected}try a lower --lr"
     assert not list((tmp_path / "a").glob("checkpoint*"))
     message = here(
         *flags(world, tmp_path / "b", algo, steps=4, model=cold_start, prompts=2), "--lr", "1e38"
@@ -608,7 +602,7 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change
             "--lr 1\n@nowhere.txt\n",
             "f.txt, line 2: nowhere.txt: cannot be read: No such file or directory",
         ),
-        ("--lr 1\n--\n", "f.txt, line 2: -- is no flag"),
+        ("--lr 1\n--\n", "f.txt, line 2: -- is not a flag"),
         (
             "--lr 1\n\n--lr abc # no number\n--seed 3\n",
             "f.txt, line 3: --lr abc: expected a finite number",
@@ -673,8 +667,7 @@ def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
     run_folder._rewind(log, 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (
-        capsys.readouterr().out
-        == f"{log}: 3 of 6 lines hold no entry of a step; they are dropped\n"
+        capsys.readouterr().out == f"{log}: dropped 3 of 6 lines, which are not entries of a step\n"
     )
     run_folder._rewind(log, 2)
     log.unlink()
@@ -683,7 +676,7 @@ def test_log_lines_that_are_lost_on_resume_are_counted(tmp_path, capsys):
     run_folder._rewind(log, 2)
     assert (
         capsys.readouterr().out
-        == f"{log}: no such file, so what was logged up to step 2 is lost; the log begins again\n"
+        == f"{log}: no such file, so the log up to step 2 is lost; a new one begins\n"
     )
 
 

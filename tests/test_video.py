@@ -29,7 +29,7 @@ def clip(tmp_path):
 
 @pytest.mark.parametrize("data_type", ["video", "image"])
 def test_a_file_that_hangs_is_given_up_and_its_worker_replaced(tmp_path, clip, data_type):
-    """A named pipe that nobody writes to blocks a decoder in native code, as some files do."""
+    """As some files do, a named pipe that nobody writes to blocks a decoder in native code."""
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
     video.read_video(clip)
@@ -55,7 +55,7 @@ def test_a_decoder_that_dies_costs_one_sample(clip):
 
 
 def test_an_answer_that_was_not_waited_for_goes_to_nobody(tmp_path, clip):
-    """An exception of another kind, as ctrl-C raises, between a request and its answer."""
+    """Ctrl-C between a request and its answer."""
     toy.write_y4m(tmp_path / "other.y4m", np.full((4, 56, 84, 3), 200, np.uint8), fps=4)
     video.read_video(clip)
 
@@ -72,7 +72,7 @@ def test_an_answer_that_was_not_waited_for_goes_to_nobody(tmp_path, clip):
 
 
 def test_a_worker_whose_trainer_has_gone_ends(tmp_path):
-    """It is stuck in a named pipe, and nobody kills it: its alarm does."""
+    """It blocks on a named pipe, and only its alarm ends it."""
     os.mkfifo(tmp_path / "pipe")
     request = dict(op="image", path=str(tmp_path / "pipe"), min_pixels=784, max_pixels=784, alarm=1)
     worker = subprocess.Popen(
@@ -96,7 +96,7 @@ def test_a_forked_process_has_workers_of_its_own(clip):
 
 
 def test_workers_of_all_threads_can_be_ended(clip):
-    """Those of a pool outlive its threads; a thread that goes on reading gets another."""
+    """The workers of a pool outlive its threads; a thread that reads again gets another worker."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: video.read_video(clip), range(6)))
     video.read_video(clip)

@@ -1,0 +1,140 @@
+"""Flags: earlier names, flag files, the place of an error, what a resumed run must not change."""
+
+import pytest
+
+import train
+from infra.flags import Parser, by_name, flag_lines, refuse_changes, renamed
+
+REQUIRED = ["--model", "m", "--data", "d"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("--updates", "--minibatches"),
+        ("--updates=2", "--minibatches=2"),
+        ("--updates 2", "--minibatches 2"),
+        ("--checkpointing 4", "--grad_checkpointing 4"),
+        ("--updates_per_day 2", "--updates_per_day 2"),
+        ("--out updates", "--out updates"),
+        ("updates", "updates"),
+    ],
+)
+def test_an_earlier_flag_name_is_replaced(text, expected):
+    assert renamed(text) == expected
+
+
+@pytest.mark.parametrize(
+    "flags", ["--updates 2 --checkpointing 4", "--updates=2 --checkpointing=4"]
+)
+def test_recipes_with_earlier_flag_names_are_read(tmp_path, flags):
+    (tmp_path / "recipe.txt").write_text(flags)
+    for words in (flags.split(), [f"@{tmp_path}/recipe.txt"]):
+        args = train.parse_args([*REQUIRED, *words])
+        assert (args.minibatches, args.grad_checkpointing) == (2, 4)
+        assert "--minibatches 2" in flag_lines(args)
+
+
+def test_an_error_names_the_flag_as_it_is_called_now_and_where_it_stands(tmp_path, capsys):
+    (tmp_path / "recipe.txt").write_text("--lr 1\n--updates 0\n")
+    with pytest.raises(SystemExit):
+        train.parse_args([*REQUIRED, f"@{tmp_path}/recipe.txt"])
+    place = f"{tmp_path}/recipe.txt, line 2: "
+    assert capsys.readouterr().err == f"error: {place}--minibatches 0: expected at least 1\n"
+
+
+def config_of(folder, flags, comments=()):
+    """Writes a config.txt with these lines."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "config.txt"
+    file.write_text("\n".join([*comments, *flags]) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("earlier", ["--updates 2", "--minibatches 2"])
+def test_a_run_with_earlier_flag_names_resumes_with_the_same_settings_only(tmp_path, earlier):
+    def command(minibatches):
+        return flag_lines(train.parse_args([*REQUIRED, "--minibatches", minibatches]))
+
+    same = command("2")
+    before = [earlier if line == "--minibatches 2" else line for line in same]
+    config = config_of(tmp_path / "run", before)
+    names = vars(train.parse_args(REQUIRED))
+    refuse_changes(config, same, names)
+    message = (
+        f"error: {tmp_path}/run cannot be resumed with other settings: "
+        "found --minibatches 3, expected --minibatches 2. "
+    )
+    with pytest.raises(SystemExit, match=message):
+        refuse_changes(config, command("3"), names)
+
+
+def test_every_change_of_a_compared_setting_is_named(tmp_path):
+    config = config_of(
+        tmp_path, ["--prompts 4", "--group 8", "--steps 9", "--tts"], ["# records 12", "# commit a"]
+    )
+    lines = ["# records 34", "# commit b", "# reference 5", "--prompts 3", "--steps 7", "--beta 1"]
+    names = ("prompts", "group", "tts", "beta", "# records", "# reference")
+    with pytest.raises(SystemExit) as error:
+        refuse_changes(config, lines, names)
+    changes = str(error.value).partition("settings: ")[2].partition(". ")[0]
+    assert changes.split("; ") == [
+        "found # records 34, expected # records 12",
+        "found --prompts 3, expected --prompts 4",
+        "found none, expected --group 8",
+        "found none, expected --tts",
+        "found --beta 1, expected none",
+    ]
+
+
+def test_a_flag_that_is_newer_than_the_run_is_compared_by_its_default(tmp_path):
+    config = config_of(tmp_path, ["--prompts 4"])
+    refuse_changes(config, ["--prompts 4", "--kl k3"], ("prompts", "kl"), ["--kl k3"])
+    with pytest.raises(SystemExit, match="found --kl k1, expected --kl k3"):
+        refuse_changes(config, ["--prompts 4", "--kl k1"], ("prompts", "kl"), ["--kl k3"])
+
+
+def test_lines_by_name():
+    lines = ["# records 1234", "", "--prompts 4", "--tts", "--updates 2", "--out 'a  b'"]
+    assert by_name(lines) == {
+        "# records": "# records 1234",
+        "prompts": "--prompts 4",
+        "tts": "--tts",
+        "minibatches": "--minibatches 2",
+        "out": "--out 'a  b'",
+    }
+
+
+def test_flag_files_stand_for_their_words_and_what_follows_wins(tmp_path):
+    (tmp_path / "inner.txt").write_text("--lr 1  # a comment\n--seed 3\n")
+    (tmp_path / "outer.txt").write_text(f"@{tmp_path}/inner.txt\n--seed=4 --name 'a b'\n")
+    p = Parser()
+    g = p.section("all")
+    g.value("lr", 0.5, "")
+    g.value("seed", 0, "")
+    g.value("name", None, "")
+    g.value("sizes", [1], "", "at least 1", nargs="+")
+    g.switch("fast", "")
+    args = p.parse_args(["--lr", "9", f"@{tmp_path}/outer.txt", "--seed", "5", "--sizes", "2", "3"])
+    assert vars(args) == dict(lr=1.0, seed=5, name="a b", sizes=[2, 3], fast=False)
+
+
+def test_an_error_names_the_place_of_the_value_that_is_wrong(tmp_path, capsys):
+    """Of a flag that is given three times."""
+    (tmp_path / "f.txt").write_text("--seed 1\n--seed two\n--seed 3\n")
+    with pytest.raises(SystemExit):
+        train.parse_args([*REQUIRED, f"@{tmp_path}/f.txt"])
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/f.txt, line 2: --seed two: ")
+
+
+def test_a_run_with_a_flag_that_is_gone_is_read_if_its_value_is_built_in(tmp_path, capsys):
+    now = flag_lines(train.parse_args(REQUIRED))
+    config = config_of(tmp_path, [*now, "--shuffles 1"])
+    assert flag_lines(train.parse_args([f"@{config}"])) == now
+    refuse_changes(config, now, {"lr"})
+    config.write_text("\n".join([*now, "--shuffles 2"]))
+    with pytest.raises(SystemExit):
+        train.parse_args([f"@{config}"])
+    assert "--shuffles 2: this flag is gone; 1 is built in" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="expected --shuffles 2"):
+        refuse_changes(config, now, {"lr"})
