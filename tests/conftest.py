@@ -1,18 +1,26 @@
-"""What the tests share: a tiny world of real files, written once, and a tiny random Qwen2.5-VL in float64."""
+"""What the tests share: a tiny world of real files, a tiny random Qwen2.5-VL in float64, run()."""
 
+import atexit
+import fcntl
+import functools
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: several processes share the cores
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real tokenizer, videos and records, where they are at hand
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import forkserver  # noqa: E402
 import model  # noqa: E402
 import toy  # noqa: E402
 
@@ -21,12 +29,45 @@ needs_shared = pytest.mark.skipif(
 )
 
 
+# ---- several workers, by pytest-xdist
+
+
+def pytest_xdist_auto_num_workers(config):
+    """For `-n auto` of pytest.ini: a worker for each core, but none for single tests."""
+    single = config.option.keyword or any("::" in arg for arg in config.args)
+    return 0 if single else min(os.cpu_count(), 8)
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """A function made_once(name, make) -> a folder that the first worker fills, by make(folder)."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the session's
+
+    def folder_of(name, make):
+        folder, done = base / name, base / f"{name}.done"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+# ---- fixtures
+
+
+@pytest.fixture(scope="session")
+def world(made_once):
     """A small toy world: train.json, cot.json, test.json, media/, model/."""
-    return toy.write(
-        tmp_path_factory.mktemp("toy") / "world", seed=7, clips={"cot": 20, "train": 20, "test": 4}
-    )
+
+    def make(folder):
+        toy.write(folder, seed=7, clips={"cot": 20, "train": 20, "test": 4})
+
+    return made_once("world", make)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +77,7 @@ def builder(world):
 
 @pytest.fixture(scope="session")
 def prompts(world, builder):
-    """Six prompts of unequal length: videos of 16, 8 and 6 frames and of three sizes, and two images."""
+    """Six prompts of unequal length: videos of 16, 8 and 6 frames, of three sizes; two images."""
     samples = data.load_samples(world / "train.json")
     images = [s for s in samples if s.data_type == "image"]
     videos = [s for s in samples if s.data_type == "video"]
@@ -56,71 +97,96 @@ def policy(world):
     return model.Policy.load(world / "model", dtype=torch.float64, grad_checkpointing=0)
 
 
-def run(*command, ranks=1, expect=0, timeout=300, **env):
-    """Runs `python command` (or torchrun on several ranks) at the project's root -> its output."""
-    launcher = (
-        [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(ranks),
-            "--master_port",
-            str(29500 + os.getpid() % 1000),
-            "--",
-        ]
-        if ranks > 1
-        else []
-    )
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
-    output = done.stdout + done.stderr
-    assert (done.returncode == 0) == (expect == 0), output[-4000:]
+# ---- scripts in processes of their own
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]  # standalone: on a port that is free
+
+
+@functools.cache
+def fork_server():
+    """This pytest process's own, started with the first command."""
+    server = forkserver.Server()
+    atexit.register(server.close)
+    return server
+
+
+class Script:
+    """A script of the project that runs: .process (forkserver.Forked, or a Popen) and its output.
+
+    It runs in a fork of the fork server, or with torchrun=True under the real torchrun.
+    """
+
+    def __init__(self, *command, ranks=1, torchrun=False, **env):
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        out, error = self.files
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+        if torchrun:
+            command = [*TORCHRUN, "--nproc_per_node", ranks, "--", *command]
+            self.process = subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=out, stderr=error
+            )
+        else:
+            self.process = fork_server().start(command, out, error, cwd=ROOT, env=env, ranks=ranks)
+
+    def output(self, timeout=300):
+        """Waits for the end -> standard output, then standard error. Kills it after `timeout` s."""
+        try:
+            self.process.wait(timeout)
+        finally:
+            self.process.kill()  # does nothing to what has ended
+        for file in self.files:
+            file.seek(0)
+        return "".join(file.read() for file in self.files)
+
+    def pids(self):
+        """Of the ranks."""
+        if isinstance(self.process, forkserver.Forked):
+            return self.process.pids
+        found = ["pgrep", "-P", str(self.process.pid)]
+        return [int(x) for x in subprocess.run(found, capture_output=True).stdout.split()]
+
+    def wait_until(self, condition):
+        """Returns once condition() is true; fails where the script ends before."""
+        while not condition():
+            assert self.process.poll() is None, self.output()[-4000:]
+            time.sleep(0.005)
+
+
+def run(*command, expect=0, timeout=300, **how):
+    """Runs `python command` at the project's root -> its output. how: ranks and others of Script.
+
+    expect: 0 where the command must succeed, anything else where it must fail.
+    """
+    script = Script(*command, **how)
+    output = script.output(timeout)
+    assert (script.process.returncode == 0) == (expect == 0), output[-4000:]
     return output
 
 
-TINY = [
-    "--min_pixels",
-    784,
-    "--max_new",
-    16,
-    "--prompts",
-    4,
-    "--group",
-    4,
-    "--log_every",
-    1,
-    "--train_vision",
-]
+TINY = "--min_pixels 784 --max_new 16 --prompts 4 --group 4 --log_every 1 --train_vision".split()
 
 
 def flags(world, out, algo="grpo", **extra):
+    """The command line of a small run of train.py. extra: more flags, True for those without value.
+
+    The last of two equal flags counts, so extra can replace those of here.
+    """
     records = "cot.json" if algo == "sft" else "train.json"
-    return [
-        "train.py",
-        "--algo",
-        algo,
-        "--model",
-        world / "model",
-        "--data",
-        world / records,
-        "--out",
-        out,
-        "--lr",
-        "1e-3",
-        *TINY,
-        *(x for k, v in extra.items() for x in ((f"--{k}",) if v is True else (f"--{k}", v))),
-    ]
+    command = ["train.py", "--algo", algo, "--model", world / "model", "--data", world / records]
+    command += ["--out", out, "--lr", "1e-3", *TINY]
+    for name, value in extra.items():
+        command += [f"--{name}"] if value is True else [f"--{name}", value]
+    return command
 
 
 @pytest.fixture(scope="session")
-def cold_start(tmp_path_factory, world):
-    """A run folder whose policy keeps the format and guesses: rewards differ within a group, so there is something to learn."""
-    out = tmp_path_factory.mktemp("cold") / "sft"
-    run(*flags(world, out, "sft", steps=60, prompts=16))
-    return out
+def cold_start(made_once, world):
+    """A run folder whose policy keeps the format and guesses.
+
+    Rewards differ within a group, so there is something to learn.
+    """
+
+    def make(folder):
+        run(*flags(world, folder, "sft", steps=60, prompts=16))
+
+    return made_once("cold_start", make)

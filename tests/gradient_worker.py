@@ -1,9 +1,10 @@
 """One step's gradient in float64, by step.py's own functions, saved to OUT.RANK.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [frozen] [bypass]
+    torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [frozen] [bypass]
 
-With `frozen` the vision tower is not trained. With `bypass` the loss goes through the module inside DistributedDataParallel
-instead of through its forward: the mistake whose gradients are never averaged.
+With `frozen` the vision tower is not trained. With `bypass` the loss goes through the module inside
+DistributedDataParallel instead of through its forward: the mistake whose gradients are never
+averaged.
 """
 
 import os
@@ -29,36 +30,23 @@ world, out, *extra = sys.argv[1:]
 bypass = "bypass" in extra
 if ranks.WORLD > 1:
     dist.init_process_group("gloo")
-args = train.parse_args(
-    [
-        "--model",
-        world,
-        "--data",
-        world,
-        "--prompts",
-        "5",
-        "--group",
-        "3",
-        "--max_new",
-        "12",
-        "--row_tokens",
-        "300",
-        "--beta",
-        "0.1",
-        "--w_format",
-        "0",
-        "--mask_truncated",
-        *(["--train_vision"] if "frozen" not in extra else []),
-        *(x for x in extra if x not in ("bypass", "frozen")),
-    ]
-)
+flags = "--prompts 5 --group 3 --max_new 12 --row_tokens 300 --beta 0.1 --w_format 0".split()
+flags += ["--model", world, "--data", world, "--mask_truncated"]
+flags += [] if "frozen" in extra else ["--train_vision"]
+flags += [x for x in extra if x not in ("bypass", "frozen")]
+args = train.parse_args(flags)
 policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in range(2))
-policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that groups are of unequal length
+policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that lengths differ
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)
-step.rewards.accuracy_reward = lambda text, sample: (
-    len(text) / 100
-)  # a random model is never right: let long answers be
+
+
+def reward_of_length(text, sample):
+    """A random model is never right, so long answers are."""
+    return len(text) / 100
+
+
+step.rewards.accuracy_reward = reward_of_length
 reference.requires_grad_(False)
 if not args.train_vision:
     policy.freeze_vision()
@@ -72,29 +60,44 @@ elif ranks.WORLD > 1:
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
 group = policy.sp = reference.sp = mrsp.sequence_parallel(int(args.sp))
-media = lambda i: builder(
-    samples[i], min_pixels=784 if i % 2 else 56 * 84
-)  # videos of two shapes, 4 to 16 frames, and images
-deal = lambda first: train.share(
-    group, [(first + i, media(first + i)) for i in range(ranks.RANK, 5, ranks.WORLD)]
-)
+
+
+def prompt_of(i):
+    """Videos of two shapes and 4 to 16 frames, and images."""
+    return builder(samples[i], min_pixels=784 if i % 2 else 56 * 84)
+
+
+def deal(first):
+    """The prompts of this rank, from five."""
+    mine = [first + i for i in range(ranks.RANK, 5, ranks.WORLD)]
+    return train.share(group, [(i, prompt_of(i)) for i in mine])
+
+
+def refill(k):
+    return deal(5 * k)
+
+
+def keep_gradient():
+    """In place of the optimizer's step."""
+    return {"grad_norm": 0.0, "skipped_update": False}
+
+
 prompts = deal(0)
 if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
-stay = lambda: {"grad_norm": 0.0, "skipped_update": False}  # keeps the gradient
-more = lambda k: deal(5 * k)
 for _, prompt in prompts:
     prompt.target = builder.target(prompt.sample)
-entry = (
-    step.sft_step(wrapped, prompts, stay, args)[0]
-    if args.algo == "sft"
-    else step.grpo_step(wrapped, reference, prompts, more, builder, 0, stay, args)[0]
-)
-whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x
-grads = {name: whole(p.grad) for name, p in policy.named_parameters() if p.requires_grad}
+if args.algo == "sft":
+    entry = step.sft_step(wrapped, prompts, keep_gradient, args)[0]
+else:
+    made = step.grpo_step(wrapped, reference, prompts, refill, builder, 0, keep_gradient, args)
+    entry = made[0]
+grads = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+for name, grad in grads.items():
+    if isinstance(grad, DTensor):
+        grads[name] = grad.full_tensor()
 torch.save({"grads": grads, "entry": entry}, f"{out}.{ranks.RANK}")
 if ranks.WORLD > 1:
     dist.destroy_process_group()
-    os._exit(
-        0
-    )  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it
+    # what is left here holds the group, and a thread of gloo's that outlives Python aborts it
+    os._exit(0)

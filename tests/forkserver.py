@@ -1,0 +1,237 @@
+"""Runs the project's scripts in processes of their own, without 4 s of imports for each.
+
+A server process imports the libraries once, nothing of the project, and forks. Each fork sets its
+environment, arguments and output, then runs the real script as `__main__`, as `python script` does.
+N ranks get the environment and the store that torchrun gives them. When one fails, the others are
+stopped, as torchrun does.
+
+A fork does not show how Python or torchrun start, and all forks of a server hash strings alike.
+Tests of those use the real ones: run(..., torchrun=True) in conftest.py.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+LIBRARIES = (
+    "numpy",
+    "tqdm",
+    "torch",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "torch.utils.checkpoint",
+    "safetensors.torch",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+)
+GRACE = 30  # seconds from SIGTERM to SIGKILL, as torchrun has it
+
+
+# ---- the side of the tests
+
+
+class Server:
+    """The server process. start() forks one command from it."""
+
+    def __init__(self):
+        self.socket, theirs = socket.socketpair()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def start(self, command, stdout, stderr, *, cwd, env, ranks=1):
+        """Starts `python command` on N ranks, with its output to two open files -> Forked."""
+        ours, theirs = socket.socketpair()
+        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
+        socket.send_fds(self.socket, [b"fork"], files)
+        theirs.close()
+        return Forked(
+            ours, dict(command=[str(x) for x in command], cwd=str(cwd), env=env, ranks=ranks)
+        )
+
+    def close(self):
+        self.socket.close()  # the server reads the end of its input, and leaves
+        self.process.wait()
+
+
+class Forked:
+    """The processes of one command, with the methods of subprocess.Popen that tests need.
+
+    pids: of the ranks.  returncode: None while one runs, else that of the first rank that failed.
+    """
+
+    def __init__(self, connection, request):
+        self.stream = connection.makefile("rw")
+        self.connection = connection
+        self.returncode = None
+        print(json.dumps(request), file=self.stream, flush=True)
+        self.pids = json.loads(self.stream.readline())
+        self.pid = self.pids[0]
+
+    def poll(self):
+        with contextlib.suppress(TimeoutError):
+            self.wait(timeout=0)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        """The return code. Raises TimeoutError after `timeout` seconds."""
+        if self.returncode is None:
+            self.connection.settimeout(1e-3 if timeout == 0 else timeout)
+            line = self.connection.recv(64)
+            self.returncode = json.loads(line)
+        return self.returncode
+
+    def send_signal(self, number, rank=0):
+        if self.poll() is None:
+            os.kill(self.pids[rank], number)
+
+    def kill(self):
+        """Ends all ranks, and waits for their end."""
+        for pid in self.pids if self.poll() is None else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait()
+
+
+# ---- the side of the server
+
+
+def serve(tests):
+    """Forks a keeper for each request. Returns in the forked rank only -> (its request, files)."""
+    while True:
+        message, files, _, _ = socket.recv_fds(tests, 4, 3)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that have ended
+                pass
+        if not message:
+            os._exit(0)  # the tests have ended
+        if os.fork() == 0:
+            tests.close()
+            stdout, stderr, connection = files
+            return keep(socket.socket(fileno=connection), stdout, stderr)
+        for file in files:
+            os.close(file)
+
+
+def keep(connection, stdout, stderr):
+    """What torchrun is to its ranks: forks them, waits for all, reports. Returns in a rank."""
+    stream = connection.makefile("rw")
+    request = json.loads(stream.readline())
+    ranks, env = request["ranks"], request["env"]
+    listener = socket.create_server(("127.0.0.1", 0))  # a port that nobody else has
+    pids, store = [], None
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            port = listener.getsockname()[1]
+            for ours in (stream, connection, listener):
+                ours.close()
+            if ranks > 1:
+                env.update(rank_environment(rank, ranks, port))
+            return request, stdout, stderr
+        pids.append(pid)
+    if ranks > 1:
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+    print(json.dumps(pids), file=stream, flush=True)
+    code = wait_for(pids)
+    del store
+    connection.send(json.dumps(code).encode())
+    os._exit(0)
+
+
+def rank_environment(rank, ranks, port):
+    """The variables that torchrun sets and torch.distributed reads."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the keeper serves it, as torchrun does
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def wait_for(pids):
+    """Waits for all; when one fails, stops the others -> the first code that is not 0, or 0."""
+    running, failed = set(pids), 0
+
+    def send(number):
+        for pid in running:
+            os.kill(pid, number)
+
+    signal.signal(signal.SIGALRM, lambda *_: send(signal.SIGKILL))
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not failed:
+            failed = code
+            time.sleep(0.1)  # others that fail of themselves may say why
+            send(signal.SIGTERM)
+            signal.alarm(GRACE)
+    return failed
+
+
+def become(request, stdout, stderr):
+    """Makes this fork the process of its command, and runs it."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for file, number in ((stdout, 1), (stderr, 2)):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    random.seed()  # a new process has a state of its own
+    sys.modules["numpy"].random.seed()
+    name, *arguments = request["command"]
+    sys.argv = [name, *arguments]
+    if name == "-c":
+        sys.path[0], sys.argv = "", ["-c", *arguments[1:]]
+        exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif name == "-m":
+        sys.path[0], sys.argv = request["cwd"], arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(request["cwd"], name).parent)
+        runpy.run_path(name, run_name="__main__")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tests = socket.socket(fileno=int(sys.argv[1]))
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    gc.collect()
+    gc.freeze()  # so that a fork's collections do not touch, and copy, what it shares
+    become(*serve(tests))
