@@ -1,4 +1,4 @@
-"""One step's gradient in float64, by step.py's own functions, saved to OUT.RANK.
+"""One step's gradient in float64, by train.py's own functions, saved to OUT.RANK.
 
     torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [frozen] [bypass]
 
@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import model  # noqa: E402
 import mrsp  # noqa: E402
-import step  # noqa: E402
+import tgrpo  # noqa: E402
 import train  # noqa: E402
 from data import PromptBuilder, load_samples  # noqa: E402
 from infra import fsdp, ranks  # noqa: E402
+from infra.optimizer import Update  # noqa: E402
 from model import Policy  # noqa: E402
 
 world, out, *extra = sys.argv[1:]
@@ -46,7 +47,7 @@ def reward_of_length(text, sample):
     return len(text) / 100
 
 
-step.rewards.accuracy_reward = reward_of_length
+train.accuracy_reward = tgrpo.accuracy_reward = reward_of_length
 reference.requires_grad_(False)
 if not args.train_vision:
     policy.freeze_vision()
@@ -59,7 +60,7 @@ elif ranks.WORLD > 1:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(f"{world}/model", min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
-group = policy.sp = reference.sp = mrsp.sequence_parallel(int(args.sp))
+sp = mrsp.sequence_parallel(int(args.sp))
 
 
 def prompt_of(i):
@@ -70,16 +71,17 @@ def prompt_of(i):
 def deal(first):
     """The prompts of this rank, from five."""
     mine = [first + i for i in range(ranks.RANK, 5, ranks.WORLD)]
-    return train.share(group, [(i, prompt_of(i)) for i in mine])
+    exchanged = sp.exchange([(i, prompt_of(i)) for i in mine])
+    return sorted(sum(exchanged, []), key=lambda p: p[0])
 
 
-def refill(k):
+def refill(step, k):
     return deal(5 * k)
 
 
-def keep_gradient():
+def keep_gradient(step):
     """In place of the optimizer's step."""
-    return {"grad_norm": 0.0, "skipped_update": False}
+    return Update()
 
 
 prompts = deal(0)
@@ -87,11 +89,10 @@ if bypass:
     wrapped.forward = lambda *a, **kw: policy(*a, **kw)
 for _, prompt in prompts:
     prompt.target = builder.target(prompt.sample)
-if args.algo == "sft":
-    entry = step.sft_step(wrapped, prompts, keep_gradient, args)[0]
-else:
-    made = step.grpo_step(wrapped, reference, prompts, refill, builder, 0, keep_gradient, args)
-    entry = made[0]
+run = train.Run(args, wrapped, reference, builder, refill, keep_gradient)
+take_step = train.sft_step if args.algo == "sft" else train.grpo_step
+with mrsp.share_rows(sp, policy, reference):
+    entry, _, _ = take_step(run, prompts, 0)
 grads = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
 for name, grad in grads.items():
     if isinstance(grad, DTensor):

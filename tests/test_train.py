@@ -12,10 +12,8 @@ import re
 import resource
 import shutil
 import signal
-from collections import deque
 
 import pytest
-import step
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -26,6 +24,7 @@ import eval
 import grpo
 import model
 import report
+import tgrpo
 import toy
 import train
 from conftest import ROOT, SHARED, Script, flags, needs_shared, run
@@ -34,7 +33,12 @@ from infra.checkpoints import torn
 from infra.files import append
 from infra.flags import flag_lines
 from infra.model_folder import checkpoints
+from infra.optimizer import Update, make_optimizer, update
+from infra.packing import pack
+from infra.progress import LoadErrors, advice
 from infra.run_folder import claimed, resumable, stop_signals
+from infra.step_log import LossTotals, trained_metrics, update_metrics
+from rollout import generate
 
 slow = pytest.mark.slow
 FILES = ["--model", "m", "--data", "d"]
@@ -169,7 +173,7 @@ def gradients(tmp_path, world, ranks, *extra):
             marks=slow,
         ),
         pytest.param(
-            "--algo tgrpo --group 4 --temporal contrast --shuffles 2 --correct 0.01",
+            "--algo tgrpo --group 4 --temporal contrast --correct 0.01",
             ["4 --sp 2 --fsdp"],
             marks=slow,
         ),
@@ -821,26 +825,19 @@ def test_a_run_ends_when_most_samples_cannot_be_loaded(tmp_path, world, steps, j
     ],
 )
 def test_most_samples_of_ten_steps_or_of_a_whole_run(failures, ends):
-    args = train.parse_args(
-        [
-            "--model",
-            "m",
-            "--data",
-            "d",
-            "--prompts",
-            "4",
-            "--steps",
-            "3" if len(failures) < 4 else "50",
-        ]
-    )
-    last = deque([["x.mp4: no such file"] * n for n in failures], maxlen=train.EMPTY_STEPS)
+    errors = LoadErrors(4, 3 if len(failures) < 4 else 50)
+
+    def fail():
+        for n in failures:
+            errors.next_step()
+            errors.usable([(i, data.DataError("x.mp4: no such file")) for i in range(n)])
+            errors.check()
+
     if ends:
-        with pytest.raises(
-            data.DataError, match="could not be loaded; the last: x.mp4: no such file"
-        ):
-            train.refuse_failing(last, args)
+        with pytest.raises(data.DataError, match="not be loaded; the last: x.mp4: no such file"):
+            fail()
     else:
-        train.refuse_failing(last, args)
+        fail()
 
 
 @pytest.mark.parametrize("flag", ["data", "eval_data"])
@@ -900,14 +897,13 @@ def test_held_out_media_that_cannot_be_read_are_an_error(tmp_path, world):
 def test_a_gradient_that_is_not_finite_skips_the_update(world, prompts):
     policy = model.Policy.load(world / "model").train()
     args = train.parse_args(["--model", "m", "--data", "d"])
-    optimizer, trained = train.make_optimizer(policy, args)
-    before = [p.clone() for p in trained]
+    optimizer = make_optimizer(policy, args)
+    before = [p.clone() for p in policy.parameters()]
     (policy(prompts[:1], [[torch.arange(20, 30)]])[0].sum() * float("nan")).backward()
-    entry = train.update(optimizer, trained, 0, args)
-    assert entry["skipped_update"] and entry["grad_norm"] != entry["grad_norm"]
-    assert all(torch.equal(a, b) for a, b in zip(before, trained)) and not any(
-        p.grad is not None for p in trained
-    )
+    made = update(policy, optimizer, 0, args)
+    assert made.skipped and math.isnan(made.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+    assert all(p.grad is None for p in policy.parameters())
 
 
 @pytest.mark.parametrize(
@@ -950,8 +946,8 @@ def test_the_flags_of_reward_and_loss(tmp_path, world, cold_start, change):
     "change",
     [
         dict(),
-        pytest.param(dict(temporal="advantage", shuffle="grid", shuffles=2), marks=slow),
-        pytest.param(dict(temporal="contrast", shuffles=2), marks=slow),
+        pytest.param(dict(temporal="advantage", shuffle="grid"), marks=slow),
+        pytest.param(dict(temporal="contrast"), marks=slow),
     ],
 )
 def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
@@ -982,40 +978,28 @@ def sorted_frames(media):
     return sorted(frame.numpy().tobytes() for frame in media.frames)
 
 
-def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, monkeypatch):
-    """The same tokens, the same time, the same frames in another order; images get none."""
-    asked = {}
-    monkeypatch.setattr(
-        step,
-        "generate",
-        lambda policy, shuffled, G, **kw: asked.update(prompts=shuffled, G=G, **kw) or [],
-    )
-    args = train.parse_args(["--algo", "tgrpo", "--model", "m", "--data", "d", "--shuffles", "2"])
-    shuffled = step.shuffled_prompts(list(enumerate(prompts)), [None] * 6, 0, args)
-    step.shuffled_rollout(None, shuffled, builder, 0, {}, args)
-    assert (
-        [(s.position, s.k) for s in shuffled] == [(i, k) for i in (0, 1, 3, 4) for k in (0, 1)]
-        and asked["G"] == 2
-        and len(set(asked["seeds"])) == 8
-        and asked["visual_embeds"] is None
-    )
-    for i, shuffled in zip((0, 0, 1, 1, 3, 3, 4, 4), asked["prompts"]):
-        (before,), (after,) = prompts[i].media, shuffled.media
-        assert (
-            shuffled.ids is prompts[i].ids
-            and after.seconds_per_grid == before.seconds_per_grid
-            and after.grid == before.grid
-        )
+def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, policy):
+    """The same tokens, the same time, the same frames in another order; images are left out."""
+    args = train.parse_args(["--algo", "tgrpo", *FILES, "--group", "4", "--max_new", "3"])
+    placed = list(enumerate(prompts))
+    shuffled = tgrpo.shuffle_prompts(placed, [None] * 6, 0, args)
+    assert [s.position for s in shuffled] == [0, 1, 3, 4]
+    for s in shuffled:
+        (before,), (after,) = prompts[s.position].media, s.prompt.media
+        assert s.prompt.ids is prompts[s.position].ids and s.visual_embeds is None
+        assert after.seconds_per_grid == before.seconds_per_grid and after.grid == before.grid
         assert sorted_frames(after) == sorted_frames(before)
         assert not torch.equal(after.frames, before.frames)
-    first, second = asked["prompts"][:2]
-    assert not torch.equal(first.media[0].frames, second.media[0].frames)
+        assert torch.equal(after.frames, before.frames[s.order])
+    found = tgrpo.compare_with_shuffled(policy, placed, None, [None] * 6, builder, 0, args)
+    assert sorted(found) == [0, 1, 3, 4]
+    assert all(len(x.accuracies) == 2 and x.drops is None for x in found.values())
 
 
 @pytest.mark.parametrize("shuffle", ["frame", "grid"])
 def test_the_probability_drop_is_that_of_a_forward_pass_of_its_own(policy, prompts, shuffle):
     """Packed rows, all responses of a group on one prompt, against one response at a time."""
-    how = "--algo tgrpo --temperature 0.8 --group 3 --shuffles 1 --row_tokens 500".split()
+    how = "--algo tgrpo --temperature 0.8 --group 3 --row_tokens 500".split()
     args = train.parse_args([*how, *FILES, "--shuffle", shuffle])
 
     def total(prompt, response):
@@ -1023,20 +1007,19 @@ def test_the_probability_drop_is_that_of_a_forward_pass_of_its_own(policy, promp
 
     with torch.no_grad():
         visual_embeds = policy.encode(prompts)
-        groups = dict(enumerate(step.generate(policy, prompts, 3, max_new=6, temperature=0.8)))
-        shuffled = step.shuffled_prompts(list(enumerate(prompts)), visual_embeds, 0, args)
-        found = step.rescored(policy, groups, shuffled, args)
+        groups = dict(enumerate(generate(policy, prompts, 3, max_new=6, temperature=0.8)))
+        shuffled = tgrpo.shuffle_prompts(list(enumerate(prompts)), visual_embeds, 0, args)
+        found = tgrpo.rescore(policy, shuffled, groups, args)
         assert sorted(found) == [0, 1, 3, 4]
         for s in shuffled:
-            lost, orders = found[s.position]
             expected = [
                 1 - (total(s.prompt, r) - total(prompts[s.position], r)).exp()
                 for r in groups[s.position].responses
             ]
-            assert orders == [s.order] and lost == pytest.approx(
-                [max(0.0, float(x)) for x in expected], abs=1e-5
-            )
-    assert max(x for lost, _ in found.values() for x in lost) > 1e-3
+            expected = [max(0.0, float(x)) for x in expected]
+            assert found[s.position].order == s.order
+            assert found[s.position].drops == pytest.approx(expected, abs=1e-5)
+    assert max(max(x.drops) for x in found.values()) > 1e-3
 
 
 def assert_same_steps(one, two):
@@ -1077,7 +1060,7 @@ def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
     ],
 )
 def test_groups_are_shared_out_to_the_updates(learnable, updates, expected):
-    assert step.shares([x == "1" for x in learnable], updates) == expected
+    assert train.deal([x == "1" for x in learnable], updates) == expected
 
 
 @pytest.mark.parametrize(
@@ -1109,38 +1092,36 @@ def test_a_group_teaches_where_the_gradient_sees_an_advantage(
 ):
     how = ["--algo", "tgrpo", "--model", "m", "--data", "d", "--group", "4"]
     args = train.parse_args([*how, "--temporal", temporal, "--norm", norm])
-    group, mixed = (
-        dict(reward=reward, bonus=bonus),
-        dict(reward=[1.0, 0.0, 0.0, 0.0], bonus=[0.0] * 4),
-    )
-    assert step.teaching([group, mixed], args) == ([group] if taught else []) + [mixed]
-    assert step.teaching([], args) == []
+    reward = torch.tensor([reward, [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    bonus = torch.tensor([bonus, [0.0] * 4], dtype=torch.float64)
+    assert train.advantages(reward, bonus, args).any(dim=1).tolist() == [taught, True]
+    assert train.advantages(reward[:0], bonus[:0], args).shape == (0, 4)
 
 
 def test_what_a_step_logs_of_its_updates_by_hand():
-    made = dict(loss=0.5, tokens=10, ratio=11.0, clipped=1.0, kl=0.0, entropy=4.0, mismatch=0.1)
-    made |= dict(grad_norm=2.0, skipped_update=False)
-    other = dict(loss=0.1, tokens=30, ratio=29.0, clipped=3.0, kl=2.0, entropy=2.0, mismatch=9.0)
-    other |= dict(grad_norm=3.0, skipped_update=False)
-    infinite = other | dict(grad_norm=math.inf, skipped_update=True, loss=math.nan)
-    empty = dict.fromkeys(made, 0.0) | dict(skipped_update=True)
+    sums = dict(loss=0.5, tokens=10, ratio=11.0, clipped=1.0, kl=0.0, entropy=4.0, mismatch=0.1)
+    one = LossTotals(**sums), Update(2.0)
+    sums = dict(loss=0.1, tokens=30, ratio=29.0, clipped=3.0, kl=2.0, entropy=2.0, mismatch=9.0)
+    two = LossTotals(**sums), Update(3.0)
+    infinite = LossTotals(**(sums | dict(loss=math.nan))), Update(math.inf, skipped=True)
+    empty = LossTotals(), Update(skipped=True)
+
+    def trained(*made):
+        return trained_metrics([total for total, _ in made], [update for _, update in made])
+
+    def counted(*made):
+        entry = update_metrics([update for _, update in made])
+        names = ("updates", "skipped_updates", "skipped_update", "grad_norm")
+        return tuple(entry[name] for name in names)
+
     expected = dict(loss=0.3, ratio=1.0, clipped=0.1, kl=0.05, entropy_trained=0.15, mismatch=0.01)
-    assert step.trained_tokens([made, other]) == pytest.approx(expected)
-    assert step.trained_tokens([empty, made, other]) == pytest.approx(expected)
-    assert step.trained_tokens([made, infinite])["loss"] == 0.5
-    assert step.trained_tokens([empty]) == {"kl": 0.0}
-
-    def counts(updates, skipped, norm):
-        return {
-            "updates": updates,
-            "skipped_updates": skipped,
-            "skipped_update": updates == 0,
-            "grad_norm": norm,
-        }
-
-    assert step.counted([made, other]) == counts(2, 0, 3.0)
-    assert step.counted([empty]) == counts(0, 1, 0.0)
-    assert step.counted([made, infinite]) == counts(1, 1, math.inf)
+    assert trained(one, two) == pytest.approx(expected)
+    assert trained(empty, one, two) == pytest.approx(expected)
+    assert trained(one, infinite)["loss"] == 0.5
+    assert trained(empty) == {"kl": 0.0}
+    assert counted(one, two) == (2, 0, False, 3.0)
+    assert counted(empty) == (0, 1, True, 0.0)
+    assert counted(one, infinite) == (1, 1, False, math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -1157,12 +1138,13 @@ def one_step(world, cold_start):
         how = ["--model", "m", "--data", "d", "--max_new", "16", "--group", "4", "--train_vision"]
         args, made = train.parse_args([*how, *changed]), []
 
-        def optimize():
+        def optimize(step):
             made.append(float(torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])))
             policy.zero_grad()
-            return {"grad_norm": made[-1], "skipped_update": False}
+            return Update(made[-1])
 
-        entry, lines, _ = step.grpo_step(policy, None, prompts, None, builder, 0, optimize, args)
+        this_run = train.Run(args, policy, None, builder, None, optimize)
+        entry, lines, _ = train.grpo_step(this_run, prompts, 0)
         return entry, lines, made
 
     return do
@@ -1203,11 +1185,11 @@ def test_an_update_under_autocast_is_seen_by_the_next_forward(world, prompts):
     """autocast keeps bf16 copies of the weights; the next update must not train on old ones."""
     policy = model.Policy.load(world / "model").train()
     args = train.parse_args(["--model", "m", "--data", "d", "--lr", "1e-2"])
-    optimizer, trained = train.make_optimizer(policy, args)
+    optimizer = make_optimizer(policy, args)
     responses = [[torch.arange(20, 30)]]
     with torch.autocast("cpu", torch.bfloat16):
         policy(prompts[:1], responses)[0].sum().backward()
-        train.update(optimizer, trained, 0, args)
+        update(policy, optimizer, 0, args)
         within = policy(prompts[:1], responses)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(policy(prompts[:1], responses)[0], within)
@@ -1263,7 +1245,7 @@ def test_a_run_that_teaches_nothing_says_so_once_and_counts_its_updates(tmp_path
 )
 def test_advice(change, words):
     entry = dict(grad_norm=0.0, truncated=0.1, format=0.4, accuracy=0.0) | change
-    assert words in train.advice(entry, train.parse_args(["--model", "m", "--data", "d"]))
+    assert words in advice(entry, train.parse_args(["--model", "m", "--data", "d"]))
 
 
 def test_supervised_runs_log_a_validation_loss(tmp_path, world, cold_start):
@@ -1377,7 +1359,6 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
                 "max_new",
                 "minibatches",
                 "row_tokens",
-                "shuffles",
                 "log_every",
             )
         ],
@@ -1432,10 +1413,8 @@ def test_everything_can_be_imported_where_there_is_no_fcntl():
 
 
 def test_packing_keeps_order_and_budget():
-    assert (
-        step.pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]]
-        and step.pack("", [], 7) == []
-    )
+    assert pack("abcde", [3, 4, 9, 1, 2], 7) == [["a", "b"], ["c"], ["d", "e"]]
+    assert pack("", [], 7) == []
 
 
 @slow
