@@ -215,58 +215,65 @@ ROWS = [
 ]
 
 
-def dense_mask(lengths):
-    """Who attends to whom in a packed row, as one matrix."""
-    size = sum(P + sum(responses) for P, responses in lengths)
-    mask, start = torch.zeros(size, size, dtype=torch.bool), 0
-    for P, responses in lengths:
-        first = start
-        for R in (P, *responses):
-            mask[start : start + R, first : first + P] = start != first
-            mask[start : start + R, start : start + R] = torch.ones(R, R).tril().bool()
-            start += R
-    return mask
+def masked_attention(q, k, v, mask, scale):
+    """What PyTorch gives for a mask: q (1, Hq, S, d), k and v (1, Hkv, S, d) -> (1, S, Hq, d)."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def test_who_sees_whom_by_hand():
+    """Two groups: a prompt of 2 with responses of 1 and 2, and a prompt of 1 with a response of 1."""
+    rows = """
+        1 . . . . . .
+        1 1 . . . . .
+        1 1 1 . . . .
+        1 1 . 1 . . .
+        1 1 . 1 1 . .
+        . . . . . 1 .
+        . . . . . 1 1
+    """
+    expected = [[cell == "1" for cell in row.split()] for row in rows.strip().splitlines()]
+    assert attention.visible([(2, [1, 2]), (1, [1])]).tolist() == expected
+
+
+@pytest.mark.parametrize("lengths", ROWS)
+def test_block_attention_equals_masked_attention(lengths):
+    """Unequal groups, grouped-query heads: the output and gradients of the mask, in float64."""
+    torch.manual_seed(0)
+    mask = attention.visible(lengths)
+    q, k, v = (
+        torch.randn(1, h, len(mask), 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2)
+    )
+    plain = masked_attention(q, k, v, mask, 0.3)
+    ours = attention.PackedRow(lengths, "cpu").attend(0, q, k, v, 0.3)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    weights = torch.randn_like(plain)
+    expected = torch.autograd.grad((plain * weights).sum(), (q, k, v))
+    found = torch.autograd.grad((ours * weights).sum(), (q, k, v))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_rows_of_a_group_attend_as_one(size):
-    """Every rank's part, given the keys and values of all, in each layer and (where it is read) in the last; also where a prompt
-    is as long as the part of a response that an earlier rank has."""
-    torch.manual_seed(0)
-    for lengths in ROWS:
-        mask = dense_mask(lengths)
-        q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64) for h in (6, 2, 2))
-        plain = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=True
-        )[0].transpose(0, 1)
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        for rank in range(size):
-            row = mrsp.ShardedRow(lengths, "cpu", mrsp.SequenceParallel(size, rank))
-            mine = len(row.place)  # without the tail that makes all ranks equally long
-            for last, tokens in ((False, slice(mine)), (True, row.reads)):
-                out = row.attend_row(0, q[row.own], k, v, 8**-0.5, last)[0]
-                torch.testing.assert_close(out[tokens], plain[row.own][tokens], rtol=0, atol=1e-12)
+@pytest.mark.parametrize("lengths", ROWS)
+def test_ranks_that_share_a_row_attend_as_one(lengths, size):
+    """Every rank's tokens, given the keys and values of all.
 
-
-def test_block_attention_equals_masked_attention():
-    """Rows of unequal groups in random order, grouped-query heads: output and gradients of a dense mask, in float64."""
+    Also where a prompt is as long as the part of a response that an earlier rank has.
+    """
     torch.manual_seed(0)
-    for lengths in ROWS:
-        mask = dense_mask(lengths)
-        q, k, v = (
-            torch.randn(1, h, len(mask), 8, dtype=torch.float64, requires_grad=True)
-            for h in (6, 2, 2)
-        )
-        plain = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True
-        ).transpose(1, 2)
-        ours = attention.PackedRow(lengths, "cpu").attend(0, q, k, v, 0.3)
-        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
-        weights = torch.randn_like(plain)
-        for a, b in zip(
-            *(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, plain))
-        ):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    mask = attention.visible(lengths)
+    q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64) for h in (6, 2, 2))
+    plain = masked_attention(q, k, v, mask, 8**-0.5)[0]
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    seen = []
+    for rank, share in enumerate(mrsp.deal(lengths, size)):
+        row = mrsp.ShardedRow(lengths, "cpu", mrsp.SequenceParallel(size, rank))
+        held = len(mrsp.tokens_of_share(share))  # after these, padding
+        out = row.attend_row(0, q[row.own], k, v, 8**-0.5)[0]
+        torch.testing.assert_close(out[:held], plain[row.own][:held], rtol=0, atol=1e-12)
+        seen += row.own[:held].tolist()
+    assert sorted(seen) == list(range(len(mask)))
 
 
 @pytest.mark.parametrize(
@@ -279,20 +286,6 @@ def test_every_nth_layer_is_recomputed(policy, prompts, n, runs):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: seen.append(i))
     policy(prompts[:1], [[torch.arange(100, 105)]])[0].sum().backward()
     assert [seen.count(i) for i in range(4)] == runs
-
-
-def test_the_last_layer_computes_what_predicts_a_token(policy, prompts):
-    seen = []
-    policy.text.layers[-1].mlp.register_forward_hook(
-        lambda module, inputs, out: seen.append(out.shape[1])
-    )
-    responses = [
-        [torch.arange(100, 100 + n) for n in lengths] for lengths in ([5, 1], [3], [1, 1, 1])
-    ]
-    policy(prompts[:3], responses)
-    assert seen == [
-        (1 + 4) + (1 + 2) + 1
-    ]  # the last token of each prompt, and all but the last of each response
 
 
 def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
