@@ -1,4 +1,4 @@
-"""The policy against transformers' own forward (the slow way: every response a row of its own, pixels and all), in float64."""
+"""The policy against transformers' own forward in float64: a row for each response, with pixels."""
 
 import json
 import shutil
@@ -43,7 +43,10 @@ def test_mrope_text_only():
 
 
 def test_mrope_long_seconds_per_grid():
-    """Grid (8, 16, 32) in patches, 7.5 s per grid, the video at 5: 15 ids a grid, the last is 5 + 105, text goes on at 111."""
+    """Grid (8, 16, 32) in patches, 7.5 s per grid, the video at 5.
+
+    15 ids a grid, the last is 5 + 105, the text continues at 111.
+    """
     where, following = positions(
         [TEXT] * 5 + [VIDEO] * (8 * 8 * 16) + [TEXT] * 2, [((8, 16, 32), 7.5)]
     )
@@ -52,7 +55,7 @@ def test_mrope_long_seconds_per_grid():
 
 
 def test_mrope_many_grids():
-    """256 grids of 1 s, the video at 5: ids 5, 7, ..., 515, and the text goes on at 516."""
+    """256 grids of 1 s, the video at 5: ids 5, 7, ..., 515, and the text continues at 516."""
     where, following = positions([TEXT] * 5 + [VIDEO] * 256, [((256, 2, 2), 1.0)])
     assert where[0][5:8] == [5, 7, 9] and where[0][-1] == 515 and following == 516
 
@@ -107,7 +110,7 @@ LENGTHS = ([3, 1, 7], [5], [2, 9, 1, 1], [4, 4], [6, 2], [1])
 
 
 def plain_log_probs(net, policy, prompts, responses):
-    """One row per response, pixels encoded for each: what the packed row must equal. [(R_i,), ...]"""
+    """What the packed row must equal: a row per response, pixels encoded in each. [(R_i,), ...]"""
     out = []
     for prompt, group in zip(prompts, responses):
         where, following = policy.positions(prompt)
@@ -159,9 +162,12 @@ def assert_equals_plain(policy, net, prompts, responses):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)],
+)
 def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
-    """Unequal prompts, several sizes of video, an image, groups of 1 to 4 (more responses than a short row has tokens)."""
+    """Unequal prompts, several sizes of video, images, groups of 1 to 4."""
     policy = model.Policy.load(
         world / "model", dtype=torch.float64, grad_checkpointing=checkpointing
     ).train()
@@ -169,12 +175,14 @@ def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
     assert_equals_plain(policy, net, prompts, random_responses(prompts, LENGTHS))
 
 
+@pytest.mark.slow
 def test_more_responses_than_tokens_in_a_row(world, policy, prompts):
     """A group of 120 responses on a prompt of some 60 tokens."""
     net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
     assert_equals_plain(policy, net, prompts[:1], random_responses(prompts, [[1, 2] * 60]))
 
 
+@pytest.mark.slow
 def test_qwen2_vl_too(tmp_path, world, builder, prompts):
     """The same through the older architecture: another vision tower, time ids that count grids."""
     from transformers import Qwen2VLConfig
@@ -222,7 +230,7 @@ def masked_attention(q, k, v, mask, scale):
 
 
 def test_who_sees_whom_by_hand():
-    """Two groups: a prompt of 2 with responses of 1 and 2, and a prompt of 1 with a response of 1."""
+    """Two groups: a prompt of 2, responses of 1 and 2; a prompt of 1, a response of 1."""
     rows = """
         1 . . . . . .
         1 1 . . . . .
@@ -297,7 +305,7 @@ def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
 
 
 def test_encoding_in_pieces_equals_encoding_at_once(policy, prompts, monkeypatch):
-    """The vision tower sees one 2-frame grid at a time, so it may be called on any split between grids."""
+    """The vision tower sees one 2-frame grid at a time: it may be called on any split between them."""
     whole = policy.encode(prompts)
     monkeypatch.setattr(model, "PATCHES_PER_CALL", 20)
     for a, b in zip(policy.encode(prompts), whole):
@@ -348,7 +356,7 @@ def test_attention_without_a_plan_is_refused(policy, prompts):
 
 
 def test_save_and_load(tmp_path, policy, prompts, builder):
-    """Saved folders are whole: transformers opens them, the prompt builder too, and log-probs are the same bits."""
+    """transformers and the prompt builder open a saved folder; log-probs are the same bits."""
     policy.save(tmp_path / "a")
     again = model.Policy.load(tmp_path / "a", dtype=torch.float64)
     responses = random_responses(prompts, LENGTHS)
@@ -422,7 +430,8 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
                     }
                 }
             ),
-            "config.json: 'mrope_section' of the rotary embedding is None, expected three numbers with the sum",
+            "config.json: 'mrope_section' of the rotary embedding is None, "
+            "expected three numbers with the sum",
         ),
         ("config.json", lambda c: c | {"vision_config": 5}, "cannot be loaded"),
         ("model.safetensors", None, "no weights"),
@@ -555,8 +564,8 @@ def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys)
     model.Policy.load(tmp_path / "m")
     printed = capsys.readouterr().err
     assert (
-        "1 weights have no place in this architecture and are not used, first model.language_model.layers.9.extra"
-        in printed
+        "1 weights have no place in this architecture and are not used, "
+        "first model.language_model.layers.9.extra" in printed
     )
 
 
@@ -565,11 +574,14 @@ def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys)
     [(["bfloat16"], "bfloat16"), (["float16"], "float16"), (["bfloat16", "float16"], "float32")],
 )
 def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, kept):
-    """Half of the bytes for a half dtype; of two that do not hold each other, the one that holds both."""
+    """Half the bytes for a half dtype; of two that do not hold each other, one that holds both."""
     folder, dtypes = tmp_path / "m", [getattr(torch, name) for name in dtypes]
     shutil.copytree(world / "model", folder)
     size = (folder / "model.safetensors").stat().st_size
-    mixed = lambda w: {name: x.to(dtypes[i % len(dtypes)]) for i, (name, x) in enumerate(w.items())}
+
+    def mixed(weights):
+        return {name: x.to(dtypes[i % len(dtypes)]) for i, (name, x) in enumerate(weights.items())}
+
     rewrite(folder / "model.safetensors", mixed)
     policy = model.Policy.load(folder)
     assert policy.net.dtype == torch.float32
@@ -596,7 +608,7 @@ def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, ke
 
 @pytest.mark.parametrize("listed", [[0], 0, None])
 def test_responses_end_at_the_tokenizers_end_too_and_it_is_saved(tmp_path, world, listed):
-    """What --algo sft teaches is <|im_end|>; a generation config may list <|endoftext|> only, as one number, or nothing."""
+    """--algo sft teaches <|im_end|>; a generation config may list only <|endoftext|>, or nothing."""
     shutil.copytree(world / "model", tmp_path / "m")
     change = {} if listed is None else {"eos_token_id": listed}
     rewrite(
@@ -613,7 +625,7 @@ def test_responses_end_at_the_tokenizers_end_too_and_it_is_saved(tmp_path, world
 
 
 def test_the_newer_chat_template_wins(tmp_path, world, builder):
-    """chat_template.jinja over chat_template.json, as in transformers; alone, the older file is read."""
+    """chat_template.jinja over chat_template.json, as in transformers; alone, the older is read."""
     shutil.copytree(world / "model", tmp_path / "m")
     new = builder.tokenizer.chat_template
     (tmp_path / "m" / "chat_template.json").write_text(
@@ -624,6 +636,7 @@ def test_the_newer_chat_template_wins(tmp_path, world, builder):
     assert "###" in data.PromptBuilder(tmp_path / "m").tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_the_cases_of_checkpoints_that_went_wrong(tmp_path, world, builder, prompts):
     """shared/cases/make_checkpoints.py, where it is at hand."""
     cases = SHARED / "cases" / "make_checkpoints.py"
@@ -663,9 +676,10 @@ def test_processors_open_the_toy_and_what_is_saved(tmp_path, world, policy):
             assert "requires the Torchvision library" in str(e)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_small_model_of_the_real_architecture(tmp_path, prompts):
-    """The real configuration and tokenizer, cut to a size for trials; it saves, loads and answers."""
+    """The real configuration and tokenizer at a small size; it saves, loads and answers."""
     toy.main(["--like", str(SHARED / "qwen2_5_vl"), str(tmp_path / "small")])
     policy = model.Policy.load(tmp_path / "small")
     assert sum(p.numel() for p in policy.text.layers.parameters()) < 2e6 and policy.eos_ids == [
@@ -702,7 +716,7 @@ def test_the_real_7b_has_the_weight_names_of_its_index(tmp_path):
 
 
 def test_segments_of_the_tower_taken_together_are_the_segments_one_by_one(policy, prompts):
-    """Windows and grids of several lengths, against transformers' own loop: embeddings and gradients in float64."""
+    """Windows and grids of several lengths, against transformers' loop: embeddings, gradients."""
     results = []
     for name in ("sdpa", attention.SEGMENTS):
         policy.net.set_attn_implementation({"vision_config": name})
