@@ -305,7 +305,7 @@ def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
 
 
 def test_encoding_in_pieces_equals_encoding_at_once(policy, prompts, monkeypatch):
-    """The vision tower sees one 2-frame grid at a time: it may be called on any split between them."""
+    """The tower sees one 2-frame grid at a time: it may be called on any split between them."""
     whole = policy.encode(prompts)
     monkeypatch.setattr(model, "PATCHES_PER_CALL", 20)
     for a, b in zip(policy.encode(prompts), whole):
@@ -608,7 +608,7 @@ def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, ke
 
 @pytest.mark.parametrize("listed", [[0], 0, None])
 def test_responses_end_at_the_tokenizers_end_too_and_it_is_saved(tmp_path, world, listed):
-    """--algo sft teaches <|im_end|>; a generation config may list only <|endoftext|>, or nothing."""
+    """--algo sft teaches <|im_end|>; a generation config may list only <|endoftext|>."""
     shutil.copytree(world / "model", tmp_path / "m")
     change = {} if listed is None else {"eos_token_id": listed}
     rewrite(

@@ -309,6 +309,25 @@ def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prom
     assert sum(grids) > count
 
 
+def test_a_policy_makes_its_cache_by_its_tower(tmp_path, world, prompts):
+    """Another tower's embeddings are not found: the fingerprint is of its weights and dtype."""
+
+    def load():
+        policy = model.Policy.load(world / "model", embedding_cache=(tmp_path / "cache", 1.0))
+        with torch.no_grad():
+            return policy, policy.encode(prompts)
+
+    first, embeds = load()
+    files = entries(tmp_path / "cache")
+    again, found = load()
+    assert files and entries(tmp_path / "cache") == files
+    assert all(torch.equal(a, b) for a, b in zip(embeds, found, strict=True))
+    digest = embedding_cache.tensor_digest(*first.net.model.visual.parameters())
+    assert again.embedding_cache.tower == ["torch.float32", "cpu", digest]
+    again.net.model.visual.merger.ln_q.weight.data.mul_(2)
+    assert again.tower_fingerprint() != first.tower_fingerprint()
+
+
 # ---- how many ranks share a row
 
 
