@@ -1,260 +1,317 @@
-"""The one attention function: who may attend to whom when G responses share a prompt.
+"""The attention of a group: who sees whom when G responses share one prompt.
 
-GRPO samples G responses o_1 ... o_G from one prompt, and with video the prompt is nearly everything. So it is never
-repeated. Training packs whole groups into one row,
+GRPO samples G responses o_1 ... o_G from one prompt, and a video prompt is far longer than its
+responses. So the prompt is never repeated:
 
-    [ prompt | o_1 | o_2 | ... | o_G | prompt' | o'_1 | ... ]
+    visible       the mask as a definition: nothing builds it, the tests compare the rest with it
+    PackedRow     training: whole groups in a row, [prompt | o_1 | ... | o_G | prompt' | o'_1 | ...]
+    DecodeCache   sampling: one copy of a prompt's keys and values, read by all of its responses
 
-where o_i attends to its prompt and to itself (`PackedRow`), and decoding keeps one copy of each prompt's keys and
-values beside the keys and values that each response has produced (`DecodeCache`). Both equal G separate sequences up
-to rounding (cf. Prefix Grouper, arXiv 2506.05433; Hydragen, 2402.05099): an attention layer sees the same scores and
-the same softmax set, and everything else in a transformer works on one token at a time.
-
-transformers calls a registered attention function with K and V after RoPE, not repeated for grouped-query heads, builds
-no mask for it, and hands every extra keyword of the model call down to it. The keyword `plan` is all we need.
+Both equal G separate sequences up to rounding: attention sees the same scores under the same
+softmax, and every other layer of a transformer works on one token at a time. (Prefix Grouper, arXiv
+2506.05433; Hydragen, arXiv 2402.05099.)
 """
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from infra.flash import BlockAttention, _flash, blocks
+from infra.flash import BlockAttention, flash, make_blocks, merge
+
+CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 28 GB for a 7B in bf16
+LOGITS_PER_CHUNK = 2**27  # fp32 logits computed at a time: 512 MB
+
+
+def visible(lengths):
+    """The attention mask of a packed row: bool (S, S), True where query i sees key j.
+
+    lengths: [(P, [R_1, ..., R_G]), ...], the prompt and the responses of each group in the row.
+
+    >>> visible([(2, [1, 2])]).int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 0, 1, 0],
+            [1, 1, 0, 1, 1]], dtype=torch.int32)
+    """
+    parts = [(g, i, n) for g, (P, Rs) in enumerate(lengths) for i, n in enumerate([P, *Rs])]
+    group, owner, n = torch.tensor(parts).T
+    group, owner = group.repeat_interleave(n), owner.repeat_interleave(n)  # (S,): 0 is the prompt
+    same_group = group[:, None] == group
+    prompt_or_own = (owner == 0) | (owner == owner[:, None])
+    return (same_group & prompt_or_own).tril()  # causal
+
+
+# ---- training
+
+
+class PackedRow:
+    """Attention of a packed row: the blocks of `visible`, without the mask (infra/flash.py).
+
+               prompt   o_1   o_2   o_3
+    prompt     causal                        the prompt and o_1 are one causal sequence
+    o_1        causal   causal
+    o_2        full           causal         o_2 ... o_G see all of the prompt: one full span
+    o_3        full                 causal   and each sees itself
+
+    lengths: [(P, [R_1, ..., R_G]), ...]; a plain prompt has no responses (prefill).
+    cache: a DecodeCache to fill with the prompts' keys and values, from slot `first_slot` on.
+
+    `own`, `find` and `collect` matter where ranks share a row (mrsp.ShardedRow). Here this rank
+    holds every token.
+    """
+
+    own = slice(None)  # which tokens of the row this rank holds
+
+    def __init__(self, lengths, device, cache=None, first_slot=0):
+        self.cache, self.first_slot, self.prompts = cache, first_slot, prompt_bounds(lengths)
+        causal, full = [], []  # spans: (first query, queries, first key, keys)
+        for (start, _), (P, responses) in zip(self.prompts, lengths):
+            n = P + sum(responses[:1])
+            causal.append((start, n, start, n))
+            others = responses[1:]
+            full.append((start + n, sum(others), start, P))
+            start += n
+            for R in others:
+                causal.append((start, R, start, R))
+                start += R
+        self.blocks = make_blocks(causal, [full], device)
+
+    def attend(self, layer, q, k, v, scale):
+        """One layer: q (1, Hq, S, d), k and v (1, Hkv, S, d) -> (1, S, Hq, d)."""
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return self.attend_row(layer, q, k, v, scale)
+
+    def attend_row(self, layer, q, k, v, scale):
+        """q (n, Hq, d) of this rank, k and v (S, Hkv, d) of the whole row -> (1, n, Hq, d)."""
+        if self.cache is not None:
+            for slot, (first, last) in enumerate(self.prompts, self.first_slot):
+                self.cache.store_prompt(layer, slot, k[first:last], v[first:last])
+        return BlockAttention.apply(q, k, v, self.blocks, scale)[None]
+
+    def find(self, tokens):
+        """Of these tokens of the row: which this rank holds, and where among its hidden states."""
+        return slice(None), tokens
+
+    def collect(self, x, tokens):
+        """x (n, ...) of what `find` found -> (len(tokens), ...) of all tokens, on every rank."""
+        return x
+
+
+def prompt_bounds(lengths):
+    """Where each prompt of a packed row begins and ends: [(first, last), ...]."""
+    bounds, start = [], 0
+    for P, responses in lengths:
+        bounds.append((start, start + P))
+        start += P + sum(responses)
+    return bounds
+
+
+def predictors(lengths):
+    """For every response token of a packed row, in order, the token that predicts it (T,).
+
+    The last token of the prompt predicts the first token of EVERY response, token t - 1 of a
+    response its token t.
+
+    >>> predictors([(2, [1, 3])])  # p p a b b b
+    tensor([1, 1, 3, 4])
+    """
+    parts = []
+    for (_, start), (_, responses) in zip(prompt_bounds(lengths), lengths):
+        last_of_prompt = torch.tensor([start - 1])
+        for R in responses:
+            parts += [last_of_prompt, torch.arange(start, start + R - 1)]
+            start += R
+    return torch.cat(parts)
+
+
+# ---- sampling
+
+
+class DecodeCache:
+    """Keys and values of B prompts, once each, and of the G responses to each prompt.
+
+                    prompt_kv[layer][i]: (n, Hkv, P, d)      own_kv[layer]: (B * G, Hkv, max_new, d)
+                    the n prompts of length P
+                                                          /  o_1  [ k k k . . ]
+        prompt 0    [ k k k k k k k ]  <-- is read by ---+   o_2  [ k k k . . ]
+                                                          /  o_1  [ k k k . . ]
+        prompt 1    [ k k k k k k k k k k ]  <-----------+   o_2  [ k k k . . ]
+                                                                        ^ t = 3 tokens
+
+    Rows are laid out [B, G]: row b * G + g decodes response g to prompt b. All step together, by
+    one token. Prompts of equal length are attended to together; none is padded. `keep` drops
+    finished rows. No shape in a step depends on t, so that a step can be a CUDA graph: a response
+    sees its first `width` slots, with those not written yet masked. Buffers start as zeros, because
+    a masked NaN would still be a NaN.
+
+    lengths: of the prompts, ascending.
+    Size: 2 * L * Hkv * d * (sum(P) + B * G * max_new) numbers.
+    """
+
+    def __init__(self, config, lengths, G, max_new, *, device, dtype):
+        Hkv, d = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        self.G, self.width = G, max_new
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.slot_numbers = torch.arange(max_new, device=device)
+        self.sizes = [(P, lengths.count(P)) for P in dict.fromkeys(lengths)]  # (length, prompts)
+        self._number_prompts()
+
+        def keys_and_values(n, tokens):
+            return tuple(
+                torch.zeros(n, Hkv, tokens, d, device=device, dtype=dtype) for _ in range(2)
+            )
+
+        self.prompt_kv, self.own_kv = [], []
+        for _ in range(config.num_hidden_layers):
+            self.prompt_kv.append([keys_and_values(n, P) for P, n in self.sizes])
+            self.own_kv.append(keys_and_values(len(lengths) * G, max_new))
+
+    def _number_prompts(self):
+        """places: for each prompt, which buffer of a layer holds it, and where in that buffer."""
+        self.places = [(i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)]
+
+    def store_prompt(self, layer, slot, k, v):
+        """Keeps k and v (P, Hkv, d) of prompt `slot`."""
+        i, j = self.places[slot]
+        k_buffer, v_buffer = self.prompt_kv[layer][i]
+        k_buffer[j], v_buffer[j] = k.transpose(0, 1), v.transpose(0, 1)
+
+    def attend(self, layer, q, k, v, scale):
+        """One token of every row: q (N, Hq, 1, d), k and v (N, Hkv, 1, d) -> (N, 1, Hq, d)."""
+        N, Hkv, _, d = k.shape
+        k_own, v_own = self.own_kv[layer]
+        k_own.index_copy_(2, self.t, k)
+        v_own.index_copy_(2, self.t, v)
+        q = q.view(N, Hkv, -1, d)  # query heads beside the K/V head they share: (N, Hkv, r, d)
+        with torch.autocast(q.device.type, enabled=False):
+            of_prompt = self.attend_to_prompt(layer, q, scale)
+            of_own = self.attend_to_own(layer, q, scale)
+            out, _ = merge(*of_prompt, *of_own)
+        return out.to(v.dtype).flatten(1, 2)[:, None]
+
+    def attend_to_prompt(self, layer, q, scale):
+        """A prompt's rows and query heads read it together.
+
+        q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
+        """
+        exact = torch.promote_types(q.dtype, torch.float32)
+        outs, lses = [], []
+        of_length = q.split([n * self.G for _, n in self.sizes])
+        for q_n, (k, v) in zip(of_length, self.prompt_kv[layer]):
+            q_n = q_n.unflatten(0, (-1, self.G)).transpose(1, 2)  # (n, Hkv, G, r, d)
+            out, lse, _ = flash(q_n.flatten(2, 3), k, v, False, scale)  # (n, Hkv, G * r, d)
+            outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
+            lses.append(lse.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).to(exact), torch.cat(lses).to(exact)
+
+    def attend_to_own(self, layer, q, scale):
+        """Each row reads its own tokens.
+
+        q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
+        """
+        k, v = (x[:, :, : self.width] for x in self.own_kv[layer])  # (N, Hkv, width, d)
+        exact = torch.promote_types(q.dtype, torch.float32)  # a bf16 score of 50 is off by 0.1
+        scores = (q.to(exact) * scale) @ k.to(exact).mT  # (N, Hkv, r, width)
+        unwritten = self.slot_numbers[: self.width] > self.t
+        scores = scores.masked_fill(unwritten, float("-inf"))
+        lse = scores.logsumexp(-1)
+        probabilities = (scores - lse[..., None]).exp().to(v.dtype)
+        return (probabilities @ v).to(exact), lse
+
+    def keep(self, prompts, rows, G, t):
+        """Keeps some prompts and rows, and of these rows the first t tokens.
+
+        prompts: indices into B, ascending.  rows: indices into B * G, G for each kept prompt in
+        order.
+        """
+        kept = [self.places[p] for p in prompts.tolist()]
+        if len(kept) < len(self.places):
+            which = [[j for i, j in kept if i == n] for n in range(len(self.sizes))]
+            for layer, buffers in enumerate(self.prompt_kv):  # old and new coexist for one layer
+                self.prompt_kv[layer] = [
+                    (select(k, w), select(v, w)) for (k, v), w in zip(buffers, which) if w
+                ]
+            self.sizes = [(P, len(w)) for (P, _), w in zip(self.sizes, which) if w]
+            self._number_prompts()
+        for layer, (k, v) in enumerate(self.own_kv):
+            self.own_kv[layer] = copy_rows(k, rows, t), copy_rows(v, rows, t)
+        self.G = G
+
+
+def select(x, indices):
+    """x[indices], without a copy where that is all of x."""
+    return x if len(indices) == len(x) else x[indices]
+
+
+def copy_rows(x, rows, t):
+    """The rows of a response buffer (N, Hkv, max_new, d); only their first t tokens are copied."""
+    out = x.new_zeros(len(rows), *x.shape[1:])
+    out[:, :, :t] = x[rows, :, :t]
+    return out
+
+
+# ---- what transformers calls
+# A registered attention function gets K and V after RoPE, one per K/V head, no mask, and every
+# extra keyword of the model call: here `plan`, a PackedRow or a DecodeCache.
 
 NAME = "shared_prefix"
-SEGMENTS = (
-    "segments_flash"  # "flash" in its name has transformers hand over the whole row and its bounds
-)
-CACHE_TOKENS = (
-    2**19
-)  # prompts are decoded together up to so many tokens of keys and values: 28 GB for a 7B in bf16
-LOGITS_PER_CHUNK = 2**27  # fp32 numbers of one chunk of log-softmax: 512 MB
+SEGMENTS = "segments_flash"  # "flash" in its name: transformers passes the whole row and its bounds
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, scaling, **_):
-    """The registered function: hands one layer's heads to the plan of the row.
+    """The language model's attention, as `plan` has it.
 
-    query (1 or N, Hq, S, d), key and value (1 or N, Hkv, S, d) -> output (1 or N, S, Hq, d), and no weights.
-    `plan` is required: without one, transformers would silently attend across packed sequences.
+    query (1 or N, Hq, S, d), key and value (1 or N, Hkv, S, d) -> (1 or N, S, Hq, d).
+
+    `plan` is required: without one, transformers would silently attend across the sequences of a
+    row.
     """
     query, key = (
         query.to(value.dtype),
         key.to(value.dtype),
-    )  # autocast leaves q and k in fp32 after the fp32 RoPE
-    last = module.layer_idx + 1 == module.config.num_hidden_layers
-    return plan.attend(module.layer_idx, query, key, value, scaling, last), None
-
-
-AttentionInterface.register(NAME, shared_prefix_attention)
+    )  # RoPE leaves them in fp32 under autocast
+    return plan.attend(module.layer_idx, query, key, value, scaling), None
 
 
 def segment_attention(
     module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q=None, **_
 ):
-    """The vision tower's: each segment of the row (a window, or a 2-frame grid) attends to itself. Segments of equal length go
-    together, where transformers' own SDPA path takes them one by one.
+    """The vision tower's attention: each segment (a window, or a 2-frame grid) sees itself.
 
-    query, key, value (1, H, S, d), cu_seq_lens_q (segments + 1,) bounds, None for one segment -> output (1, S, H, d), and no
-    weights.
+    Segments of equal length are computed together, where transformers' SDPA path loops over all of
+    them. query, key, value (1, H, S, d); cu_seq_lens_q (segments + 1,): bounds, None for one
+    segment -> (1, S, H, d).
     """
     if cu_seq_lens_q is None:
-        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(
-            1, 2
-        ), None
-    if not hasattr(
-        cu_seq_lens_q, "tokens"
-    ):  # one look at the bounds for all layers: they are on the GPU
-        bounds, by_length = cu_seq_lens_q.tolist(), {}
-        for a, b in zip(bounds, bounds[1:]):
-            by_length.setdefault(b - a, []).append(a)
-        cu_seq_lens_q.tokens = [
-            (torch.tensor(starts)[:, None] + torch.arange(n)).to(query.device)
-            for n, starts in by_length.items()
-            if n
-        ]  # (segments of this length, length)
-    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    for tokens in cu_seq_lens_q.tokens:
-        q, k, v = (
-            x[0][:, tokens].transpose(0, 1) for x in (query, key, value)
+        out = F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return out.transpose(1, 2), None
+    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor: leave the GPU once
+        cu_seq_lens_q.segments = segments_by_length(cu_seq_lens_q)
+    q, k, v = query[0], key[0], value[0]  # (H, S, d)
+    out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])  # (S, H, d)
+    for tokens in cu_seq_lens_q.segments:  # (segments, length)
+        q_s, k_s, v_s = (
+            x[:, tokens].transpose(0, 1) for x in (q, k, v)
         )  # (segments, H, length, d)
-        out = out.index_put(
-            (tokens,), F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
-        )
+        attended = F.scaled_dot_product_attention(q_s, k_s, v_s, scale=scaling)
+        out = out.index_put((tokens,), attended.transpose(1, 2))
     return out[None], None
 
 
+def segments_by_length(bounds):
+    """Bounds (segments + 1,) -> for each length, the tokens of its segments (n, length)."""
+    starts = {}
+    edges = bounds.tolist()
+    for first, last in zip(edges, edges[1:]):
+        starts.setdefault(last - first, []).append(first)
+    segments = []
+    for length, firsts in starts.items():
+        if length:
+            tokens = torch.tensor(firsts)[:, None] + torch.arange(length)
+            segments.append(tokens.to(bounds.device))
+    return segments
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
 AttentionInterface.register(SEGMENTS, segment_attention)
-
-
-def layer_blocks(squares, rectangles, read, device):
-    """A row's blocks -> (of a layer, of the last layer: there a span begins with its first query that is read).
-
-    squares: causal spans.  rectangles: lists of other spans; in each list a query stands once.  read: bool of every token.
-    """
-
-    def unread(q, n):
-        return int(read[q : q + n].to(torch.uint8).argmax()) if read[q : q + n].any() else n
-
-    trimmed, before = [], []
-    for q, n, k, _ in squares:
-        skip = unread(q, n)
-        trimmed.append((q + skip, n - skip, k + skip, n - skip))
-        before.append((q + skip, n - skip, k, skip))
-    after = [
-        [(q + unread(q, n), n - unread(q, n), k, keys) for q, n, k, keys in spans]
-        for spans in rectangles
-    ]
-    every = lambda squares, others: (
-        blocks(squares, True, device) + sum((blocks(spans, False, device) for spans in others), [])
-    )
-    return every(squares, rectangles), every(trimmed, [before, *after])
-
-
-class PackedRow:
-    """A packed row of groups: prompt lengths and response lengths say who attends to whom.
-
-    lengths: for each group (P, [R_1, ..., R_G]); [] responses is a plain prompt (prefill).
-    cache: a DecodeCache that receives the prompts' keys and values, prompt i of the row in slot `first_slot` + i.
-    reads: the tokens whose last hidden state predicts another token; the last layer computes no others (model.last_layer).
-    `own`, `find` and `collect` matter where a row is dealt over ranks (mrsp.ShardedRow); here all tokens are at hand.
-    """
-
-    own = slice(None)
-
-    def __init__(self, lengths, device, cache=None, first_slot=0):
-        self.cache, self.first_slot, self.prompts = cache, first_slot, []
-        squares, across, start = [], [], 0
-        read = torch.zeros(sum(P + sum(responses) for P, responses in lengths), dtype=torch.bool)
-        for P, responses in lengths:
-            first, others = sum(responses[:1]), responses[1:]
-            self.prompts.append((start, start + P))
-            squares.append(
-                (start, P + first, start, P + first)
-            )  # the prompt and o_1: an ordinary causal sequence
-            across.append((start + P + first, sum(others), start, P))
-            read[start + P - 1 : start + P + max(0, first - 1)] = (
-                True  # a response's last token predicts none
-            )
-            start += P + first
-            for R in others:
-                squares.append((start, R, start, R))
-                read[start : start + R - 1] = True
-                start += R
-        self.blocks = layer_blocks(squares, [across], read, device)
-        self.reads = read.nonzero()[:, 0].to(device)
-
-    def attend(self, layer, q, k, v, scale, last=False):
-        return self.attend_row(layer, *(x[0].transpose(0, 1) for x in (q, k, v)), scale, last)
-
-    def attend_row(self, layer, q, k, v, scale, last):
-        """q (n, Hq, d) of the tokens that are here, k and v (S, Hkv, d) of all -> (1, n, Hq, d)."""
-        if self.cache is not None:
-            for i, (a, b) in enumerate(self.prompts):
-                self.cache.store_prompt(
-                    layer, self.first_slot + i, k[a:b].transpose(0, 1), v[a:b].transpose(0, 1)
-                )
-        return BlockAttention.apply(q, k, v, self.blocks[last], scale)[None]
-
-    def find(self, tokens):
-        """Of the given tokens of the row, all of them read: the indices of those that are here, and where their hidden states
-        are."""
-        return slice(None), torch.searchsorted(self.reads, tokens)
-
-    def collect(self, x, tokens):
-        """x (k, ...) of what `find` gave -> (len(tokens), ...) of all tokens."""
-        return x
-
-
-class DecodeCache:
-    """Keys and values of B prompts, once each, and of the G responses of each prompt.
-
-    lengths: of the prompts, ascending; those of equal length are attended to together, and none is padded.
-    Rows are laid out [B, G] (row b * G + g decodes a response of prompt b) and step together. `keep` drops rows that have
-    finished, so that they stop costing. t (1,): tokens that each response has in the cache; it is on the device, and a step has
-    no shape that depends on it: responses are attended to up to `width` tokens, what is not there yet masked.
-    Sizes: prompts 2 * L * sum(P) * Hkv * d, responses 2 * L * B * G * Hkv * max_new * d numbers.
-    """
-
-    reads = slice(None)  # every token's hidden state predicts the next
-
-    def __init__(self, config, lengths, G, max_new, *, device, dtype):
-        L, heads, d = (
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.hidden_size // config.num_attention_heads,
-        )
-        new = lambda *shape: torch.zeros(
-            *shape, device=device, dtype=dtype
-        )  # zeros: a masked NaN would still be a NaN
-        pair = lambda *shape: (new(*shape), new(*shape))
-        self.G, self.width, self.t = G, max_new, torch.zeros(1, dtype=torch.long, device=device)
-        self.sizes = [(P, lengths.count(P)) for P in dict.fromkeys(lengths)]
-        self.slots = [
-            (i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)
-        ]  # of each prompt: which buffer, where
-        self.prompt_kv = [[pair(n, heads, P, d) for P, n in self.sizes] for _ in range(L)]
-        self.own_kv = [pair(len(lengths) * G, heads, max_new, d) for _ in range(L)]
-        self.tokens = torch.arange(max_new, device=device)
-
-    def store_prompt(self, layer, slot, k, v):
-        i, j = self.slots[slot]
-        for buffer, x in zip(self.prompt_kv[layer][i], (k, v)):
-            buffer[j] = x
-
-    def attend(self, layer, q, k, v, scale, last=False):
-        """One token per row, as in BlockAttention: all rows of a prompt read it together, then each what it has written; scores
-        in fp32, since a bf16 score of 50 is off by 0.1. q (N, Hq, 1, d), k and v (N, Hkv, 1, d) -> (N, 1, Hq, d)."""
-        N, H, _, d = k.shape
-        for buffer, x in zip(self.own_kv[layer], (k, v)):
-            buffer.index_copy_(2, self.t, x)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
-            read, of_length = [], q.view(N, H, -1, d).split([n * self.G for _, n in self.sizes])
-            for q_p, (k_p, v_p) in zip(
-                of_length, self.prompt_kv[layer]
-            ):  # all query heads of a K/V head, and all rows, together
-                q_p = q_p.unflatten(0, (-1, self.G)).transpose(1, 2)  # (n, Hkv, G, Hq / Hkv, d)
-                out, lse, _ = _flash(q_p.flatten(2, 3), k_p, v_p, False, scale)
-                read.append(
-                    [
-                        x.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-                        for x in (out, lse)
-                    ]
-                )
-            out, lse = (torch.cat(part).to(exact) for part in zip(*read))  # (N, Hq, d), (N, Hq)
-            k_o, v_o = (x[:, :, : self.width] for x in self.own_kv[layer])  # (N, Hkv, width, d)
-            scores = (q.view(N, H, -1, d).to(exact) * scale) @ k_o.to(
-                exact
-            ).mT  # query heads that share a K/V head side by side
-            scores = scores.masked_fill(self.tokens[: self.width] > self.t, float("-inf")).flatten(
-                1, 2
-            )  # (N, Hq, width)
-            total = torch.logaddexp(lse, scores.logsumexp(2))[..., None]  # (N, Hq, 1)
-            own = (scores - total).exp().view(N, H, -1, self.width).to(v.dtype) @ v_o
-            out = out * (lse[..., None] - total).exp() + own.flatten(1, 2)
-        return out.to(v.dtype)[:, None]
-
-    def keep(self, prompts, rows, G, t):
-        """Keeps the given prompts (indices into B, ascending) and rows (indices into B * G, prompt-major, G for each prompt), and
-        of these the first t tokens."""
-        kept = [self.slots[p] for p in prompts.tolist()]
-        if len(kept) < len(self.slots):
-            which = [[j for i, j in kept if i == n] for n in range(len(self.sizes))]
-            some = lambda x, w: x if len(w) == len(x) else x[w]
-            for layer, of_length in enumerate(
-                self.prompt_kv
-            ):  # one after the other: old and new stand in memory for a layer
-                self.prompt_kv[layer] = [
-                    (some(k, w), some(v, w)) for (k, v), w in zip(of_length, which) if w
-                ]
-            self.sizes = [(P, len(w)) for (P, _), w in zip(self.sizes, which) if w]
-            self.slots = [(i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)]
-        for layer, kv in enumerate(self.own_kv):
-            self.own_kv[layer] = tuple(self._rows(x, rows, t) for x in kv)
-        self.G = G
-
-    @staticmethod
-    def _rows(x, rows, t):
-        """Rows of a response buffer, copying only the tokens that exist."""
-        out = x.new_zeros(len(rows), *x.shape[1:])
-        out[:, :, :t] = x[rows, :, :t]
-        return out

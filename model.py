@@ -1,72 +1,76 @@
-"""The policy: a Qwen2-VL or Qwen2.5-VL checkpoint that encodes a video once and scores responses that share a prompt.
+"""The policy: a Qwen2-VL or Qwen2.5-VL that encodes a video once and scores G responses in a row.
 
 transformers' classes are the network. Around them, in the order of a training step:
-    Policy.load      a folder or hub name -> the policy;  Policy.save writes the same form back
-    mrope_positions  the three rotary position ids of every token, by the rule the checkpoints were trained with
-    Policy.encode    frames -> visual embeddings, once per step, whatever happens to them afterwards
-    Policy.forward   packed rows [prompt | o_1 ... o_G | prompt' ...] -> log-probs of the response tokens, fp32
-Everything a loss needs comes out of `forward`: DistributedDataParallel averages gradients of that call only.
+
+    Policy.load       a folder or hub name -> the policy;  Policy.save writes the same form back
+    Policy.positions  the three rotary position ids of every token (mrope_positions)
+    Policy.encode     frames -> visual embeddings, once per step, shared by everything after it
+    Policy.forward    packed rows [prompt | o_1 ... o_G | prompt' ...] -> log-probs of the responses
+
+A loss needs only `forward`; DistributedDataParallel averages the gradients of that call only.
 """
 
-import json
-import os
-import sys
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText
 
 import attention
 import mrsp
 from data import Prompt, normalize, patchify
+from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import ModelError
-from infra.model_folder import load_tokenizer, local_folder, weight_files, weights_dtype
+from infra.model_folder import load_tokenizer, local_folder, read_network, side_files, write_network
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-PATCHES_PER_CALL = (
-    2**16
-)  # of the vision tower: bounds its activations; 2-frame grids are independent, so it may be split
+PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations
+VISION_TOKENS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+)
 
 
 def mrope_positions(ids, media, *, video_token, image_token, merge=2, tokens_per_second=2):
-    """M-RoPE ids (temporal, height, width) of a prompt (Qwen2-VL, arXiv 2409.12191, section 2.1; Qwen2.5-VL, 2502.13923).
+    """M-RoPE ids (temporal, height, width) of a prompt.
 
-    Text advances all three ids together. A medium that starts at s gets s + (floor(grid * seconds * tokens_per_second),
-    row, column); the text after it starts at the largest id of ALL THREE axes + 1. (transformers 5.23's get_rope_index
-    forgets the temporal axis there, which puts the question inside the time range of a video longer than some 10 s.)
+    Qwen2-VL, arXiv 2409.12191, section 2.1; Qwen2.5-VL, arXiv 2502.13923.
+
+    Text advances all three ids together. A medium that starts at s gets s + (floor(grid * seconds *
+    tokens_per_second), row, column); the text after it starts at the largest id of ALL THREE axes +
+    1. (transformers 5.23's get_rope_index forgets the temporal axis there, which puts the question
+    inside the time range of a video longer than some 10 s.)
 
     ids: (P,) token ids with one video or image token per visual token.
-    media: [((t, h, w) in patches, seconds per 2-frame grid), ...] in order; seconds is ignored for images.
-    tokens_per_second: None for Qwen2-VL, whose temporal id is the index of the grid.
-    Returns positions (3, P) and the position of the next token. Raises ValueError when visual tokens and media disagree.
+    media: [((t, h, w) in patches, seconds per 2-frame grid), ...] in order; seconds is ignored for
+    images. tokens_per_second: None for Qwen2-VL, whose temporal id is the index of the grid.
+    Returns positions (3, P) and the position of the next token. Raises ValueError when visual
+    tokens and media disagree.
     """
     ids = torch.as_tensor(ids)
     visual = (ids == video_token) | (ids == image_token)
-    positions, start, i = [], 0, 0
+    positions, start, i = [], 0, 0  # start: the next position; i: the next token
     for (t, h, w), seconds in media:
         n = t * (h // merge) * (w // merge)
-        text = int(visual[i:].to(torch.uint8).argmax()) if visual[i:].any() else 0
-        if (
-            not visual[i + text : i + text + n].all()
-            or i + text + n > len(ids)
-            or not visual[i:].any()
-        ):
+        any_left = bool(visual[i:].any())
+        text = int(visual[i:].to(torch.uint8).argmax()) if any_left else 0  # tokens before it
+        first, last = i + text, i + text + n
+        if not any_left or last > len(ids) or not visual[first:last].all():
             raise ValueError(
-                f"a medium of grid {(t, h, w)} wants {n} visual tokens at {i + text} of a prompt of {len(ids)}"
+                f"a medium of grid {(t, h, w)} wants {n} visual tokens at {first} "
+                f"of a prompt of {len(ids)}"
             )
         positions.append(start + torch.arange(text).expand(3, -1))
-        start, i = start + text, i + text + n
-        per_grid = (
-            1.0
-            if tokens_per_second is None or ids[i - 1] == image_token
-            else seconds * tokens_per_second
-        )
+        start, i = start + text, last
+        timed = tokens_per_second is not None and ids[first] == video_token
+        per_grid = seconds * tokens_per_second if timed else 1.0
         grid = torch.meshgrid(
             (torch.arange(t, dtype=torch.float64) * per_grid).long(),
             torch.arange(h // merge),
@@ -82,112 +86,118 @@ def mrope_positions(ids, media, *, video_token, image_token, merge=2, tokens_per
 
 
 class Policy(nn.Module):
-    """The policy pi: see the module's first lines. folder: where the checkpoint, its tokenizer and its side files are."""
+    """The policy pi. forward: log-probs of packed groups.
+
+    net: transformers' network.  folder: of the checkpoint, its tokenizer and its other files.
+    Settings, plain attributes: sp, the ranks that share a row (set by mrsp.share_rows alone);
+    embedding_cache, or None; cuda_graph, whether decoding replays CUDA graphs; eos_ids, the tokens
+    that end a response; saved_dtype, of the weights that `save` writes, None for the network's.
+    """
 
     def __init__(self, net, folder):
         super().__init__()
-        self.net, self.folder = net, Path(folder)
-        net.set_attn_implementation(
-            {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
-        )
-        self.sp, self.embedding_cache = mrsp.UNSHARDED, None  # sequence parallelism: mrsp.py
-        self.cuda_graph = False  # of a decode step: rollout.py
-        # kept, to be saved beside the weights: by then the folder may be gone (an old checkpoint of the same run)
-        files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in self.folder.glob(pattern)]
-        self.side_files = {
-            f.name: f.read_bytes()
-            for f in files
-            if not f.name.endswith((".index.json", "state.json"))
-        }
-        c = self.config = net.config
+        self.net, self.folder, self.config = net, Path(folder), net.config
         self.text = net.model.language_model
-        last = self.text.layers[-1]
-        last.__class__ = type("LastLayer", (type(last),), {"forward": last_layer})
-        net.model.visual.patch_embed.forward = partial(
-            embed_patches, net.model.visual.patch_embed.proj
-        )
-        self.tokens_per_second = (
-            c.vision_config.tokens_per_second if c.model_type == "qwen2_5_vl" else None
-        )
-        self.merge = c.vision_config.spatial_merge_size
+        self.sp, self.embedding_cache, self.cuda_graph = mrsp.UNSHARDED, None, False
+        self.saved_dtype = None
+        self.side_files = side_files(folder)  # read now: an old checkpoint may be deleted later
+        implementations = {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
+        net.set_attn_implementation(implementations)
+        visual = net.model.visual
+        visual.patch_embed = PatchEmbed(visual.patch_embed.proj)
+        vision = self.config.vision_config
+        self.merge = vision.spatial_merge_size
+        timed = self.config.model_type == "qwen2_5_vl"
+        self.tokens_per_second = vision.tokens_per_second if timed else None
         eos = net.generation_config.eos_token_id  # an id, which may be 0, a list, or None
-        eos = c.text_config.eos_token_id if eos is None else eos
+        eos = self.config.text_config.eos_token_id if eos is None else eos
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
-        self.saved_dtype = None  # of the weights that save() writes; None: as they are
-        # the policy must not speak in pixels: these are impossible in sampling and in scoring alike
-        names = (
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-            "vision_token_id",
-        )
-        banned = {i for i in (getattr(c, name, None) for name in names) if i is not None}
-        self.register_buffer("banned", torch.tensor(sorted(banned)), persistent=False)
+        # a response must not contain pixels: these are impossible when sampled and when scored
+        ids = {getattr(self.config, name, None) for name in VISION_TOKENS} - {None}
+        self.register_buffer("banned", torch.tensor(sorted(ids)), persistent=False)
+
+    # ---- load and save
 
     @classmethod
-    def load(cls, name, *, dtype=torch.float32, device="cpu", grad_checkpointing=1):
+    def load(
+        cls,
+        name,
+        *,
+        dtype=torch.float32,
+        device="cpu",
+        grad_checkpointing=1,
+        cuda_graph=False,
+        embedding_cache=None,
+    ):
         """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
 
-        dtype: of the weights; fp32 master weights for training, computed in bf16 under torch.autocast. `save` writes them in
-        the dtype that they have in the folder.
-        grad_checkpointing: as in set_grad_checkpointing.
-        A response ends at any token that the generation config or the tokenizer names as its end.
-        Raises ModelError: no folder, no weights, another architecture; weights that are missing, of another shape, or not
-        finite. Raises DataError: no tokenizer. Weights that the architecture does not have are printed.
+        dtype: of the weights; fp32 master weights for training compute in bf16 under
+        torch.autocast. `save` writes them in the dtype that they have in the folder.
+        grad_checkpointing: see set_grad_checkpointing.
+        cuda_graph: replay decode steps as CUDA graphs, on a CUDA device.
+        embedding_cache: (folder, gigabytes) for the embeddings of a frozen vision tower.
+        A response ends at any end token of the generation config or the tokenizer.
+
+        Raises ModelError: no folder, no weights, another architecture; weights that are missing, of
+        another shape, or not finite. Raises DataError: no tokenizer. Prints weights that the
+        architecture does not have.
         """
         folder = local_folder(name)
-        try:
-            net, saved_dtype = _load_network(folder, dtype)
-        except ModelError:
-            raise
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            SafetensorError,
-            StrictDataclassError,
-        ) as e:
-            raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(e).split())}") from e
+        net, saved_dtype = read_network(folder, dtype, MODEL_TYPES)
         policy = cls(net, folder).to(device)
         policy.saved_dtype = saved_dtype
         end = load_tokenizer(folder).eos_token_id
-        policy.eos_ids += [end] if end is not None and end not in policy.eos_ids else []
+        if end is not None and end not in policy.eos_ids:
+            policy.eos_ids.append(end)
         if not policy.eos_ids:
             raise ModelError(
-                f"{folder}: neither the generation config nor the tokenizer names the token that ends a response"
+                f"{folder}: neither the generation config nor the tokenizer "
+                "names the token that ends a response"
             )
         net.generation_config.eos_token_id = list(policy.eos_ids)
         policy.set_grad_checkpointing(grad_checkpointing)
+        policy.cuda_graph = cuda_graph and policy.device.type == "cuda"
+        if embedding_cache:
+            policy.embedding_cache = EmbeddingCache(*embedding_cache, policy.tower_fingerprint())
         return policy.eval()
 
     def save(self, folder, weights=None):
-        """Writes a folder that transformers and vLLM open: weights and config, tokenizer and processor files beside.
-        weights: by name, where the policy's own are sharded (fsdp.py)."""
-        folder, weights = Path(folder), self.net.state_dict() if weights is None else weights
+        """Writes a folder that transformers and vLLM open, tokenizer and processor included.
+
+        weights: by name, where the policy's own are sharded (infra/fsdp.py).
+        """
+        weights = self.net.state_dict() if weights is None else weights
         dtype = self.saved_dtype or self.text.embed_tokens.weight.dtype
-        once = {}  # embeddings and head may be one tensor, and stay one
-        for x in weights.values():
-            if x.data_ptr() not in once:
-                once[x.data_ptr()] = x.to(dtype).cpu()
-        self.net.save_pretrained(
-            folder, state_dict={name: once[x.data_ptr()] for name, x in weights.items()}
-        )
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for part in (config, *(part for part in config.values() if isinstance(part, dict))):
-            if "dtype" in part:  # save_pretrained writes that of the network
-                part["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, content in self.side_files.items():
-            if not (folder / name).exists():
-                (folder / name).write_bytes(content)
+        write_network(Path(folder), self.net, weights, dtype, self.side_files)
+
+    def set_grad_checkpointing(self, n):
+        """Recompute the activations of every n-th layer in the backward pass (in train mode); 0:
+
+        keep them all.
+        """
+        for layers in (self.net.model.visual.blocks, self.text.layers):
+            for i, layer in enumerate(layers):
+                layer.gradient_checkpointing = n > 0 and i % n == 0
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def freeze_vision(self):
+        """Freezes the vision tower:
+
+        no gradients, and the embeddings of `encode` stay valid for the whole run.
+        """
+        self.net.model.visual.requires_grad_(False)
+
+    def tower_fingerprint(self):
+        """What the embedding of a medium depends on besides the medium:
+
+        dtype, kind of device, weights.
+        """
+        visual = self.net.model.visual
+        return [str(visual.dtype), self.device.type, tensor_digest(*visual.parameters())]
 
     @torch.no_grad()
     def is_sound(self):
-        """Whether the next-token logits after one token are finite. Every rank of a sharded policy must ask."""
+        """Whether the logits after one token are finite. All ranks of a sharded policy must ask."""
         token = torch.tensor(self.eos_ids[:1])
         logp, _ = self([Prompt(None, token)], [[token]])
         return bool(logp.isfinite().all())
@@ -203,65 +213,10 @@ class Policy(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if autocast else self.text.embed_tokens.weight.dtype
 
-    def set_grad_checkpointing(self, n):
-        """Recompute the activations of every n-th layer in the backward pass (in train mode only); 0: keep them all."""
-        for layers in (self.net.model.visual.blocks, self.text.layers):
-            for i, layer in enumerate(layers):
-                layer.gradient_checkpointing = n > 0 and i % n == 0
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-    def freeze_vision(self):
-        """Keeps the vision tower as it is: no gradients, and embeddings of `encode` stay valid for the whole run."""
-        self.net.model.visual.requires_grad_(False)
-
-    # ---- prompt -> embeddings and positions
-
-    def encode(self, prompts):
-        """Visual embeddings of each prompt's media in order, [(V, D), ...]; V = sum of t * h * w / merge^2, (0, D) for text.
-
-        The work of the sequence-parallel group, once for each medium (mrsp.encode); with gradients under torch.enable_grad.
-        """
-        return mrsp.encode(self, prompts)
-
-    def encode_grids(self, grids):
-        """The vision tower on 2-frame grids [(Media, number of the grid), ...] -> their embeddings in order (V, D).
-
-        Splits and batches at grids are exact up to rounding: the tower attends within one grid only.
-        """
-        visual, out, i = self.net.model.visual, [], 0
-        exact = torch.promote_types(
-            visual.dtype, torch.float32
-        )  # rounded once, as in training and in transformers' processors
-        while i < len(grids):
-            end, patches = i + 1, grids[i][0].grid[1] * grids[i][0].grid[2]
-            while (
-                end < len(grids)
-                and patches + (more := grids[end][0].grid[1] * grids[end][0].grid[2])
-                <= PATCHES_PER_CALL
-            ):
-                end, patches = end + 1, patches + more
-            runs = []  # (medium, first grid, number of grids) of this call
-            for m, g in grids[i:end]:
-                if runs and runs[-1][0] is m and runs[-1][1] + runs[-1][2] == g:
-                    runs[-1][2] += 1
-                else:
-                    runs.append([m, g, 1])
-            patches = torch.cat([patchify(m.frames_of(g, n))[0] for m, g, n in runs]).to(
-                self.device
-            )  # bytes
-            pixels = normalize(patches.unflatten(1, (3, -1)), exact).flatten(1)
-            sizes = torch.tensor([(n, *m.grid[1:]) for m, _, n in runs], device=self.device)
-            out.append(visual(pixels.to(visual.dtype), grid_thw=sizes).pooler_output)
-            i = end
-        if not out:  # no rows, but a gradient of zero where one is wanted: all ranks reduce the same parameters
-            nothing = torch.zeros(
-                0, self.config.text_config.hidden_size, device=self.device
-            ) + _nothing(visual)
-            out.append(nothing.to(self.compute_dtype))
-        return torch.cat(out)
+    # ---- positions
 
     def positions(self, prompt):
-        """(3, P) M-RoPE ids of a prompt and the id of its first response token."""
+        """M-RoPE ids (3, P) of a prompt, and the id of its first response token."""
         return mrope_positions(
             prompt.ids,
             [(m.grid, m.seconds_per_grid) for m in prompt.media],
@@ -271,12 +226,49 @@ class Policy(nn.Module):
             tokens_per_second=self.tokens_per_second,
         )
 
+    # ---- encode
+
+    def encode(self, prompts):
+        """Visual embeddings of each prompt's media in order -> [(V, D), ...].
+
+        V is the sum of t * h * w / merge^2; (0, D) for a text prompt. With gradient under
+        torch.enable_grad. Each medium is encoded once, by the ranks that share rows together
+        (mrsp.encode).
+        """
+        return mrsp.encode(self, prompts)
+
+    def encode_grids(self, grids):
+        """The vision tower on 2-frame grids [(Media, index of the grid), ...] -> embeddings (V, D).
+
+        The grids of a medium stand together, in order. The tower attends within a grid only, so
+        that calling it on any split between grids gives the same, up to rounding.
+        """
+        if not grids:  # no rows, but a gradient of zero: all ranks reduce the same parameters
+            none = torch.zeros(0, self.config.text_config.hidden_size, device=self.device)
+            return (none + zero_of(self.net.model.visual)).to(self.compute_dtype)
+        return torch.cat([self._run_tower(call) for call in split_grids(grids, PATCHES_PER_CALL)])
+
+    def _run_tower(self, grids):
+        visual = self.net.model.visual
+        frames, sizes = [], []  # of each medium's run of grids
+        for media, run in groupby(grids, key=itemgetter(0)):
+            indices = [index for _, index in run]
+            frames.append(media.frames_of(indices[0], len(indices)))
+            sizes.append((len(indices), *media.grid[1:]))
+        patches = torch.cat([patchify(x)[0] for x in frames]).to(self.device)  # bytes
+        # rounded once, as in transformers' processors
+        exact = torch.promote_types(visual.dtype, torch.float32)
+        pixels = normalize(patches.unflatten(1, (3, -1)), exact).flatten(1).to(visual.dtype)
+        return visual(pixels, grid_thw=torch.tensor(sizes, device=self.device)).pooler_output
+
+    # ---- the language model
+
     def embed(self, ids):
-        """Token embeddings (..., D) of token ids; visual tokens are run_row's to replace."""
+        """Token embeddings (..., D) of token ids; run_row puts in the visual ones."""
         return self.text.embed_tokens(ids.to(self.device))
 
     def run_text(self, x, positions, plan):
-        """The language model on embeddings x (N, S, D) at positions (3, N, S): last hidden states (N, S, D)."""
+        """Embeddings x (N, S, D) at positions (3, N, S) -> last hidden states (N, S, D)."""
         out = self.text(
             inputs_embeds=x.to(self.compute_dtype),
             position_ids=positions.to(self.device),
@@ -292,175 +284,143 @@ class Policy(nn.Module):
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def logits(self, hidden, head):
-        """Next-token logits (..., vocabulary) in at least fp32, vision ids impossible. In full precision even under autocast:
-        in bf16 a logit is off by up to 0.06, too much for a ratio or a KL. head: what self.head() gave."""
+        """Hidden states (..., D) -> next-token logits (..., vocabulary), vision tokens impossible.
+
+        head: from `head`. In at least fp32, even under autocast: a bf16 logit is off by up to 0.06,
+        too much for a ratio or a KL.
+        """
         with torch.autocast(self.device.type, enabled=False):
             logits = F.linear(hidden.to(head.dtype), head)
             return logits.index_fill(-1, self.banned, -1e30)
 
-    # ---- packed groups -> log-probs
-
     def run_row(self, prompts, responses, visual_embeds, cache=None, first_slot=0):
-        """One packed row through the language model -> (hidden states of this rank's tokens (n, D), the row's plan, the
-        position after each prompt). responses: lists of token ids, one list a prompt.  cache, first_slot: see PackedRow."""
-        ids, visual, positions, lengths, following = [], [], [], [], []
-        for prompt, group in zip(prompts, responses, strict=True):
-            where, first = self.positions(prompt)
-            ids += [prompt.ids, *(r.cpu() for r in group)]
-            visual += [
-                (prompt.ids == self.config.video_token_id)
-                | (prompt.ids == self.config.image_token_id),
-                torch.zeros(sum(map(len, group)), dtype=torch.bool),
-            ]
-            positions += [where, *((first + torch.arange(len(r))).expand(3, -1) for r in group)]
-            lengths.append((len(prompt.ids), [len(r) for r in group]))
-            following.append(first)
+        """One packed row [prompt | o_1 ... o_G | prompt' ...] through the language model.
+
+        responses: for each prompt a list of token ids (R_i,).  visual_embeds: of each prompt (V,
+        D). cache, first_slot: see PackedRow.
+        Returns the hidden states of the tokens that this rank holds (n, D), the row's plan, and the
+        position that follows each prompt.
+        """
+        lengths = row_lengths(prompts, responses)
         if self.sp.size == 1:
             plan = attention.PackedRow(lengths, self.device, cache, first_slot)
         else:
             plan = mrsp.ShardedRow(lengths, self.device, self.sp, cache, first_slot)
-        ids, visual, positions = (
-            torch.cat(parts, dim=-1).to(self.device) for parts in (ids, visual, positions)
-        )
-        number, visual = (
-            (visual.cumsum(0) - 1)[plan.own],
-            visual[plan.own],
-        )  # of each visual token, and where this rank has one
-        x = self.embed(ids[plan.own])
-        x = x.masked_scatter(visual[:, None], torch.cat(visual_embeds)[number[visual]].to(x.dtype))
-        return self.run_text(x[None], positions[:, None, plan.own], plan)[0], plan, following
+        ids, positions, visual, following = [], [], [], []
+        for prompt, group in zip(prompts, responses, strict=True):
+            of_prompt, first = self.positions(prompt)
+            ids.append(prompt.ids)
+            positions.append(of_prompt)
+            visual.append(self._is_visual(prompt.ids))
+            for r in group:  # every response starts where the prompt ends
+                ids.append(r.cpu())
+                positions.append((first + torch.arange(len(r))).expand(3, -1))
+                visual.append(torch.zeros(len(r), dtype=torch.bool))
+            following.append(first)
+        ids = torch.cat(ids).to(self.device)  # (S,)
+        positions = torch.cat(positions, dim=1).to(self.device)  # (3, S)
+        visual = torch.cat(visual).to(self.device)  # (S,)
+        number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
+        visual, number = visual[plan.own], number[plan.own]
+        x = self.embed(ids[plan.own])  # (n, D)
+        embeds = torch.cat(visual_embeds)[number[visual]]
+        x = x.masked_scatter(visual[:, None], embeds.to(x.dtype))
+        hidden = self.run_text(x[None], positions[:, None, plan.own], plan)[0]
+        return hidden, plan, following
+
+    def _is_visual(self, ids):
+        return (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
+
+    # ---- log-probs
 
     def forward(self, prompts, responses, visual_embeds=None, temperature=1.0):
-        """Log-probs of all response tokens of B groups, each prompt run once (shared prefix).
+        """Log-probs of all response tokens of B groups; each prompt runs once.
 
-        prompts: B prompts.  responses: B lists of token ids (R_i,).  visual_embeds: what `encode` gave, or None to encode here,
-        with gradient. Returns log-probs and entropies (N, R) at `temperature`, N = all responses in order, R = the longest;
-        0 beyond a response's end. Every parameter that is trained gets a gradient, of zero where it took no part, and every layer
-        runs, so that all ranks gather and reduce the same: also with no groups at all.
+        prompts: B.  responses: B lists of token ids (R_i,).  visual_embeds: what `encode` gave;
+        None: encode here, with gradient.
+        Returns log-probs and entropies (N, R) at `temperature`: N = all responses in order, R = the
+        longest, 0 after a response's end.
+
+        Every trained parameter gets a gradient, zero where it had no part, and every layer runs,
+        even without groups: all ranks must gather and reduce the same.
         """
-        if not prompts:  # one token through the network stands in, and nothing of it is returned
+        if not prompts:  # one token stands in, and is not returned
             token = torch.tensor(self.eos_ids[:1])
-            return tuple(x[:0].clone() for x in self.forward([Prompt(None, token)], [[token]]))
+            logp, entropy = self.forward([Prompt(None, token)], [[token]])
+            return logp[:0].clone(), entropy[:0].clone()
         if visual_embeds is None:
             visual_embeds = self.encode(prompts)
-        logp, entropy = self._score(prompts, responses, visual_embeds, temperature)
-        if not any(len(f) for f in visual_embeds) or not any(
-            f.requires_grad for f in visual_embeds
-        ):
-            logp = logp + _nothing(self.net.model.visual)
+        logp, entropy = self._score(prompts, responses, visual_embeds, temperature)  # (T,) each
+        if not any(len(x) and x.requires_grad for x in visual_embeds):
+            logp = logp + zero_of(self.net.model.visual)
         lengths = [len(r) for group in responses for r in group]
-        pad = lambda x: nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
-        return pad(logp), pad(entropy)
+        logp, entropy = logp.split(lengths), entropy.split(lengths)
+        pad = nn.utils.rnn.pad_sequence
+        return pad(logp, batch_first=True), pad(entropy, batch_first=True)
 
     def _score(self, prompts, responses, visual_embeds, temperature):
+        """Log-probs and entropies of all response tokens in order, (T,) each."""
         hidden, plan, _ = self.run_row(prompts, responses, visual_embeds)
-        sources, start = [], 0  # of every response token, the token of the row that predicts it
-        for prompt, group in zip(prompts, responses):
-            last, start = start + len(prompt.ids) - 1, start + len(prompt.ids)
-            for r in group:  # token 0 of EVERY response is predicted by the last prompt token, token t by token t - 1
-                sources += [torch.tensor([last]), torch.arange(start, start + len(r) - 1)]
-                start += len(r)
-        sources = torch.cat(sources).to(self.device)
-        targets = torch.cat([r.to(self.device) for group in responses for r in group])
-        mine, where = plan.find(sources)
-        chunk = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
-        head = self.head()
-        out = [
-            checkpoint(
-                self._log_softmax, h, t, head, temperature, use_reentrant=False
-            )  # no logits for the prompt
-            for h, t in zip(hidden[where].split(chunk), targets[mine].split(chunk))
-        ]
-        return tuple(plan.collect(torch.cat(column), sources) for column in zip(*out))
+        sources = attention.predictors(row_lengths(prompts, responses)).to(self.device)  # (T,)
+        targets = torch.cat([r.to(self.device) for group in responses for r in group])  # (T,)
+        which, where = plan.find(sources)  # this rank's
+        size = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
+        head, logps, entropies = self.head(), [], []
+        for h, t in zip(hidden[where].split(size), targets[which].split(size)):
+            logp, entropy = checkpoint(
+                self._score_chunk, h, t, head, temperature, use_reentrant=False
+            )
+            logps.append(logp)
+            entropies.append(entropy)
+        return plan.collect(torch.cat(logps), sources), plan.collect(torch.cat(entropies), sources)
 
-    def _log_softmax(self, hidden, targets, head, temperature):
-        logits = (
-            self.logits(hidden, head) / temperature
-        )  # (chunk, vocabulary), recomputed in the backward pass
+    def _score_chunk(self, hidden, targets, head, temperature):
+        """Hidden states (n, D) and the tokens they predict (n,) -> log-probs, entropies (n,)."""
+        logits = self.logits(hidden, head) / temperature  # (n, vocabulary), recomputed in backward
         logp = logits.log_softmax(-1)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        detached = logp.detach()
+        entropy = -(detached.exp() * detached).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
 
 
-def _read_object(file):
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ModelError(f"{file}: not JSON, or cut off: {e}") from e
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds a {type(content).__name__}, expected an object")
-    return content
+class PatchEmbed(nn.Module):
+    """The vision tower's first layer.
+
+    Its convolution sees each patch once, so it is a matrix product, and faster as one.
+    """
+
+    def __init__(self, proj):
+        super().__init__()
+        self.proj = proj  # the convolution, under the name that checkpoints have for it
+
+    def forward(self, patches):
+        """Patches (N, 3 * 2 * 14 * 14) -> (N, D)."""
+        weight = self.proj.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1))
 
 
-def _load_network(folder, dtype):
-    """transformers' model of a folder with every weight accounted for -> (model, the dtype of the weights in the files)."""
-    config, generation = _read_object(folder / "config.json"), folder / "generation_config.json"
-    eos = (
-        _read_object(generation).get("eos_token_id") if generation.exists() else None
-    )  # transformers overlooks a broken file
-    if not all(type(i) is int for i in (eos if isinstance(eos, list) else [eos or 0])):
-        raise ModelError(f"{generation}: 'eos_token_id' is {eos!r}, expected token ids")
-    if config.get("model_type") not in MODEL_TYPES:
-        raise ModelError(
-            f"{folder}: model type {config.get('model_type')!r}, expected one of {', '.join(MODEL_TYPES)}"
-        )
-    if "quantization_config" in config:
-        raise ModelError(
-            f"{folder}: quantised weights, expected the checkpoint that they were made from, in bf16 or fp32"
-        )
-    for file in weight_files(folder):
-        if not file.exists():
-            raise ModelError(
-                f"{folder}: cannot be loaded: its index names {file.name}, which is not there"
-            )
-    index = folder / "model.safetensors.index.json"
-    if index.exists() and not isinstance(_read_object(index).get("metadata"), dict):
-        raise ModelError(
-            f"{index}: no object 'metadata', which transformers expects beside 'weight_map'"
-        )
-    net, info = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )  # they are an error here, not there
-    for name, found, expected in sorted(info["mismatched_keys"], key=str):
-        raise ModelError(f"{folder}: {name} has the shape {list(found)}, expected {list(expected)}")
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    for name, p in net.named_parameters():
-        if not torch.stack(torch.aminmax(p.detach())).isfinite().all():
-            raise ModelError(f"{folder}: {name} is not finite")
-    if (extra := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"{folder}: {len(extra)} weights have no place in this architecture and are not used, first {extra[0]}",
-            file=sys.stderr,
-        )
-    text = net.config.text_config
-    sections, half = (
-        (text.rope_parameters or {}).get("mrope_section"),
-        text.hidden_size // text.num_attention_heads // 2,
-    )
-    if not isinstance(sections, (list, tuple)) or len(sections) != 3 or sum(sections) != half:
-        raise ModelError(
-            f"{folder / 'config.json'}: 'mrope_section' of the rotary embedding is {sections}, expected three "
-            f"numbers with the sum {half}, half a head"
-        )
-    return net, weights_dtype(folder)
+def split_grids(grids, limit):
+    """Splits 2-frame grids into calls of at most `limit` patches; a larger grid gets its own."""
+    calls, patches = [], limit
+    for media, index in grids:
+        n = media.grid[1] * media.grid[2]
+        if patches + n > limit:
+            calls.append([])
+            patches = 0
+        calls[-1].append((media, index))
+        patches += n
+    return calls
 
 
-def embed_patches(conv, patches):
-    """The forward of the vision tower's first layer: its convolution sees each patch once, so it is a matrix product, several
-    times as fast. patches (N, 3 * 2 * 14 * 14) -> (N, D)."""
-    return F.linear(patches.to(conv.weight.dtype), conv.weight.flatten(1))
+def row_lengths(prompts, responses):
+    """The lengths of a packed row, as in attention.visible: [(P, [R_1, ..., R_G]), ...]."""
+    return [
+        (len(prompt.ids), [len(r) for r in group])
+        for prompt, group in zip(prompts, responses, strict=True)
+    ]
 
 
-def last_layer(layer, hidden, plan=None, **kw):
-    """The forward of the last layer of the language model: every token attends, and only those whose hidden state predicts a
-    token (plan.reads) go on. hidden (N, S, D) -> (N, reads, D)."""
-    attended, _ = layer.self_attn(layer.input_layernorm(hidden), plan=plan, **kw)
-    hidden = (hidden + attended)[:, slice(None) if plan is None else plan.reads]
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def _nothing(module):
-    """Zero, with a gradient of zero for every parameter that is trained."""
+def zero_of(module):
+    """Zero, with a gradient of zero for every trained parameter of the module."""
     trained = [p for p in module.parameters() if p.requires_grad]
     return sum(p.flatten()[0] * 0 for p in trained) if trained and torch.is_grad_enabled() else 0

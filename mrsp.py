@@ -1,23 +1,33 @@
-"""MR-SP, multi-modal reinforcement sequence parallelism (LongVILA-R1, arXiv 2507.07966, section 4): one long video, many GPUs.
+"""MR-SP, multi-modal reinforcement sequence parallelism: one long video on many GPUs.
 
-`size` neighbouring ranks form a group that works on the same prompts; WORLD / size groups work beside each other.
+LongVILA-R1, arXiv 2507.07966, section 4.
 
-    load      every video is decoded by one rank, then the prompts are exchanged within the group   (SequenceParallel.exchange)
-    stage 1   the 2-frame grids of all videos are dealt by cost; every rank encodes its share, embeddings are gathered, and used
-              by every rollout and (of a frozen tower) every log-prob pass of the step                (encode, EmbeddingCache)
-    stage 2   the packed row [prompt | o_1 ... o_G] is dealt in blocks; every rank computes its own tokens, and attends with
-              them to the keys and values of all, gathered layer by layer                             (deal, ShardedRow)
-    rollout   the prompt is prefilled as in stage 2, which leaves its keys and values on every rank; then the responses are
-              dealt, and every rank decodes its own                                                   (rollout.generate)
+    torchrun --nproc_per_node 8 train.py --sp 4 ...     4 ranks share each row
+    torchrun --nproc_per_node 8 train.py --sp auto ...  as few as memory allows
 
-Who holds what in stage 2, on 2 ranks (the blocks of a prompt grow dearer to the right, so the first goes with the last):
+`sp.size` neighbouring ranks work on the same prompts; WORLD / sp.size such groups of ranks work
+side by side.
 
-    rank 0    [ block 0 |         |         | block 3 | responses, first half  |                        ]
-    rank 1    [         | block 1 | block 2 |         |                        | responses, second half ]
+    load      each rank decodes some videos; the ranks exchange the prompts
+    stage 1   each rank encodes its share of all 2-frame grids (encode). The embeddings are
+              gathered, and serve every rollout and (frozen tower) every log-prob pass of the step
+    stage 2   each rank computes its share of the packed row's tokens (ShardedRow). Layer by layer,
+              they attend to the gathered keys and values of the whole row
+    rollout   prefill, as in stage 2, leaves the prompts' keys and values on every rank; then each
+              rank decodes its share of the responses (rollout.generate)
 
-Gathering K and V instead of exchanging heads (Ulysses) sets no limit on the number of heads or ranks (28 heads on 8 GPUs), and
-with grouped-query attention moves no more for up to 8 ranks. Decoding reads the prompt's keys and values from every rank's own
-memory (8 GB for an hour of video on a 3B): left sharded, every token of every layer would wait for a collective.
+What rank 1 of 2 holds in stage 2. A prompt has two blocks for each rank, because later blocks cost
+more (they see more): the first goes with the last, the second with the one before it.
+
+    the row        [ block 0 | block 1 | block 2 | block 3 | o_1 ... o_G               ]
+    rank 0         [ block 0 |         |         | block 3 | first half |              ]
+    rank 1         [         | block 1 | block 2 |         |            | second half  ]
+    its tokens     [ block 1 | block 2 | second half ]
+
+Gathering K and V, instead of exchanging heads (Ulysses), does not limit the ranks to the number of
+heads (28 heads on 8 GPUs), and with grouped-query attention moves no more for up to 8 ranks.
+Decoding reads the prompt's keys and values from each rank's own memory (8 GB for an hour of video
+on a 3B): sharded, every layer would communicate for every token.
 """
 
 import contextlib
@@ -27,34 +37,48 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, layer_blocks
+from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, prompt_bounds
+from infra.flash import make_blocks
 from infra.memory import device_memory
 from infra.ranks import WORLD, gather, say
 
-ALL_GATHER = getattr(
-    dist, "all_gather_single", dist.all_gather_into_tensor
-)  # their names from torch 2.13 on, and before
+# renamed in torch 2.13
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-# ---- groups
+
+# ---- the ranks that share a row
 
 
 class SequenceParallel:
-    """The ranks that share a row: this is `rank` of `size`. A group of one communicates with nobody."""
+    """The ranks that share a row; this is `rank` of `size`.
+
+    With a size of 1, nothing communicates.
+    """
 
     def __init__(self, size=1, rank=0, tensors=None, objects=None):
-        self.size, self.rank, self._tensors, self._objects = size, rank, tensors, objects
+        self.size, self.rank = size, rank
+        self._tensors, self._objects = tensors, objects  # process groups
 
-    def gather(self, x):
-        """x (n, ...) of every rank -> (size, n, ...). In the backward pass, x gets the sum of what all ranks want of it."""
-        return x[None] if self.size == 1 else _Gather.apply(x, self, True)
+    def gather(self, x, reduce=True):
+        """x (n, ...) of every rank -> (size, n, ...).
 
-    def join(self, x):
-        """As gather, for values from which every rank goes on to compute the same loss: x gets this rank's gradient only."""
-        return x[None] if self.size == 1 else _Gather.apply(x, self, False)
+        reduce: in the backward pass, x gets the sum of the gradients on all ranks. False: this
+        rank's gradient only, for values from which every rank computes the same loss.
+        """
+        return x[None] if self.size == 1 else Gather.apply(x, self, reduce)
+
+    def concatenate(self, x, counts, reduce=True):
+        """x (counts[rank], ...) of every rank -> (sum(counts), ...). reduce: as in gather."""
+        padding = (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x))
+        gathered = self.gather(F.pad(x, padding), reduce)
+        return torch.cat([part[:n] for part, n in zip(gathered, counts)])
 
     def exchange(self, x):
-        """The objects of the group's ranks, as a list; one after the other, so that large ones stand in memory once."""
+        """An object of every rank -> the list of them.
+
+        Sent one by one, so that large ones are in memory once.
+        """
         out = []
         for r in range(self.size):
             box = [x if r == self.rank else None]
@@ -64,7 +88,9 @@ class SequenceParallel:
         return out
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
+    """All-gather. Its backward is a reduce-scatter, or takes this rank's part of the gradient."""
+
     @staticmethod
     def forward(ctx, x, sp, reduce):
         ctx.sp, ctx.reduce = sp, reduce
@@ -86,7 +112,11 @@ UNSHARDED = SequenceParallel()
 
 @lru_cache
 def sequence_parallel(size, timeout=None):
-    """This rank's group of `size` neighbours. Every rank must ask for the same sizes in the same order. timeout: a timedelta."""
+    """This rank's group of `size` neighbours. All ranks must ask for the same sizes in one order.
+
+    timeout: of each communication, a timedelta. Raises ValueError: a size that does not divide the
+    number of ranks.
+    """
     if size == 1:
         return UNSHARDED
     world, me = dist.get_world_size(), dist.get_rank()
@@ -94,75 +124,103 @@ def sequence_parallel(size, timeout=None):
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
     for first in range(0, world, size):
         ranks = list(range(first, first + size))
-        made = (
-            dist.new_group(ranks, timeout),
-            dist.new_group(ranks, timeout, backend="gloo"),
-        )  # frames go through the CPU
+        tensors = dist.new_group(ranks, timeout)
+        objects = dist.new_group(ranks, timeout, backend="gloo")  # frames are sent from the CPU
         if me in ranks:
-            mine = made
-    return SequenceParallel(size, me % size, *mine)
+            mine = SequenceParallel(size, me % size, tensors, objects)
+    return mine
 
 
 @contextlib.contextmanager
 def share_rows(sp, *policies):
+    """Inside, the ranks of `sp` share each row of these policies; afterwards they are UNSHARDED.
+
+    None is ignored.
+    """
+    policies = [policy for policy in policies if policy is not None]
     for policy in policies:
-        if policy is not None:
-            policy.sp = sp
+        policy.sp = sp
     try:
         yield
     finally:
         for policy in policies:
-            if policy is not None:
-                policy.sp = UNSHARDED
+            policy.sp = UNSHARDED
 
 
-# ---- stage 1: embeddings
+# ---- stage 1: encode
 
 
 def encode(policy, prompts):
-    """Visual embeddings of each prompt's media in order -> [(V, D), ...], each medium encoded once, by policy.sp together.
+    """Visual embeddings of each prompt's media in order -> [(V, D), ...].
 
-    With gradients under torch.enable_grad, for a vision tower that is trained: what all ranks want of an embedding flows back
-    to the rank that encoded it. Under torch.no_grad, policy.embedding_cache is asked first, if there is one.
+    The ranks of policy.sp encode together, each medium once.
+
+    Under torch.enable_grad, for a tower that is trained, the gradient of an embedding on all ranks
+    flows back to the rank that encoded it. Under torch.no_grad, media that policy.embedding_cache
+    holds are not encoded.
     """
-    sp, cache = policy.sp, None if torch.is_grad_enabled() else policy.embedding_cache
-    same = {
-        m: m.key or id(m) for p in prompts for m in p.media
-    }  # two questions about one video share its embedding
-    media = {key: m for m, key in same.items()}
-    known = {}
-    if cache:
-        found = {key: cache.get(m) for key, m in media.items()}
-        everywhere = zip(
-            *sp.exchange([x is not None for x in found.values()])
-        )  # an entry may go between two looks
-        known = {
-            key: x.to(policy.device)
-            for (key, x), hits in zip(found.items(), everywhere)
-            if all(hits)
-        }
-    missing = {key: m for key, m in media.items() if key not in known}
-    grids = [(m, i) for m in missing.values() for i in range(m.grid[0])]
-    costs = [m.grid[1] * m.grid[2] for m, _ in grids]
-    owners = share_out(costs, sp.size)
-    own = policy.encode_grids([grid for grid, owner in zip(grids, owners) if owner == sp.rank])
-    merged = [c // policy.merge**2 for c in costs]  # visual tokens of a grid
-    counts = [sum(n for n, owner in zip(merged, owners) if owner == r) for r in range(sp.size)]
-    if grids:
-        padded = F.pad(own, (0, 0, 0, max(counts) - len(own)))
-        everything = torch.cat([x[:n] for x, n in zip(sp.gather(padded), counts)])
-        known |= dict(zip(missing, everything.split([m.tokens for m in missing.values()])))
-    if cache and sp.rank == 0:
+    media = {media_key(m): m for prompt in prompts for m in prompt.media}  # unique
+    cache = None if torch.is_grad_enabled() else policy.embedding_cache
+    embeds = known_embeds(policy, cache, media)
+    missing = {key: m for key, m in media.items() if key not in embeds}
+    embeds |= encode_together(policy, missing)
+    if cache and policy.sp.rank == 0:
         for key, m in missing.items():
-            cache.put(m, known[key])
-    return [
-        torch.cat([known[same[m]] for m in p.media]) if p.media else own.new_zeros(0, own.shape[1])
-        for p in prompts
-    ]
+            cache.put(m, embeds[key])
+    none = torch.zeros(0, policy.config.text_config.hidden_size, device=policy.device)
+    none = none.to(policy.compute_dtype)
+    out = []
+    for prompt in prompts:
+        parts = [embeds[media_key(m)] for m in prompt.media]
+        out.append(torch.cat(parts) if parts else none)
+    return out
+
+
+def media_key(media):
+    """What two Media with the same pixels share:
+
+    two questions about one video share its embeddings.
+    """
+    return media.key or id(media)
+
+
+def known_embeds(policy, cache, media):
+    """The embeddings that the cache holds -> {key:
+
+    (V, D)}, with the same keys on all ranks of policy.sp.
+    """
+    if not cache:
+        return {}
+    found = {key: cache.get(m) for key, m in media.items()}
+    hits = {key for key, x in found.items() if x is not None}
+    on_all_ranks = set.intersection(*policy.sp.exchange(hits))  # one may be evicted in between
+    return {key: x.to(policy.device) for key, x in found.items() if key in on_all_ranks}
+
+
+def encode_together(policy, media):
+    """{key: Media} -> {key:
+
+    (V, D)} on all ranks; each rank of policy.sp encodes its share of the 2-frame grids.
+    """
+    grids = [(m, i) for m in media.values() for i in range(m.grid[0])]
+    if not grids:
+        return {}
+    patches = [m.grid[1] * m.grid[2] for m, _ in grids]
+    owners = share_out(patches, policy.sp.size)
+    own = policy.encode_grids([g for g, owner in zip(grids, owners) if owner == policy.sp.rank])
+    counts = [0] * policy.sp.size  # visual tokens that each rank has encoded
+    for n, owner in zip(patches, owners):
+        counts[owner] += n // policy.merge**2
+    everything = policy.sp.concatenate(own, counts)  # (V, D) of all media
+    return dict(zip(media, everything.split([m.tokens for m in media.values()])))
 
 
 def share_out(costs, size):
-    """Owners (one of `size` ranks for every item) of contiguous shares of nearly equal cost."""
+    """Costs of items in order -> their owners among `size` ranks, in shares of nearly equal cost.
+
+    >>> share_out([4, 1, 1, 1, 1], 2)
+    [0, 1, 1, 1, 1]
+    """
     total, before, owners = sum(costs), 0, []
     for cost in costs:
         owners.append(int((before + cost / 2) / total * size))
@@ -170,213 +228,112 @@ def share_out(costs, size):
     return owners
 
 
-# ---- stage 2: the row
+# ---- stage 2: share the row
 
 
 def deal(lengths, size):
-    """Deals a packed row over ranks -> for each rank its spans [(first, last), ...] of the row, three for every group.
+    """Deals a packed row to ranks -> for each rank, for each group, (block, block, responses).
 
-    lengths: [(P, [R_1, ..., R_G]), ...]. A prompt is cut into 2 * size blocks, rank r has blocks r and 2 * size - 1 - r; the
-    responses together are cut into `size` parts. Every token is somebody's, and ranks differ by 3 tokens a group at most.
+    lengths: [(P, [R_1, ..., R_G]), ...]. Each is a span (first, last) of the row. Of 2 * size
+    blocks of a prompt, rank r has r and 2 * size - 1 - r; the responses, laid end to end, are split
+    into `size` parts. Every token has one owner, and ranks differ by 3 tokens a group at most.
+
+    >>> deal([(8, [3, 1])], 2)
+    [[((0, 2), (6, 8), (8, 10))], [((2, 4), (4, 6), (10, 12))]]
     """
-    cut = lambda n, k, at: [at + n * i // k for i in range(k + 1)]
-    spans, start = [[] for _ in range(size)], 0
-    for P, responses in lengths:
-        T = sum(responses)
-        p, o = cut(P, 2 * size, start), cut(T, size, start + P)
+    shares = [[] for _ in range(size)]
+    for (start, end), (_, responses) in zip(prompt_bounds(lengths), lengths):
+        blocks = split(start, end, 2 * size)
+        parts = split(end, end + sum(responses), size)
         for r in range(size):
-            spans[r] += [(p[r], p[r + 1]), (p[2 * size - 1 - r], p[2 * size - r]), (o[r], o[r + 1])]
-        start += P + T
-    return spans
+            shares[r].append((blocks[r], blocks[2 * size - 1 - r], parts[r]))
+    return shares
+
+
+def split(start, end, parts):
+    """Splits start ... end into spans [(first, last), ...] of nearly equal length."""
+    edges = [start + (end - start) * i // parts for i in range(parts + 1)]
+    return list(zip(edges, edges[1:]))
+
+
+def spans_of_share(lengths, share):
+    """What one rank's tokens see -> (causal, to_prompt, to_response), spans as in infra/flash.py.
+
+    Queries count this rank's tokens in order, keys the row's. share: this rank's of `deal`.
+    """
+    causal, to_prompt, to_response = [], [], []
+    query = 0
+    for (start, end), (_, responses), spans in zip(prompt_bounds(lengths), lengths, share):
+        *blocks, part = spans
+        for first, last in blocks:  # sees itself, and all of the prompt before it
+            causal.append((query, last - first, first, last - first))
+            to_prompt.append((query, last - first, start, first - start))
+            query += last - first
+        first, last = part  # sees all of the prompt
+        to_prompt.append((query, last - first, start, end - start))
+        response = end
+        for R in responses:  # this rank's piece of a response sees itself, and what is before it
+            a, b = max(first, response), min(last, response + R)
+            if a < b:
+                q = query + a - first
+                causal.append((q, b - a, a, b - a))
+                to_response.append((q, b - a, response, a - response))
+            response += R
+        query += last - first
+    return causal, to_prompt, to_response
 
 
 class ShardedRow(PackedRow):
-    """One rank's part of a PackedRow: its own tokens attend to the keys and values of the whole row.
+    """One rank's tokens of a PackedRow; they attend to the keys and values of the whole row.
 
-    own: (n,) which tokens of the row this rank has, in the order of its hidden states; n is the same on all ranks of the
-    group, the shorter ones repeat token 0 at the tail, where nobody attends to it and nobody reads it.
+    own: (n,) the tokens of the row that this rank holds, in the order of its hidden states. n is
+    the same on all ranks: shorter shares repeat token 0 at the end, which sees nothing and which
+    nobody reads.
     """
 
     def __init__(self, lengths, device, sp, cache=None, first_slot=0):
-        self.sp, self.cache, self.first_slot, self.prompts = sp, cache, first_slot, []
-        spans = deal(lengths, sp.size)
-        counts = [sum(b - a for a, b in s) for s in spans]
-        self.n = max(counts)
-        tokens = [torch.cat([torch.arange(a, b) for a, b in s]) for s in spans]
-        slot = torch.empty(
-            sum(counts), dtype=torch.long
-        )  # of every token of the row, in what gather gives
+        self.sp, self.cache, self.first_slot = sp, cache, first_slot
+        self.prompts = prompt_bounds(lengths)
+        shares = deal(lengths, sp.size)
+        tokens = [tokens_of_share(share) for share in shares]  # of each rank
+        self.n = max(len(t) for t in tokens)
+        slot = torch.empty(sum(len(t) for t in tokens), dtype=torch.long)
         for r, t in enumerate(tokens):
             slot[t] = r * self.n + torch.arange(len(t))
-        self.slot, self.own = (
-            slot.to(device),
-            F.pad(tokens[sp.rank], (0, self.n - counts[sp.rank])).to(device),
-        )
+        self.slot = slot.to(device)  # (S,): where each token of the row is in (size, n) gathered
+        own = tokens[sp.rank]
+        self.own = F.pad(own, (0, self.n - len(own))).to(device)
+        causal, *full = spans_of_share(lengths, shares[sp.rank])
+        self.blocks = make_blocks(causal, full, device)
 
-        squares, across, earlier, start, here, mine = [], [], [], 0, 0, iter(spans[sp.rank])
-        read = torch.zeros(len(slot), dtype=torch.bool)
-        for P, responses in lengths:
-            self.prompts.append((start, start + P))
-            for a, b in (
-                next(mine),
-                next(mine),
-            ):  # a block of the prompt sees itself, and all of the prompt before it
-                squares.append((here, b - a, a, b - a))
-                across.append((here, b - a, start, a - start))
-                here += b - a
-            a, b = next(mine)
-            across.append((here, b - a, start, P))
-            read[start + P - 1] = True
-            start += P
-            for R in (
-                responses
-            ):  # what this rank has of a response sees itself, and what others have of it before
-                first, last = max(a, start), min(b, start + R)
-                if first < last:
-                    squares.append((here + first - a, last - first, first, last - first))
-                    earlier.append((here + first - a, last - first, start, first - start))
-                read[start : start + R - 1] = True
-                start += R
-            here += b - a
-        read = read[tokens[sp.rank]]
-        self.blocks = layer_blocks(squares, [across, earlier], read, device)
-        self.reads, self.place = read.nonzero()[:, 0].to(device), (read.cumsum(0) - 1).to(device)
-
-    def attend(self, layer, q, k, v, scale, last=False):
+    def attend(self, layer, q, k, v, scale):
         kv = self.sp.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
-        k, v = (
-            kv.permute(1, 0, 3, 2, 4).flatten(1, 2).index_select(1, self.slot)
-        )  # (S, Hkv, d) each, in the row's order
-        return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale, last)
+        kv = kv.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (2, size * n, Hkv, d)
+        k, v = kv.index_select(1, self.slot)  # (S, Hkv, d) each, in the row's order
+        return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
 
     def find(self, tokens):
-        """Of the given tokens of the row, all of them read: the indices of those that are here, and where their hidden states
-        are."""
-        here = (self.slot[tokens] // self.n == self.sp.rank).nonzero()[:, 0]
-        return here, self.place[self.slot[tokens[here]] % self.n]
+        owner, place = self.slot[tokens] // self.n, self.slot[tokens] % self.n
+        here = (owner == self.sp.rank).nonzero()[:, 0]
+        return here, place[here]
 
     def collect(self, x, tokens):
-        """x (k, ...) of the tokens that `find` gave this rank -> (len(tokens), ...) of all, on every rank."""
         owner = self.slot[tokens] // self.n
-        counts = owner.bincount(minlength=self.sp.size)
-        width = int(counts.max())
-        order = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
-        place = torch.empty_like(order)
-        place[order] = torch.cat(
-            [r * width + torch.arange(n, device=x.device) for r, n in enumerate(counts.tolist())]
-        )
-        padded = F.pad(x, (*(0, 0) * (x.ndim - 1), 0, width - len(x)))
-        return self.sp.join(padded).flatten(0, 1)[place]
+        counts = owner.bincount(minlength=self.sp.size).tolist()
+        by_rank = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
+        return self.sp.concatenate(x, counts, reduce=False)[by_rank.argsort()]
 
 
-# ---- which degree
+def tokens_of_share(share):
+    """One rank's spans -> the tokens of the row that it holds, in order."""
+    return torch.cat([torch.arange(*span) for spans in share for span in spans])
 
 
-def turn(rank, world, sp):
-    """When a rank's turn to load a prompt comes, so that few prompts land in different groups. For a degree that is not fixed:
-    first a rank of each half, then of each quarter, and so on (exact where world / degree is a power of 2)."""
-    if sp != "auto":
-        return rank // int(sp) + world // int(sp) * (rank % int(sp))
-    if world == 1:
-        return 0
-    parts = next(n for n in range(2, world + 1) if world % n == 0)
-    share = world // parts
-    return rank // share + parts * turn(rank % share, share, sp)
-
-
-def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1):
-    """Bytes that a step needs on each GPU of a group of `size`, without the vision tower's activations -> {term: bytes}.
-
-    In tokens, at most: row, of a packed row; prompts, of all prompts of the group; answers, of the responses to one prompt;
-    decoded, of prompts that are decoded together, and of the responses to these: a pair.
-    shards: ranks that the parameters are cut over (fsdp.py). Gathered are, in training, what is no layer, and two layers, with
-    gradients and an fp32 copy of these to be averaged; all parameters in decoding.
-    """
-    c, bytes_ = (
-        policy.config.text_config,
-        2 if policy.device.type == "cuda" else 4,
-    )  # bf16 under autocast, or fp32
-    count = lambda module, only=False: sum(
-        p.numel() for p in module.parameters() if p.requires_grad >= only
-    )
-    total, trained, tower, layers = (
-        count(policy),
-        count(policy, True),
-        count(policy.net.model.visual),
-        count(policy.text.layers),
-    )
-    recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
-    L, D, heads, own = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, row / size
-    kv = 2 * D * c.num_key_value_heads / heads * bytes_  # of a token in one layer
-    activations = own * (6 * D + 3 * c.intermediate_size) * bytes_
-    every_kv = 2 * row * kv  # gathered, and cut into blocks
-    train = {
-        "layer inputs": recomputed * own * D * bytes_,
-        "kept activations": (L - recomputed) * (activations + every_kv),
-        "one layer's activations": 2 * activations,
-        "one layer's K/V": 2 * every_kv,  # with their gradients
-        "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4,
-    }
-    decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
-    if shards > 1:
-        train["gathered weights and gradients"] = (trained - layers + 2 * layers / L) * (
-            2 * bytes_ + 4
-        )
-        decode["gathered weights"] = trained * bytes_
-        if bytes_ == 2:  # Policy.head
-            train["head in fp32"], decode["head in fp32"] = (
-                8 * c.vocab_size * D,
-                4 * c.vocab_size * D,
-            )
-    return {
-        "weights, gradients, moments": 16 * trained / shards
-        + 4 * (total - trained),  # a frozen tower is whole
-        "copies in bf16": 2 * trained * (bytes_ == 2 and shards == 1),
-        "reference": ((total - tower) / shards + tower) * bytes_ * (reference is not None),
-        "embeddings": prompts * D * bytes_,
-        **max(train, decode, key=lambda terms: sum(terms.values())),
-    }  # training and decoding come one after the other
-
-
-def smallest_group(policy, reference, lengths, limit, args, world):
-    """The smallest degree with no more groups than prompts whose estimate fits 90 % of `limit` bytes, else the largest
-    -> (degree, the estimate as text). lengths: of the step's prompts. All ranks must give the same arguments.
-
-    Sharding costs time where it is not needed (the paper's figure: below 256 frames), so --sp auto shards no more than it must.
-    """
-    divisors = [
-        d
-        for d in range(1, world + 1)
-        if world % d == 0 and (d == world or world // d <= len(lengths))
-    ]
-    degrees = divisors if args.sp == "auto" else [int(args.sp)]
-    longest, answers = max(lengths, default=0), args.group * args.max_new
-    for size in degrees:
-        share = -(-len(lengths) * size // world)  # prompts of a group
-        together = min(share, max(1, CACHE_TOKENS // (longest + answers)))
-        prompts = sum(sorted(lengths, reverse=True)[:share])
-        row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
-        terms = memory(
-            policy,
-            reference,
-            row=row,
-            prompts=prompts,
-            answers=answers,
-            size=size,
-            decoded=(together * longest, together * answers),
-            shards=world if args.fsdp else 1,
-        )
-        if sum(terms.values()) < 0.9 * limit:
-            break
-    listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)
-    return size, (
-        f"a row of up to {row} tokens takes an estimated {sum(terms.values()) / 1e9:.2f} GB "
-        f"of {limit / 1e9:.1f} on each rank ({listed})"
-    )
+# ---- how many ranks share a row
 
 
 class RowSharing:
-    """Which ranks share each row of a step (py): --sp of them, or as few as memory allows."""
+    """Which ranks share each row of a step: --sp of them, or as few as memory allows."""
 
     def __init__(self, policy, reference, patience, args):
         self.policy, self.reference, self.patience, self.args = policy, reference, patience, args
@@ -396,9 +353,119 @@ class RowSharing:
             say(f"memory: {estimate}" if self.args.sp == "1" else f"{shared}; {estimate}")
 
     def rows(self):
-        """A context: inside, the policy and the reference shard their rows over `sp`."""
+        """A context: inside, the policy and the reference share their rows over `sp`."""
         return share_rows(self.sp, self.policy, self.reference)
 
     def exchange(self, prompts):
         """The prompts of all ranks that share rows, by position; each rank loaded some of them."""
         return sorted(sum(self.sp.exchange(prompts), []), key=lambda p: p[0])
+
+
+def turn(rank, world, sp):
+    """A rank's place in the order in which ranks load prompts: few prompts go to different groups.
+
+    sp: --sp. With auto the groups are not known yet: first a rank of each half, then of each
+    quarter, and so on (exact where world / size is a power of 2).
+    """
+    if sp != "auto":
+        groups = world // int(sp)
+        return rank // int(sp) + groups * (rank % int(sp))
+    if world == 1:
+        return 0
+    parts = next(n for n in range(2, world + 1) if world % n == 0)
+    share = world // parts
+    return rank // share + parts * turn(rank % share, share, sp)
+
+
+def smallest_group(policy, reference, lengths, limit, args, world):
+    """The fewest ranks that can share a row -> (sp_size, the memory estimate as text).
+
+    The estimate must fit 90 % of `limit` bytes, and there are no more groups of ranks than prompts;
+    else all ranks. lengths: of the step's prompts. All ranks must pass the same arguments.
+
+    Sharing a row costs time where memory does not need it (LongVILA-R1: below 256 frames).
+    """
+    sizes = [int(args.sp)] if args.sp != "auto" else auto_sizes(world, len(lengths))
+    longest, answers = max(lengths, default=0), args.group * args.max_new
+    for size in sizes:
+        share = -(-len(lengths) * size // world)  # prompts of a group of ranks
+        prompts = sum(sorted(lengths, reverse=True)[:share])
+        together = min(share, max(1, CACHE_TOKENS // (longest + answers)))  # prompts decoded
+        row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
+        terms = memory(
+            policy,
+            reference,
+            row=row,
+            prompts=prompts,
+            answers=answers,
+            size=size,
+            decoded=(together * longest, together * answers),
+            shards=world if args.fsdp else 1,
+        )
+        total = sum(terms.values())
+        if total < 0.9 * limit:
+            break
+    listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)
+    return size, (
+        f"a row of up to {row} tokens takes an estimated {total / 1e9:.2f} GB "
+        f"of {limit / 1e9:.1f} on each rank ({listed})"
+    )
+
+
+def auto_sizes(world, prompts):
+    """The sizes that --sp auto tries: those that leave no group without a prompt, and `world`.
+
+    >>> auto_sizes(8, 3)
+    [4, 8]
+    """
+    divisors = [n for n in range(1, world) if world % n == 0]
+    return [n for n in divisors if world // n <= prompts] + [world]
+
+
+def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1):
+    """Estimated bytes of a step on each of `size` ranks that share rows -> {term: bytes}.
+
+    Without the activations of the vision tower.
+
+    In tokens, at most: row, of a packed row; prompts, of all prompts of the ranks; answers, of the
+    responses to one prompt; decoded, a pair: of the prompts that are decoded together, and of their
+    responses. shards: ranks over which FSDP shards the parameters (infra/fsdp.py). Training then
+    gathers what is not a layer, and two layers, with their gradients and an fp32 copy of these to
+    be averaged; decoding gathers all parameters.
+    """
+    c, gpu = policy.config.text_config, policy.device.type == "cuda"
+    number = 2 if gpu else 4  # bytes: bf16 under autocast, or fp32
+    total, trained = count(policy), count(policy, trained=True)
+    tower, layers = count(policy.net.model.visual), count(policy.text.layers)
+    recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
+    L, D, own = c.num_hidden_layers, c.hidden_size, row / size
+    kv = 2 * D * c.num_key_value_heads / c.num_attention_heads * number  # a token in one layer
+    activations = own * (6 * D + 3 * c.intermediate_size) * number
+    row_kv = 2 * row * kv  # as gathered, and in blocks
+    train = {
+        "layer inputs": recomputed * own * D * number,
+        "kept activations": (L - recomputed) * (activations + row_kv),
+        "one layer's activations": 2 * activations,
+        "one layer's K/V": 2 * row_kv,  # with their gradients
+        "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4,
+    }
+    decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
+    if shards > 1:
+        gathered = trained - layers + 2 * layers / L
+        train["gathered weights and gradients"] = gathered * (2 * number + 4)
+        decode["gathered weights"] = trained * number
+        if gpu:  # Policy.head
+            train["head in fp32"] = 8 * c.vocab_size * D
+            decode["head in fp32"] = 4 * c.vocab_size * D
+    return {
+        "weights, gradients, moments": 16 * trained / shards + 4 * (total - trained),
+        "copies in bf16": 2 * trained * (gpu and shards == 1),
+        "reference": ((total - tower) / shards + tower) * number * (reference is not None),
+        "embeddings": prompts * D * number,
+        **max(train, decode, key=lambda terms: sum(terms.values())),  # one after the other
+    }
+
+
+def count(module, trained=False):
+    """Parameters of a module, or those of them that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)

@@ -1,4 +1,4 @@
-"""Visual embeddings on disk."""
+"""Visual embeddings on disk, for a frozen vision tower: one safetensors file per medium."""
 
 import contextlib
 import hashlib
@@ -12,31 +12,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+ABANDONED = 3600  # seconds after which a half-written file is what a killed process left
+
 
 class EmbeddingCache:
-    """Embeddings of a frozen vision tower on disk, a safetensors file for each medium, least recently used out first.
+    """Embeddings of media by file; the least recently used are deleted first.
 
-    folder: may be shared by processes and runs.  gigabytes: its bound.  tower: what tells the weights and their dtype.
-    The name of an entry is a hash of all that changes the result: file (path, size, time), frame indices, frame size, tower.
-    An entry that is torn, or says that it is of something else, is no entry.
+    folder: may be shared by processes and runs.  gigabytes: its size, at most.
+    tower: what the embeddings depend on besides the media (Policy.tower_fingerprint).
+
+    The name of an entry is a hash of everything that changes the result: file (path, size, time),
+    frame indices, frame size, tower. A torn entry, or one that says it is of something else, does
+    not count.
     """
 
     def __init__(self, folder, gigabytes, tower):
-        self.folder, self.bytes, self.tower, self.writable = (
-            Path(folder),
-            gigabytes * 1e9,
-            tower,
-            True,
-        )
+        self.folder, self.bytes, self.tower = Path(folder), gigabytes * 1e9, tower
+        self.writable = True
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _entry(self, media):
         key = json.dumps([media.key, self.tower])
-        return (
-            self.folder
-            / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors",
-            key,
-        )
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.folder / f"{name}.safetensors", key
 
     def get(self, media):
         """The embedding (V, D) of a Media, or None."""
@@ -47,46 +45,40 @@ class EmbeddingCache:
             with safe_open(path, "pt") as f:
                 x, about = f.get_tensor("embedding"), f.metadata() or {}
             os.utime(path)
-        except (
-            OSError,
-            SafetensorError,
-            RuntimeError,
-        ):  # the last of a file that goes while it is being opened
+        except (OSError, SafetensorError, RuntimeError):  # Runtime: deleted while it is opened
             return None
-        whole = (
-            about.get("key") == key
-            and about.get("digest") == tensor_digest(x)
-            and len(x) == media.tokens
-        )
-        return x if whole else None
+        if about.get("key") != key or about.get("digest") != tensor_digest(x):
+            return None
+        return x if len(x) == media.tokens else None
 
     def put(self, media, embedding):
-        """Writes an entry under another name and moves it into place; then deletes the oldest files until all fit the bound.
-        A folder that cannot be written is said, once, and left alone: it is only a cache."""
+        """Writes an entry and moves it into place, then deletes the oldest until all fit.
+
+        A folder that cannot be written is reported once and then left alone: it is only a cache.
+        """
         if media.key is None or not self.writable:
             return
         path, key = self._entry(media)
-        partial_path, x = (
-            path.with_suffix(f".{uuid.uuid4().hex}.partial"),
-            embedding.detach().cpu().contiguous(),
-        )
+        partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+        x = embedding.detach().cpu().contiguous()
         try:
-            save_file({"embedding": x}, partial_path, {"key": key, "digest": tensor_digest(x)})
-            partial_path.replace(path)
+            save_file({"embedding": x}, partial, {"key": key, "digest": tensor_digest(x)})
+            partial.replace(path)
         except (OSError, SafetensorError) as e:
             self.writable = False
-            partial_path.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             print(
-                f"the embedding cache {self.folder} cannot be written, so nothing is added to it: {e}",
+                f"the embedding cache {self.folder} cannot be written, so nothing is added: {e}",
                 flush=True,
             )
+        self._evict()
+
+    def _evict(self):
         files = []
         for file in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process deletes as well
+            with contextlib.suppress(FileNotFoundError):  # other processes delete as well
                 stat = file.stat()
-                if (
-                    file.suffix == ".safetensors" or stat.st_mtime < time.time() - 3600
-                ):  # what a killed process left half-written
+                if file.suffix == ".safetensors" or stat.st_mtime < time.time() - ABANDONED:
                     files.append((stat.st_mtime_ns, stat.st_size, file))
         total = sum(size for _, size, _ in files)
         for _, size, file in sorted(files):

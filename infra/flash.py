@@ -1,4 +1,14 @@
-"""Flash attention over blocks of the attention matrix, joined exactly."""
+"""Flash attention on blocks of the attention matrix, joined exactly: any mask, without building it.
+
+The caller describes the mask as spans, (first query, queries, first key, keys):
+
+    causal span   the diagonal: query j of the span sees its keys 0 ... j; as many keys as queries
+    full span     a rectangle: every query sees every key
+
+A span gives an output o and its log-sum-exp, the log of its softmax's denominator. `merge` joins
+two of them into what one softmax over both would give. (Hydragen, arXiv 2402.05099, section 3.1,
+does this for the forward pass.)
+"""
 
 from typing import NamedTuple
 
@@ -6,11 +16,11 @@ import torch
 
 
 class Blocks(NamedTuple):
-    """Blocks of the attention matrix, of one shape, computed together: n times `a` queries against `b` keys.
+    """n spans that run in one kernel call, padded to a queries and b keys each.
 
-    q (n, a), k (n, b): which tokens. causal: query j of a block sees its keys up to j (a = b); otherwise all of them.
-    A block of fewer queries is padded with any token: `real` (m,) are the queries, of n * a, that count, `tokens` (m,) whose
-    they are, and `padding` (n, a) is true where there is none.
+    q (n, a), k (n, b): the tokens of each.  causal: all of them are causal spans (a = b), or all
+    are full ones. padding (n, a): True for a padded query.  real (m,): indices into n * a of the
+    others; tokens (m,): their tokens.
     """
 
     q: torch.Tensor
@@ -21,59 +31,76 @@ class Blocks(NamedTuple):
     padding: torch.Tensor
 
 
-def blocks(spans, causal, device):
-    """spans: [(first query, queries, first key, keys), ...] -> [Blocks, ...] for all of them, few calls for many spans.
+def make_blocks(causal, full, device):
+    """Spans -> [Blocks, ...], for BlockAttention.
 
-    A query must stand in one span only. Spans go together when less than a third is padding, causal ones of any length (a padded
-    key is seen by padded queries only), the others of equally many keys.
+    causal: spans; each query is in one of them at most.
+    full: lists of spans; each query is in one span of a list at most.
     """
-    out, spans = [], sorted((s for s in spans if s[1] and s[3]), key=lambda s: (s[3], s[1]))
-    while spans:
-        _, most, _, longest = spans[-1]
-        together = [s for s in spans if (causal or s[3] == longest) and 4 * s[1] >= 3 * most]
-        spans = spans[: -len(together)]
-        first_q, queries, first_k, keys = torch.tensor(together).T[..., None]  # (n, 1) each
-        real = torch.arange(most) < queries  # (n, a)
-        q = (first_q + torch.arange(most)).where(real, first_q)
-        k = first_k + torch.arange(longest).clamp(max=keys - 1)  # (n, b)
-        parts = (x.to(device) for x in (real.flatten().nonzero()[:, 0], q[real], ~real))
-        out.append(Blocks(q.to(device), k.to(device), causal, *parts))
+    out = batch_spans(causal, True, device)
+    for spans in full:
+        out += batch_spans(spans, False, device)
     return out
 
 
+def batch_spans(spans, causal, device):
+    """Spans -> [Blocks, ...], few calls for many spans. A query must be in one span only.
+
+    Spans run together when less than a third is padding: causal ones of any length (only padded
+    queries see padded keys), full ones of equally many keys.
+    """
+    out = []
+    spans = [span for span in spans if span[1] and span[3]]
+    spans = sorted(spans, key=lambda span: (span[3], span[1]))
+    while spans:
+        _, a, _, b = spans[-1]  # the longest
+        together = [s for s in spans if (causal or s[3] == b) and 4 * s[1] >= 3 * a]
+        spans = spans[: -len(together)]
+        first_q, queries, first_k, keys = torch.tensor(together).T[..., None]  # (n, 1) each
+        real = torch.arange(a) < queries  # (n, a)
+        q = (first_q + torch.arange(a)).where(real, first_q)  # padding repeats the first query
+        k = first_k + torch.arange(b).clamp(max=keys - 1)  # (n, b), and the last key
+        real_index = real.flatten().nonzero()[:, 0]
+        tensors = (x.to(device) for x in (real_index, q[real], ~real))
+        out.append(Blocks(q.to(device), k.to(device), causal, *tensors))
+    return out
+
+
+def merge(out_a, lse_a, out_b, lse_b):
+    """Attention to keys a and to keys b -> attention to both.
+
+    out (..., d) and log-sum-exp (...) of each -> out (..., d), log-sum-exp (...).
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    out = out_a * (lse_a - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None]
+    return out, lse
+
+
 class BlockAttention(torch.autograd.Function):
-    """Attention of a row whose queries each see one or more blocks of keys: flash attention on every block, joined exactly.
+    """Attention of queries that each see one or more blocks of keys.
 
-    A block gives an output o and the log of its softmax's denominator, lse. With L = log sum exp lse over the blocks of a query,
-    the whole is sum exp(lse - L) o. Backward, each block's own flash kernel gets the whole output and L, and so recomputes the
-    probabilities exp(score - L) of the whole softmax: gradients of the blocks add up. No mask, no copy of K and V for each
-    response or query head, no score ever stored. (Hydragen does the forward half; arXiv 2402.05099, section 3.1.)
+    Backward, each block's own flash kernel gets the output and the log-sum-exp of the WHOLE row,
+    and so recomputes the probabilities exp(score - lse) of the whole softmax: the gradients of the
+    blocks add up. No mask, no copy of K and V for each response or query head, no stored scores.
 
-    q (S, Hq, d), k and v (S', Hkv, d) -> (S, Hq, d); zeros for a query without any block. Half precision on a GPU.
+    q (S, Hq, d), k and v (S', Hkv, d) -> (S, Hq, d); zeros for a query that no block has. Half
+    precision on a GPU.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, blocks, scale):
         exact = torch.promote_types(q.dtype, torch.float32)
-        out, total = (
-            torch.zeros_like(q, dtype=exact),
-            q.new_full(q.shape[:2], float("-inf"), dtype=exact),
-        )  # total: L, (S, Hq)
+        out = torch.zeros_like(q, dtype=exact)  # (S, Hq, d)
+        total = q.new_full(q.shape[:2], float("-inf"), dtype=exact)  # log-sum-exp so far: (S, Hq)
         ctx.states = []
         for b in blocks:
-            o, lse, state = _flash(
-                *(x[i].transpose(1, 2) for x, i in ((q, b.q), (k, b.k), (v, b.k))), b.causal, scale
-            )
-            o, lse = (x.transpose(1, 2).flatten(0, 1)[b.real].to(exact) for x in (o, lse))
+            q_b, k_b, v_b = (x.transpose(1, 2) for x in (q[b.q], k[b.k], v[b.k]))
+            o, lse, state = flash(q_b, k_b, v_b, b.causal, scale)
             ctx.states.append(state)
-            if not b.causal:  # a token's causal block is its first
-                before, block = total[b.tokens], lse
-                lse = torch.logaddexp(before, block)
-                o = (
-                    o * (block - lse).exp()[..., None]
-                    + out[b.tokens] * (before - lse).exp()[..., None]
-                )
-            total[b.tokens], out[b.tokens] = lse, o
+            o, lse = (x.transpose(1, 2).flatten(0, 1)[b.real].to(exact) for x in (o, lse))
+            if not b.causal:  # a causal block is its queries' first
+                o, lse = merge(o, lse, out[b.tokens], total[b.tokens])
+            out[b.tokens], total[b.tokens] = o, lse
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, total)
         ctx.blocks, ctx.scale = blocks, scale
@@ -83,15 +110,13 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, total = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        for b, state in zip(
-            ctx.blocks, ctx.states
-        ):  # of padding: no gradient, and probabilities of 0
+        for b, state in zip(ctx.blocks, ctx.states):
+            # a padded query has no gradient, and exp(score - inf) = 0
             g = grad[b.q].masked_fill(b.padding[..., None, None], 0)
             lse = total[b.q].masked_fill(b.padding[..., None], float("inf"))
-            g, q_b, k_b, v_b, o, lse = (
-                x.transpose(1, 2) for x in (g, q[b.q], k[b.k], v[b.k], out[b.q], lse)
-            )
-            gradients = _flash_backward(
+            parts = (g, q[b.q], k[b.k], v[b.k], out[b.q], lse)
+            g, q_b, k_b, v_b, o, lse = (x.transpose(1, 2) for x in parts)
+            gradients = flash_backward(
                 g, q_b, k_b, v_b, o, lse.contiguous(), b.causal, ctx.scale, state
             )
             dq_b, dk_b, dv_b = (x.transpose(1, 2).flatten(0, 1) for x in gradients)
@@ -101,39 +126,27 @@ class BlockAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _flash(q, k, v, causal, scale):
-    """Flash attention that also gives its denominators: out (n, Hq, a, d), their logs (n, Hq, a), and what the backward pass
-    wants besides."""
+def flash(q, k, v, causal, scale):
+    """q (n, Hq, a, d), k and v (n, Hkv, b, d) -> out as q, log-sum-exp (n, Hq, a), state."""
     if q.device.type == "cpu":
-        return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, is_causal=causal, scale=scale
-        ), ()
+        )
+        return out, lse, ()
     out, lse, *state = torch.ops.aten._scaled_dot_product_flash_attention(
         q, k, v, is_causal=causal, scale=scale
     )
     return out, lse, state[:6]
 
 
-def _flash_backward(grad, q, k, v, out, lse, causal, scale, state):
+def flash_backward(grad, q, k, v, out, lse, causal, scale, state):
+    """The gradients of q, k and v, from that of out."""
+    tensors = (grad, q, k, v, out, lse)
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, scale=scale
+            *tensors, 0.0, causal, scale=scale
         )
     first_q, first_k, max_q, max_k, seed, offset = state
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        first_q,
-        first_k,
-        max_q,
-        max_k,
-        0.0,
-        causal,
-        seed,
-        offset,
-        scale=scale,
+        *tensors, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale
     )

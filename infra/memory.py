@@ -1,4 +1,4 @@
-"""How much memory this machine has."""
+"""The memory that a process may use."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ import torch
 
 
 def device_memory(device, world):
-    """Bytes of a GPU, or a process's share of this machine's memory."""
+    """Bytes of a GPU; on a CPU, a process's share of this machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return host_memory() / world
@@ -17,8 +17,7 @@ def host_memory():
     """Bytes of this machine's memory."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    status = (ctypes.c_ulonglong * 8)(
-        64
-    )  # Windows' MEMORYSTATUSEX: two 32-bit fields (its size, the load) and seven of 64 bits
+    # Windows' MEMORYSTATUSEX: two 32-bit fields (its size, the load), then seven of 64 bits
+    status = (ctypes.c_ulonglong * 8)(64)
     ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
     return status[1]

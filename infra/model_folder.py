@@ -1,24 +1,30 @@
-"""A model folder on disk: its files, its dtype, and what tells it from others."""
+"""A model folder in Hugging Face's form:
+
+find it, read the network with every weight accounted for, write it back.
+"""
 
 import hashlib
 import json
+import sys
 from functools import reduce
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
-from transformers import AutoTokenizer
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from infra.errors import DataError, ModelError
+from infra.ranks import RANK
 
+# by safetensors' names
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
-}  # safetensors' names
-# the text files of a model folder that change answers, besides its weights
+}
+# the text files of a model folder that change answers
 TEXTS = (
     "config.json",
     "generation_config.json",
@@ -33,14 +39,17 @@ TEXTS = (
 )
 
 
+# ---- find
+
+
 def checkpoints(run):
     """The folders checkpoint-N of a run folder, the newest last."""
-    numbered = [
-        c
-        for c in Path(run).glob("checkpoint-*")
-        if c.name.removeprefix("checkpoint-").isdecimal() and c.is_dir()
-    ]
-    return sorted(numbered, key=lambda c: int(c.name.removeprefix("checkpoint-")))
+    folders = {}
+    for folder in Path(run).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if number.isdecimal() and folder.is_dir():
+            folders[folder] = int(number)
+    return sorted(folders, key=folders.get)
 
 
 def newest_checkpoint(run):
@@ -49,10 +58,10 @@ def newest_checkpoint(run):
 
 
 def local_folder(name):
-    """A model folder for a folder, a run folder (its newest checkpoint) or a hub name. A folder with config.json and weights
-    is the model itself, also where checkpoints of its training lie inside.
+    """A model folder, a run folder (its newest checkpoint) or a hub name -> the model folder.
 
-    Raises ModelError when it is none of them or holds no weights.
+    A folder with config.json and weights is the model itself, even if checkpoints of its training
+    are inside. Raises ModelError: none of the three, or a folder without weights.
     """
     folder = Path(name)
     if not ((folder / "config.json").exists() and weight_files(folder)):
@@ -60,19 +69,7 @@ def local_folder(name):
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
             raise ModelError(f"{name}: no such model folder")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(name)))
-        except HFValidationError:
-            raise ModelError(
-                f"{name}: no such folder, and not a name that the hub could have"
-            ) from None
-        except OSError as e:
-            reason = " ".join(str(e).split())
-            raise ModelError(
-                f"{name}: neither a folder nor a model that the hub could deliver ({reason})"
-            ) from e
+        folder = download(str(name))
     if not (folder / "config.json").exists() and (folder / "config.txt").exists():
         raise ModelError(f"{folder}: a run folder that holds no checkpoint yet")
     if not (folder / "config.json").exists():
@@ -82,27 +79,143 @@ def local_folder(name):
     return folder
 
 
+def download(name):
+    """A hub name -> the folder of its download."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except HFValidationError:
+        raise ModelError(
+            f"{name}: no such folder, and not a name that the hub could have"
+        ) from None
+    except OSError as e:
+        reason = " ".join(str(e).split())
+        raise ModelError(
+            f"{name}: neither a folder nor a model that the hub could deliver ({reason})"
+        ) from e
+
+
 def weight_files(folder):
-    """The safetensors files of a model folder: those that its index names, or, without an index, those that are there.
-    Raises ModelError: an index that cannot be read."""
+    """The safetensors files that a model folder's index names; without one, those that it holds.
+
+    Raises ModelError: an index that cannot be read.
+    """
     index = Path(folder) / "model.safetensors.index.json"
     if not index.exists():
         return sorted(Path(folder).glob("*.safetensors"))
     try:
-        return sorted(
-            {
-                index.with_name(name)
-                for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            }
-        )
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({index.with_name(name) for name in names})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ModelError(
             f"{index}: expected an object with a 'weight_map' from weights to files ({e})"
         ) from e
 
 
+# ---- read
+
+
+def read_network(folder, dtype, model_types):
+    """transformers' network of a folder -> (network, dtype of the weights on disk).
+
+    Raises ModelError: an architecture that is not in `model_types`; quantised weights; weights that
+    are missing, of another shape, or not finite; files that cannot be read. Prints weights that the
+    architecture does not have.
+    """
+    try:
+        check_config(folder, model_types)
+        net, info = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )  # mismatched sizes raise in check_weights
+        check_weights(folder, net, info)
+        check_rotary_sections(folder, net.config.text_config)
+        return net, weights_dtype(folder)
+    except ModelError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as e:
+        raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(e).split())}") from e
+
+
+def check_config(folder, model_types):
+    """Raises ModelError for text files that transformers would not refuse, or not plainly."""
+    config, generation = read_object(folder / "config.json"), folder / "generation_config.json"
+    eos = read_object(generation).get("eos_token_id") if generation.exists() else None
+    if not all(type(i) is int for i in (eos if isinstance(eos, list) else [eos or 0])):
+        raise ModelError(f"{generation}: 'eos_token_id' is {eos!r}, expected token ids")
+    if config.get("model_type") not in model_types:
+        raise ModelError(
+            f"{folder}: model type {config.get('model_type')!r}, "
+            f"expected one of {', '.join(model_types)}"
+        )
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{folder}: quantised weights, "
+            "expected the checkpoint that they were made from, in bf16 or fp32"
+        )
+    for file in weight_files(folder):
+        if not file.exists():
+            raise ModelError(
+                f"{folder}: cannot be loaded: its index names {file.name}, which is not there"
+            )
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not isinstance(read_object(index).get("metadata"), dict):
+        raise ModelError(
+            f"{index}: no object 'metadata', which transformers expects beside 'weight_map'"
+        )
+
+
+def check_weights(folder, net, info):
+    """info: transformers' loading info. Raises ModelError; prints weights that are not used."""
+    for name, found, expected in sorted(info["mismatched_keys"], key=str):
+        raise ModelError(f"{folder}: {name} has the shape {list(found)}, expected {list(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+    for name, p in net.named_parameters():
+        if not torch.stack(torch.aminmax(p.detach())).isfinite().all():
+            raise ModelError(f"{folder}: {name} is not finite")
+    extra = sorted(info["unexpected_keys"])
+    if extra and RANK == 0:
+        print(
+            f"{folder}: {len(extra)} weights have no place in this architecture and are not used, "
+            f"first {extra[0]}",
+            file=sys.stderr,
+        )
+
+
+def check_rotary_sections(folder, text):
+    """Raises ModelError unless 'mrope_section' splits half a head in three."""
+    sections = (text.rope_parameters or {}).get("mrope_section")
+    half = text.hidden_size // text.num_attention_heads // 2
+    if not isinstance(sections, (list, tuple)) or len(sections) != 3 or sum(sections) != half:
+        raise ModelError(
+            f"{folder / 'config.json'}: 'mrope_section' of the rotary embedding is {sections}, "
+            f"expected three numbers with the sum {half}, half a head"
+        )
+
+
+def read_object(file):
+    """The object in a JSON file. Raises ModelError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ModelError(f"{file}: not JSON, or cut off: {e}") from e
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
 def weights_dtype(folder):
-    """The dtype of the weights in a model folder's files; of several dtypes, the one that holds all of them exactly."""
+    """The dtype of the weights on disk; of several, the one that holds all of them exactly."""
     found = set()
     for file in weight_files(folder):
         with safe_open(file, "pt") as f:
@@ -114,8 +227,64 @@ def weights_dtype(folder):
     return reduce(torch.promote_types, {DTYPES[name] for name in found & DTYPES.keys()})
 
 
+def load_tokenizer(folder):
+    """The tokenizer of a model folder.
+
+    Raises DataError, naming the folder: none, or one that cannot be read.
+    """
+    if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        raise DataError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # a native library raises anything for a broken file
+        reason = " ".join(str(e).split())[:300]
+        raise DataError(
+            f"{folder}: the tokenizer cannot be read: {type(e).__name__}: {reason}"
+        ) from e
+
+
+# ---- write
+
+
+def side_files(folder):
+    """The small files beside the weights -> {name:
+
+    bytes}: config, tokenizer, chat template, processor.
+    """
+    files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in Path(folder).glob(pattern)]
+    not_ours = (".index.json", "state.json")
+    return {f.name: f.read_bytes() for f in files if not f.name.endswith(not_ours)}
+
+
+def write_network(folder, net, weights, dtype, side_files):
+    """Writes a folder that transformers and vLLM open.
+
+    weights: {name: tensor}, written as `dtype`.
+    """
+    once = {}  # embeddings and head may be one tensor, and stay one
+    for x in weights.values():
+        if x.data_ptr() not in once:
+            once[x.data_ptr()] = x.to(dtype).cpu()
+    net.save_pretrained(folder, state_dict={n: once[x.data_ptr()] for n, x in weights.items()})
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and "dtype" in part:  # save_pretrained wrote the network's
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, content in side_files.items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
+
+
+# ---- tell from others
+
+
 def fingerprint(folder):
-    """Hex digits that tell a checkpoint's weights from others: of 64 blocks of 64 KB, evenly spaced, of every file."""
+    """Hex digits that tell a checkpoint's weights from others:
+
+    of 64 blocks of 64 KB, evenly spaced, of every file.
+    """
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(Path(folder).glob("*.safetensors")):
         size = file.stat().st_size
@@ -128,26 +297,10 @@ def fingerprint(folder):
 
 
 def text_fingerprint(folder):
-    """Hex digits that tell the text files of a model folder that change answers (TEXTS) from others, by their whole content."""
+    """Hex digits that tell the TEXTS of a model folder from others, by their whole content."""
     digest = hashlib.blake2b(digest_size=12)
-    for file in sorted(
-        {file for pattern in TEXTS for file in Path(folder).glob(pattern) if file.is_file()}
-    ):
+    matches = {file for pattern in TEXTS for file in Path(folder).glob(pattern)}
+    for file in sorted(file for file in matches if file.is_file()):
         content = file.read_bytes()
         digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()
-
-
-def load_tokenizer(folder):
-    """The tokenizer of a model folder. Raises DataError, naming the folder: none, or one that cannot be read."""
-    if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        raise DataError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (
-        Exception
-    ) as e:  # whatever a broken file makes a native library raise is this file's error
-        reason = " ".join(str(e).split())[:300]
-        raise DataError(
-            f"{folder}: the tokenizer cannot be read: {type(e).__name__}: {reason}"
-        ) from e

@@ -23,12 +23,13 @@ if ranks.WORLD > 1:
     dist.init_process_group("gloo")
 policy = Policy.load(f"{world}/model", dtype=torch.float64)
 policy.eos_ids = list(range(20, 66))  # so that responses are of unequal length
-policy.sp = mrsp.sequence_parallel(ranks.WORLD)
+policy.sp = mrsp.sequence_parallel(ranks.WORLD)  # for the whole process
 builder = PromptBuilder(f"{world}/model")
 samples = load_samples(f"{world}/train.json")
 images = [s for s in samples if s.data_type == "image"]
 videos = [s for s in samples if s.data_type == "video"]
-prompts = [  # 8, 4, 1, 3 * 6 and 3 * 6 visual tokens, and the first video again for another question
+# 8, 4, 1, 3 * 6 and 3 * 6 visual tokens, and the first video again for another question
+prompts = [
     builder(videos[0], min_pixels=784),
     builder(videos[5], max_frames=8, min_pixels=784),
     builder(images[0], min_pixels=784),
@@ -46,7 +47,12 @@ with torch.no_grad():
     result["reversed"] = policy.encode(prompts[::-1])[::-1]
 result["patches"] = sum(patches) // 2
 random = torch.Generator().manual_seed(3)
-tokens = lambda n: torch.randint(70, 300, (n,), generator=random)
+
+
+def tokens(n):
+    return torch.randint(70, 300, (n,), generator=random)
+
+
 responses = [
     [tokens(n) for n in lengths] for lengths in ([5], [1, 7, 2], [3, 3], [11], [4, 1, 1, 6], [2])
 ]
@@ -54,9 +60,8 @@ policy.train()
 result["logp"], result["entropy"] = policy(
     prompts, responses, result["visual_embeds"], temperature=0.8
 )
-result["one token"] = policy(prompts[:1], [[tokens(1)]], result["visual_embeds"][:1])[
-    0
-]  # all but one rank own no response token
+# all but one rank have no response token
+result["one token"], _ = policy(prompts[:1], [[tokens(1)]], result["visual_embeds"][:1])
 result["alone"] = [
     policy([p], [r], [f], temperature=0.8)[0]
     for p, r, f in zip(prompts, responses, result["visual_embeds"])
@@ -77,6 +82,5 @@ torch.save(
 )
 if ranks.WORLD > 1:
     dist.destroy_process_group()
-    os._exit(
-        0
-    )  # what is left here holds the group, and a thread of gloo's that outlives the interpreter aborts it
+    # this module still holds the group; a thread of gloo that outlives the interpreter aborts it
+    os._exit(0)

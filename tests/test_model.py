@@ -1,4 +1,4 @@
-"""The policy against transformers' own forward (the slow way: every response a row of its own, pixels and all), in float64."""
+"""The policy against transformers' own forward in float64: a row for each response, with pixels."""
 
 import json
 import shutil
@@ -43,7 +43,10 @@ def test_mrope_text_only():
 
 
 def test_mrope_long_seconds_per_grid():
-    """Grid (8, 16, 32) in patches, 7.5 s per grid, the video at 5: 15 ids a grid, the last is 5 + 105, text goes on at 111."""
+    """Grid (8, 16, 32) in patches, 7.5 s per grid, the video at 5.
+
+    15 ids a grid, the last is 5 + 105, the text continues at 111.
+    """
     where, following = positions(
         [TEXT] * 5 + [VIDEO] * (8 * 8 * 16) + [TEXT] * 2, [((8, 16, 32), 7.5)]
     )
@@ -52,7 +55,7 @@ def test_mrope_long_seconds_per_grid():
 
 
 def test_mrope_many_grids():
-    """256 grids of 1 s, the video at 5: ids 5, 7, ..., 515, and the text goes on at 516."""
+    """256 grids of 1 s, the video at 5: ids 5, 7, ..., 515, and the text continues at 516."""
     where, following = positions([TEXT] * 5 + [VIDEO] * 256, [((256, 2, 2), 1.0)])
     assert where[0][5:8] == [5, 7, 9] and where[0][-1] == 515 and following == 516
 
@@ -107,7 +110,7 @@ LENGTHS = ([3, 1, 7], [5], [2, 9, 1, 1], [4, 4], [6, 2], [1])
 
 
 def plain_log_probs(net, policy, prompts, responses):
-    """One row per response, pixels encoded for each: what the packed row must equal. [(R_i,), ...]"""
+    """What the packed row must equal: a row per response, pixels encoded in each. [(R_i,), ...]"""
     out = []
     for prompt, group in zip(prompts, responses):
         where, following = policy.positions(prompt)
@@ -159,9 +162,12 @@ def assert_equals_plain(policy, net, prompts, responses):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)],
+)
 def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
-    """Unequal prompts, several sizes of video, an image, groups of 1 to 4 (more responses than a short row has tokens)."""
+    """Unequal prompts, several sizes of video, images, groups of 1 to 4."""
     policy = model.Policy.load(
         world / "model", dtype=torch.float64, grad_checkpointing=checkpointing
     ).train()
@@ -169,12 +175,14 @@ def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
     assert_equals_plain(policy, net, prompts, random_responses(prompts, LENGTHS))
 
 
+@pytest.mark.slow
 def test_more_responses_than_tokens_in_a_row(world, policy, prompts):
     """A group of 120 responses on a prompt of some 60 tokens."""
     net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
     assert_equals_plain(policy, net, prompts[:1], random_responses(prompts, [[1, 2] * 60]))
 
 
+@pytest.mark.slow
 def test_qwen2_vl_too(tmp_path, world, builder, prompts):
     """The same through the older architecture: another vision tower, time ids that count grids."""
     from transformers import Qwen2VLConfig
@@ -215,58 +223,65 @@ ROWS = [
 ]
 
 
-def dense_mask(lengths):
-    """Who attends to whom in a packed row, as one matrix."""
-    size = sum(P + sum(responses) for P, responses in lengths)
-    mask, start = torch.zeros(size, size, dtype=torch.bool), 0
-    for P, responses in lengths:
-        first = start
-        for R in (P, *responses):
-            mask[start : start + R, first : first + P] = start != first
-            mask[start : start + R, start : start + R] = torch.ones(R, R).tril().bool()
-            start += R
-    return mask
+def masked_attention(q, k, v, mask, scale):
+    """What PyTorch gives for a mask: q (1, Hq, S, d), k and v (1, Hkv, S, d) -> (1, S, Hq, d)."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def test_who_sees_whom_by_hand():
+    """Two groups: a prompt of 2, responses of 1 and 2; a prompt of 1, a response of 1."""
+    rows = """
+        1 . . . . . .
+        1 1 . . . . .
+        1 1 1 . . . .
+        1 1 . 1 . . .
+        1 1 . 1 1 . .
+        . . . . . 1 .
+        . . . . . 1 1
+    """
+    expected = [[cell == "1" for cell in row.split()] for row in rows.strip().splitlines()]
+    assert attention.visible([(2, [1, 2]), (1, [1])]).tolist() == expected
+
+
+@pytest.mark.parametrize("lengths", ROWS)
+def test_block_attention_equals_masked_attention(lengths):
+    """Unequal groups, grouped-query heads: the output and gradients of the mask, in float64."""
+    torch.manual_seed(0)
+    mask = attention.visible(lengths)
+    q, k, v = (
+        torch.randn(1, h, len(mask), 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2)
+    )
+    plain = masked_attention(q, k, v, mask, 0.3)
+    ours = attention.PackedRow(lengths, "cpu").attend(0, q, k, v, 0.3)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    weights = torch.randn_like(plain)
+    expected = torch.autograd.grad((plain * weights).sum(), (q, k, v))
+    found = torch.autograd.grad((ours * weights).sum(), (q, k, v))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_rows_of_a_group_attend_as_one(size):
-    """Every rank's part, given the keys and values of all, in each layer and (where it is read) in the last; also where a prompt
-    is as long as the part of a response that an earlier rank has."""
-    torch.manual_seed(0)
-    for lengths in ROWS:
-        mask = dense_mask(lengths)
-        q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64) for h in (6, 2, 2))
-        plain = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=True
-        )[0].transpose(0, 1)
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        for rank in range(size):
-            row = mrsp.ShardedRow(lengths, "cpu", mrsp.SequenceParallel(size, rank))
-            mine = len(row.place)  # without the tail that makes all ranks equally long
-            for last, tokens in ((False, slice(mine)), (True, row.reads)):
-                out = row.attend_row(0, q[row.own], k, v, 8**-0.5, last)[0]
-                torch.testing.assert_close(out[tokens], plain[row.own][tokens], rtol=0, atol=1e-12)
+@pytest.mark.parametrize("lengths", ROWS)
+def test_ranks_that_share_a_row_attend_as_one(lengths, size):
+    """Every rank's tokens, given the keys and values of all.
 
-
-def test_block_attention_equals_masked_attention():
-    """Rows of unequal groups in random order, grouped-query heads: output and gradients of a dense mask, in float64."""
+    Also where a prompt is as long as the part of a response that an earlier rank has.
+    """
     torch.manual_seed(0)
-    for lengths in ROWS:
-        mask = dense_mask(lengths)
-        q, k, v = (
-            torch.randn(1, h, len(mask), 8, dtype=torch.float64, requires_grad=True)
-            for h in (6, 2, 2)
-        )
-        plain = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True
-        ).transpose(1, 2)
-        ours = attention.PackedRow(lengths, "cpu").attend(0, q, k, v, 0.3)
-        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
-        weights = torch.randn_like(plain)
-        for a, b in zip(
-            *(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (ours, plain))
-        ):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    mask = attention.visible(lengths)
+    q, k, v = (torch.randn(1, h, len(mask), 8, dtype=torch.float64) for h in (6, 2, 2))
+    plain = masked_attention(q, k, v, mask, 8**-0.5)[0]
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    seen = []
+    for rank, share in enumerate(mrsp.deal(lengths, size)):
+        row = mrsp.ShardedRow(lengths, "cpu", mrsp.SequenceParallel(size, rank))
+        held = len(mrsp.tokens_of_share(share))  # after these, padding
+        out = row.attend_row(0, q[row.own], k, v, 8**-0.5)[0]
+        torch.testing.assert_close(out[:held], plain[row.own][:held], rtol=0, atol=1e-12)
+        seen += row.own[:held].tolist()
+    assert sorted(seen) == list(range(len(mask)))
 
 
 @pytest.mark.parametrize(
@@ -281,20 +296,6 @@ def test_every_nth_layer_is_recomputed(policy, prompts, n, runs):
     assert [seen.count(i) for i in range(4)] == runs
 
 
-def test_the_last_layer_computes_what_predicts_a_token(policy, prompts):
-    seen = []
-    policy.text.layers[-1].mlp.register_forward_hook(
-        lambda module, inputs, out: seen.append(out.shape[1])
-    )
-    responses = [
-        [torch.arange(100, 100 + n) for n in lengths] for lengths in ([5, 1], [3], [1, 1, 1])
-    ]
-    policy(prompts[:3], responses)
-    assert seen == [
-        (1 + 4) + (1 + 2) + 1
-    ]  # the last token of each prompt, and all but the last of each response
-
-
 def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
     responses = random_responses(prompts, LENGTHS)
     whole = policy(prompts, responses)
@@ -304,7 +305,7 @@ def test_log_probs_in_chunks_equal_one_chunk(policy, prompts, monkeypatch):
 
 
 def test_encoding_in_pieces_equals_encoding_at_once(policy, prompts, monkeypatch):
-    """The vision tower sees one 2-frame grid at a time, so it may be called on any split between grids."""
+    """The tower sees one 2-frame grid at a time: it may be called on any split between them."""
     whole = policy.encode(prompts)
     monkeypatch.setattr(model, "PATCHES_PER_CALL", 20)
     for a, b in zip(policy.encode(prompts), whole):
@@ -355,7 +356,7 @@ def test_attention_without_a_plan_is_refused(policy, prompts):
 
 
 def test_save_and_load(tmp_path, policy, prompts, builder):
-    """Saved folders are whole: transformers opens them, the prompt builder too, and log-probs are the same bits."""
+    """transformers and the prompt builder open a saved folder; log-probs are the same bits."""
     policy.save(tmp_path / "a")
     again = model.Policy.load(tmp_path / "a", dtype=torch.float64)
     responses = random_responses(prompts, LENGTHS)
@@ -429,7 +430,8 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
                     }
                 }
             ),
-            "config.json: 'mrope_section' of the rotary embedding is None, expected three numbers with the sum",
+            "config.json: 'mrope_section' of the rotary embedding is None, "
+            "expected three numbers with the sum",
         ),
         ("config.json", lambda c: c | {"vision_config": 5}, "cannot be loaded"),
         ("model.safetensors", None, "no weights"),
@@ -562,8 +564,8 @@ def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys)
     model.Policy.load(tmp_path / "m")
     printed = capsys.readouterr().err
     assert (
-        "1 weights have no place in this architecture and are not used, first model.language_model.layers.9.extra"
-        in printed
+        "1 weights have no place in this architecture and are not used, "
+        "first model.language_model.layers.9.extra" in printed
     )
 
 
@@ -572,11 +574,14 @@ def test_weights_without_a_place_are_named_and_not_used(tmp_path, world, capsys)
     [(["bfloat16"], "bfloat16"), (["float16"], "float16"), (["bfloat16", "float16"], "float32")],
 )
 def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, kept):
-    """Half of the bytes for a half dtype; of two that do not hold each other, the one that holds both."""
+    """Half the bytes for a half dtype; of two that do not hold each other, one that holds both."""
     folder, dtypes = tmp_path / "m", [getattr(torch, name) for name in dtypes]
     shutil.copytree(world / "model", folder)
     size = (folder / "model.safetensors").stat().st_size
-    mixed = lambda w: {name: x.to(dtypes[i % len(dtypes)]) for i, (name, x) in enumerate(w.items())}
+
+    def mixed(weights):
+        return {name: x.to(dtypes[i % len(dtypes)]) for i, (name, x) in enumerate(weights.items())}
+
     rewrite(folder / "model.safetensors", mixed)
     policy = model.Policy.load(folder)
     assert policy.net.dtype == torch.float32
@@ -603,7 +608,7 @@ def test_weights_are_saved_in_the_dtype_they_came_in(tmp_path, world, dtypes, ke
 
 @pytest.mark.parametrize("listed", [[0], 0, None])
 def test_responses_end_at_the_tokenizers_end_too_and_it_is_saved(tmp_path, world, listed):
-    """What --algo sft teaches is <|im_end|>; a generation config may list <|endoftext|> only, as one number, or nothing."""
+    """--algo sft teaches <|im_end|>; a generation config may list only <|endoftext|>."""
     shutil.copytree(world / "model", tmp_path / "m")
     change = {} if listed is None else {"eos_token_id": listed}
     rewrite(
@@ -620,7 +625,7 @@ def test_responses_end_at_the_tokenizers_end_too_and_it_is_saved(tmp_path, world
 
 
 def test_the_newer_chat_template_wins(tmp_path, world, builder):
-    """chat_template.jinja over chat_template.json, as in transformers; alone, the older file is read."""
+    """chat_template.jinja over chat_template.json, as in transformers; alone, the older is read."""
     shutil.copytree(world / "model", tmp_path / "m")
     new = builder.tokenizer.chat_template
     (tmp_path / "m" / "chat_template.json").write_text(
@@ -631,6 +636,7 @@ def test_the_newer_chat_template_wins(tmp_path, world, builder):
     assert "###" in data.PromptBuilder(tmp_path / "m").tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_the_cases_of_checkpoints_that_went_wrong(tmp_path, world, builder, prompts):
     """shared/cases/make_checkpoints.py, where it is at hand."""
     cases = SHARED / "cases" / "make_checkpoints.py"
@@ -670,9 +676,10 @@ def test_processors_open_the_toy_and_what_is_saved(tmp_path, world, policy):
             assert "requires the Torchvision library" in str(e)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_small_model_of_the_real_architecture(tmp_path, prompts):
-    """The real configuration and tokenizer, cut to a size for trials; it saves, loads and answers."""
+    """The real configuration and tokenizer at a small size; it saves, loads and answers."""
     toy.main(["--like", str(SHARED / "qwen2_5_vl"), str(tmp_path / "small")])
     policy = model.Policy.load(tmp_path / "small")
     assert sum(p.numel() for p in policy.text.layers.parameters()) < 2e6 and policy.eos_ids == [
@@ -709,7 +716,7 @@ def test_the_real_7b_has_the_weight_names_of_its_index(tmp_path):
 
 
 def test_segments_of_the_tower_taken_together_are_the_segments_one_by_one(policy, prompts):
-    """Windows and grids of several lengths, against transformers' own loop: embeddings and gradients in float64."""
+    """Windows and grids of several lengths, against transformers' loop: embeddings, gradients."""
     results = []
     for name in ("sdpa", attention.SEGMENTS):
         policy.net.set_attn_implementation({"vision_config": name})

@@ -1,5 +1,7 @@
-"""mrsp.py: one prompt on several ranks computes what one rank computes, every token is somebody's, and no stale embedding is
-used. (Gradients on groups of ranks: test_train.py.)"""
+"""mrsp.py: ranks that share a row compute what one rank computes, and no stale embedding is used.
+
+Gradients of ranks that share rows: test_train.py.
+"""
 
 import json
 import os
@@ -27,7 +29,10 @@ from conftest import ROOT, flags, run
 from infra import embedding_cache
 from infra.model_folder import newest_checkpoint
 
-# ---- stage 2
+slow = pytest.mark.slow
+
+
+# ---- ranks that share rows
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +46,21 @@ def results(tmp_path_factory, world):
     }
 
 
+def assert_close(a, b, atol=2e-6):  # RMSNorm and RoPE are fp32 in transformers
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+@slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_group_computes_what_one_rank_computes(results, ranks):
-    """Videos of several shapes and images in one row, groups of unequal size, visual tokens that divide by no degree."""
+    """Videos of several shapes and images in one row, groups of unequal size.
+
+    No number of ranks divides the visual tokens.
+    """
     (one,) = results[1]
-    close = lambda a, b: torch.testing.assert_close(
-        a, b, atol=2e-6, rtol=0
-    )  # RMSNorm and RoPE are fp32 in transformers
     for many in results[ranks]:
         for a, b in zip(many["visual_embeds"], one["visual_embeds"], strict=True):
-            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+            assert_close(a, b, atol=1e-12)
         for name in (
             "logp",
             "entropy",
@@ -60,45 +70,44 @@ def test_a_group_computes_what_one_rank_computes(results, ranks):
             "sampled entropies",
             "greedy scored",
         ):
-            close(many[name], one[name])
+            assert_close(many[name], one[name])
         for name in ("greedy", "sampled"):
-            assert [len(g) for g in many[name]] == [5] * 6 and many[f"{name} truncated"] == one[
-                f"{name} truncated"
-            ]
-            assert all(
-                torch.equal(a, b)
-                for g, h in zip(many[name], one[name])
-                for a, b in zip(g, h, strict=True)
-            )
+            assert [len(g) for g in many[name]] == [5] * 6
+            assert many[f"{name} truncated"] == one[f"{name} truncated"]
+            for g, h in zip(many[name], one[name]):
+                assert [x.tolist() for x in g] == [x.tolist() for x in h]
 
 
+@slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_mistakes_of_the_release(results, ranks):
-    """Embeddings of another video after re-ordering; videos mixed in a row; the first response token's logits taken elsewhere;
-    positions of the sampler and of the scorer that differ."""
+    """Four that LongVILA-R1's released code makes.
+
+    Embeddings of another video after re-ordering; videos mixed in a row; the first response token's
+    logits taken elsewhere; positions of the sampler and of the scorer that differ.
+    """
     for r in results[ranks]:
-        assert all(
-            torch.allclose(a, b, atol=1e-12)
-            for a, b in zip(r["visual_embeds"], r["reversed"], strict=True)
-        )
+        for a, b in zip(r["visual_embeds"], r["reversed"], strict=True):
+            assert torch.allclose(a, b, atol=1e-12)
         assert not torch.allclose(r["visual_embeds"][3], r["visual_embeds"][4], atol=1e-3)
-        scored = torch.cat(
-            [x[:n] for x, n in zip(r["greedy scored"], (len(t) for g in r["greedy"] for t in g))]
-        )
-        torch.testing.assert_close(scored, r["greedy logps"], atol=2e-6, rtol=0)
+        lengths = [len(response) for group in r["greedy"] for response in group]
+        scored = torch.cat([x[:n] for x, n in zip(r["greedy scored"], lengths)])
+        assert_close(scored, r["greedy logps"])
 
 
+@slow
 def test_a_row_is_the_rows_of_its_groups(results):
     """A group's log-probs do not depend on what else is in the row, whoever has its tokens."""
     for ranks in (1, 2, 3, 4):
         r, i = results[ranks][0], 0
         for alone in r["alone"]:
             n, longest = alone.shape
-            torch.testing.assert_close(r["logp"][i : i + n, :longest], alone, atol=2e-6, rtol=0)
+            assert_close(r["logp"][i : i + n, :longest], alone)
             i += n
         assert i == len(r["logp"])
 
 
+@slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_video_is_encoded_once_by_the_group_together(results, ranks):
     """13 grids of 28 x 28 and 6 of 84 x 84 pixels; the sixth prompt's video is the first's."""
@@ -107,7 +116,10 @@ def test_every_video_is_encoded_once_by_the_group_together(results, ranks):
     assert max(shares) <= sum(shares) / ranks + 36  # a grid is never split
 
 
-def test_every_token_is_dealt_once_for_any_length_and_any_degree():
+# ---- dealing
+
+
+def test_every_token_is_dealt_once_for_any_lengths_and_any_size():
     random = np.random.default_rng(0)
     for _ in range(300):
         size = int(random.integers(1, 9))
@@ -115,19 +127,22 @@ def test_every_token_is_dealt_once_for_any_length_and_any_degree():
             (int(random.integers(1, 60)), random.integers(0, 9, random.integers(0, 5)).tolist())
             for _ in range(3)
         ]
-        spans = mrsp.deal(lengths, size)
-        tokens = sorted(t for s in spans for a, b in s for t in range(a, b))
-        assert tokens == list(range(sum(P + sum(R) for P, R in lengths)))
-        counts = [sum(b - a for a, b in s) for s in spans]
+        held = [mrsp.tokens_of_share(share).tolist() for share in mrsp.deal(lengths, size)]
+        assert sorted(sum(held, [])) == list(range(sum(P + sum(R) for P, R in lengths)))
+        counts = [len(tokens) for tokens in held]
         assert max(counts) - min(counts) <= 3 * len(lengths)
 
 
 def test_the_work_is_balanced():
-    """Attention of a long prompt: each rank within 2 % of its share; contiguous slices would give the last of 4 ranks 1.75."""
+    """Attention of a long prompt: each rank within 2 % of its share.
+
+    Contiguous slices would give the last of 4 ranks 1.75 of its share.
+    """
     P, size = 4001, 4
-    pairs = lambda spans: sum(t + 1 for a, b in spans for t in range(a, b))
-    work = [pairs(s) / (P * (P + 1) / 2 / size) for s in mrsp.deal([(P, [])], size)]
-    assert max(work) < 1.02 and min(work) > 0.98
+    fair = P * (P + 1) / 2 / size  # pairs of a query and a key
+    for share in mrsp.deal([(P, [])], size):
+        pairs = int((mrsp.tokens_of_share(share) + 1).sum())
+        assert 0.98 < pairs / fair < 1.02
 
 
 def test_grids_are_dealt_by_cost():
@@ -137,7 +152,9 @@ def test_grids_are_dealt_by_cost():
 
 
 def test_few_prompts_are_loaded_in_different_groups():
-    order = lambda world, sp="auto": sorted(range(world), key=lambda r: mrsp.turn(r, world, sp))
+    def order(world, sp="auto"):
+        return sorted(range(world), key=lambda rank: mrsp.turn(rank, world, sp))
+
     assert order(24, "8")[:4] == [0, 8, 16, 1] and order(4, "1") == order(4, "4") == [0, 1, 2, 3]
     assert (
         order(8) == [0, 4, 2, 6, 1, 5, 3, 7]
@@ -176,7 +193,10 @@ def test_another_file_other_frames_or_another_size_is_another_entry(tmp_path, wo
     sample = next(s for s in data.load_samples(world / "train.json") if s.data_type == "video")
     shutil.copyfile(sample.path, path)
     sample = replace(sample, path=str(path))
-    load = lambda **how: data.load_media(sample, **{"min_pixels": 784, **how}).key
+
+    def load(**how):
+        return data.load_media(sample, **{"min_pixels": 784, **how}).key
+
     first = load()
     assert load() == first
     assert len({first, load(max_frames=8), load(min_pixels=5000)}) == 3
@@ -236,8 +256,9 @@ def test_the_bound_is_kept_and_what_was_used_longest_ago_goes_first(tmp_path, me
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 100e3
 
 
+@slow
 def test_two_processes_write_at_once(tmp_path):
-    """Each puts and gets the same few entries under a bound that holds only some: never a wrong one, never an error."""
+    """Each puts and gets the same few entries, of which only some fit: no wrong one, no error."""
     code = """
 import random, sys, torch
 from data import Media
@@ -288,30 +309,55 @@ def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prom
     assert sum(grids) > count
 
 
-# ---- the degree
+def test_a_policy_makes_its_cache_by_its_tower(tmp_path, world, prompts):
+    """Another tower's embeddings are not found: the fingerprint is of its weights and dtype."""
+
+    def load():
+        policy = model.Policy.load(world / "model", embedding_cache=(tmp_path / "cache", 1.0))
+        with torch.no_grad():
+            return policy, policy.encode(prompts)
+
+    first, embeds = load()
+    files = entries(tmp_path / "cache")
+    again, found = load()
+    assert files and entries(tmp_path / "cache") == files
+    assert all(torch.equal(a, b) for a, b in zip(embeds, found, strict=True))
+    digest = embedding_cache.tensor_digest(*first.net.model.visual.parameters())
+    assert again.embedding_cache.tower == ["torch.float32", "cpu", digest]
+    again.net.model.visual.merger.ln_q.weight.data.mul_(2)
+    assert again.tower_fingerprint() != first.tower_fingerprint()
 
 
-def test_auto_takes_the_smallest_degree_that_fits_and_leaves_no_rank_idle(world):
+# ---- how many ranks share a row
+
+
+def test_policies_share_rows_only_inside():
+    reference, sp = SimpleNamespace(sp=mrsp.UNSHARDED), mrsp.SequenceParallel(2, 1)
+    with pytest.raises(KeyError), mrsp.share_rows(sp, None, reference):
+        assert reference.sp is sp
+        raise KeyError
+    assert reference.sp is mrsp.UNSHARDED
+
+
+def test_auto_takes_as_few_ranks_as_fit_and_leaves_none_idle(world):
     policy = model.Policy.load(world / "model", dtype=torch.float64)
     args = SimpleNamespace(sp="auto", group=8, max_new=16, row_tokens=1000, fsdp=False)
-    degree = lambda lengths, world=8: mrsp.smallest_group(policy, None, lengths, 3e9, args, world)[
-        0
-    ]
-    assert (
-        degree([100] * 8) == 1 and degree([100] * 2) == 4 and degree([100]) == 8 and degree([]) == 8
-    )
-    degrees = [degree([int(2 ** (n / 4))] * 8) for n in range(40, 120)]
-    assert degrees == sorted(degrees) and set(degrees) == {1, 2, 4, 8}
-    text = mrsp.smallest_group(policy, None, [100] * 8, 3e9, args, 8)[1]
-    assert "weights, gradients, moments" in text and (
-        "layer inputs" in text or "prompts' K/V" in text
-    )
+
+    def choose(lengths):
+        return mrsp.smallest_group(policy, None, lengths, 3e9, args, 8)
+
+    assert [choose([100] * n)[0] for n in (8, 2, 1, 0)] == [1, 4, 8, 8]
+    sizes = [choose([int(2 ** (n / 4))] * 8)[0] for n in range(40, 120)]
+    assert sizes == sorted(sizes) and set(sizes) == {1, 2, 4, 8}
+    text = choose([100] * 8)[1]
+    assert "weights, gradients, moments" in text
+    assert "layer inputs" in text or "prompts' K/V" in text
     args.sp = "2"
-    assert degree([100] * 8) == 2
+    assert choose([100] * 8)[0] == 2
 
 
 def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypatch):
-    """Qwen2.5-VL-7B's sizes, the recipe's flags, the longest prompts of a video of 16 frames, with a reference."""
+    """Qwen2.5-VL-7B's sizes, the recipe's flags, the longest prompts of 16 frames, a reference."""
     text = dict(
         hidden_size=3584,
         num_hidden_layers=28,
@@ -333,19 +379,15 @@ def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypat
     for layer in policy.text.layers:
         layer.gradient_checkpointing = True
     args = train.parse_args([f"@{ROOT}/configs/video_r1_7b.txt"])
-    degree, text = mrsp.smallest_group(policy, policy, [2500] * 8, 80e9, args, 8)
-    assert (
-        degree == 1 and "weights, gradients, moments 16.58 + reference 3.26 + " in text
-    )  # 16 bytes / 8; 2 / 8, and a tower
-    assert (
-        "gathered weights and gradients 17.86" in text
-        and float(text.split(" GB of ")[0].split()[-1]) < 50
-    )
+    size, text = mrsp.smallest_group(policy, policy, [2500] * 8, 80e9, args, 8)
+    assert size == 1
+    # 16 bytes / 8; 2 / 8, and a tower
+    assert "weights, gradients, moments 16.58 + reference 3.26 + " in text
+    assert "gathered weights and gradients 17.86" in text
+    assert float(text.split(" GB of ")[0].split()[-1]) < 50
     args.fsdp = False
-    assert (
-        "weights, gradients, moments 132.67 + "
-        in mrsp.smallest_group(policy, None, [2500] * 8, 80e9, args, 8)[1]
-    )
+    _, text = mrsp.smallest_group(policy, None, [2500] * 8, 80e9, args, 8)
+    assert "weights, gradients, moments 132.67 + " in text
 
 
 # ---- whole runs
@@ -355,22 +397,26 @@ def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def frozen_tower(command):
+    return [x for x in command if x != "--train_vision"]
+
+
+def entries(folder):
+    """The entries of an embedding cache, and which files they are."""
+    return {file.name: file.stat().st_ino for file in folder.glob("*.safetensors")}
+
+
+@slow
 def test_a_run_on_a_group_is_the_run_on_one_rank_with_and_without_the_cache(
     tmp_path, world, cold_start
 ):
     common = dict(steps=2, model=cold_start, prompts=4, beta=0.1)
-    command = lambda name, **extra: [
-        x
-        for x in flags(world, tmp_path / name, "tgrpo", **common, **extra)
-        if x != "--train_vision"
-    ]
-    run(*command("one"))
-    entries = lambda: {f.name: f.stat().st_ino for f in (tmp_path / "cache").glob("*.safetensors")}
-    for i in range(2):
-        before = entries() if i else {}
-        out = run(
-            *command(f"two{i}", sp="auto" if i else 2, embedding_cache=tmp_path / "cache"), ranks=2
-        )
+    run(*frozen_tower(flags(world, tmp_path / "one", "tgrpo", **common)))
+    common["embedding_cache"] = tmp_path / "cache"
+    for i, sp in enumerate((2, "auto")):
+        before = entries(tmp_path / "cache")
+        command = flags(world, tmp_path / f"two{i}", "tgrpo", sp=sp, **common)
+        out = run(*frozen_tower(command), ranks=2)
         assert "sequence parallelism: " in out and ("layer inputs" in out or "prompts' K/V" in out)
         for a, b in zip(log(tmp_path / "one"), log(tmp_path / f"two{i}"), strict=True):
             for key in (
@@ -385,25 +431,20 @@ def test_a_run_on_a_group_is_the_run_on_one_rank_with_and_without_the_cache(
             ):
                 assert a.get(key) == pytest.approx(b.get(key), abs=1e-4), key
             assert (a["sp"], b["sp"]) == (1, 1 if i else 2)
-    assert entries() == before  # the second run found every embedding
+    assert entries(tmp_path / "cache") == before  # the second run found every embedding
 
 
+@slow
 def test_a_cold_start_uses_the_cache_and_another_tower_does_not(tmp_path, world, cold_start):
-    entries = lambda: {f.name: f.stat().st_ino for f in (tmp_path / "cache").glob("*.safetensors")}
-
     def steps(name, start):
-        command = flags(
-            world, tmp_path / name, "sft", steps=2, model=start, embedding_cache=tmp_path / "cache"
-        )
-        run(*[x for x in command if x != "--train_vision"])
-        return entries()
+        cache = tmp_path / "cache"
+        command = flags(world, tmp_path / name, "sft", steps=2, model=start, embedding_cache=cache)
+        run(*frozen_tower(command))
+        return entries(cache)
 
     first = steps("a", cold_start)
-    assert (
-        first
-        and steps("b", cold_start) == first
-        and log(tmp_path / "a")[-1]["loss"] == log(tmp_path / "b")[-1]["loss"]
-    )
+    assert first and steps("b", cold_start) == first
+    assert log(tmp_path / "a")[-1]["loss"] == log(tmp_path / "b")[-1]["loss"]
     other = steps("c", world / "model")  # another checkpoint: other weights of the tower
     assert len(other) == 2 * len(first) and first.items() <= other.items()
 
@@ -415,10 +456,13 @@ def test_a_cold_start_uses_the_cache_and_another_tower_does_not(tmp_path, world,
         (["--embedding_cache", "x"], "--embedding_cache: expected a frozen vision tower"),
     ],
 )
-def test_flags_that_do_not_go_together(tmp_path, world, change, message):
-    assert message in run(*flags(world, tmp_path / "a", steps=1), *change, expect=1)
+def test_flags_that_do_not_go_together(tmp_path, world, capsys, change, message):
+    with pytest.raises(SystemExit):
+        train.parse_args([*map(str, flags(world, tmp_path / "a", steps=1)[1:]), *change])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
+@slow
 def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number_of_ranks(
     tmp_path, world, cold_start
 ):
@@ -456,8 +500,9 @@ def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number_of_ranks(
     assert log(out)[-1]["step"] == reached + 1 and log(out)[-1]["grad_norm"] > 0
 
 
+@slow
 def test_an_hour_of_video_on_two_ranks(tmp_path, world, cold_start):
-    """3,600 frames through decode, encode, prefill, rollout, T-GRPO's shuffled rollout and one training step."""
+    """3,600 frames through decode, encode, prefill, both of T-GRPO's rollouts and a step."""
     rng = np.random.default_rng(0)
     frames = np.repeat(rng.integers(0, 255, (3600, 1, 1, 3), np.uint8), 28, 1).repeat(28, 2)
     toy.write_y4m(tmp_path / "hour.y4m", frames, fps=1)
@@ -482,14 +527,22 @@ def test_an_hour_of_video_on_two_ranks(tmp_path, world, cold_start):
     assert entry["skipped_samples"] == 0 and entry["mismatch"] < 1e-4
 
 
+@slow
 def test_decoding_an_hour_holds_resized_frames_only(tmp_path):
-    """The worker's peak memory over 3,600 frames of 112 x 112, shown at 28 x 28 (8 MB): far below the 135 MB of the whole."""
+    """The worker's peak memory over 3,600 frames of 112 x 112, shown at 28 x 28 (8 MB).
+
+    It is far below the 135 MB of the whole.
+    """
     frames = np.zeros((3600, 112, 112, 3), np.uint8)
     toy.write_y4m(tmp_path / "hour.y4m", frames, fps=1)
     code = """
-import resource, sys, video
+import resource, sys
+from infra import video
 how = dict(target_fps=1, min_frames=4, min_pixels=784, max_pixels=784)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
 video.decode(sys.argv[1], max_frames=64, **how)
 before = peak()
 reply, frames = video.decode(sys.argv[1], max_frames=3600, **how)
