@@ -40,7 +40,7 @@ def group_advantages(rewards, norm="std", eps=1e-4):
     centred = torch.where(
         zero_std(rewards)[:, None], 0.0, centred
     )  # equal rewards: exactly 0, not the rounding of a mean
-    if norm == "none" or rewards.shape[1] == 1:
+    if norm == "none" or rewards.shape[1] == 1 or not len(rewards):
         return centred
     std = rewards.std(dim=1, keepdim=True) if norm == "std" else centred.square().mean().sqrt()
     return centred / (std + eps)

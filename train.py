@@ -52,7 +52,6 @@ from infra import fsdp
 from infra.checkpoints import save
 from infra.clock import seconds, timed
 from infra.ddp import passes, unwrap
-from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import DataError, ModelError
 from infra.flags import MEDIA, Parser, media_flags, ordered, peek
 from infra.optimizer import Update, learning_rate, make_optimizer, update
@@ -633,10 +632,14 @@ def warn(args):
 
 def load_policies(args, checkpoint, device, policy_class):
     """The policy, from the checkpoint or --model, and the reference -> (policy, None or Policy)."""
+    cache = (args.embedding_cache, args.cache_gb) if args.embedding_cache else None
     policy = policy_class.load(
-        checkpoint or args.model, device=device, grad_checkpointing=args.grad_checkpointing
+        checkpoint or args.model,
+        device=device,
+        grad_checkpointing=args.grad_checkpointing,
+        cuda_graph=args.cuda_graph,
+        embedding_cache=cache,
     )
-    policy.cuda_graph = args.cuda_graph and device.type == "cuda"
     if not args.train_vision:
         policy.freeze_vision()
     sharded = args.fsdp and WORLD > 1
@@ -649,10 +652,6 @@ def load_policies(args, checkpoint, device, policy_class):
         reference.requires_grad_(False)
         if sharded:
             fsdp.shard(reference)
-    if args.embedding_cache:
-        visual = policy.net.model.visual
-        tower = [str(visual.dtype), device.type, tensor_digest(*visual.parameters())]
-        policy.embedding_cache = EmbeddingCache(args.embedding_cache, args.cache_gb, tower)
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
     say(f"{args.algo}: {args.out}: {millions:.1f} M parameters, {WORLD} x {device.type}")
     return policy, reference

@@ -21,13 +21,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import data
 import model
 import mrsp
-import step
 import tgrpo
 import toy
 import train
 from conftest import ROOT, flags, run
 from infra import embedding_cache
 from infra.model_folder import newest_checkpoint
+from infra.ranks import seed
 
 slow = pytest.mark.slow
 
@@ -209,19 +209,13 @@ def test_another_file_other_frames_or_another_size_is_another_entry(tmp_path, wo
 
 def test_frames_in_another_order_have_no_entry(world, prompts):
     """T-GRPO's shuffled frames must not be answered with the embedding of the ordered ones."""
-    args = SimpleNamespace(shuffle="frame", shuffles=1, seed=0)
-    asked = [s.prompt for s in step.shuffled_prompts(list(enumerate(prompts)), [None] * 6, 0, args)]
-    assert (
-        len(asked) == 4
-        and all(p.media[0].key is None for p in asked)
-        and all(p.media[0].key for p in prompts)
-    )
-    assert torch.equal(
-        asked[0].media[0].frames,
-        tgrpo.reorder(
-            prompts[0].media[0].frames, tgrpo.permutation(16, step.seed(0, 0, 0, "order", 0))
-        ),
-    )
+    args = SimpleNamespace(shuffle="frame", seed=0)
+    asked = [s.prompt for s in tgrpo.shuffle_prompts(list(enumerate(prompts)), [None] * 6, 0, args)]
+    assert len(asked) == 4 and all(p.media[0].key for p in prompts)
+    assert all(p.media[0].key is None for p in asked)
+    order = tgrpo.permutation(16, seed(0, 0, 0, "order 0"))
+    expected = tgrpo.reorder(prompts[0].media[0].frames, order)
+    assert torch.equal(asked[0].media[0].frames, expected)
 
 
 def test_a_torn_or_wrong_entry_is_none(tmp_path, media, world):

@@ -110,7 +110,7 @@ def test_grpo_from_files_to_files(tmp_path, world, cold_start):
     assert re.search(
         r"step     1  .*  zero_std_groups \d\.\d+  truncated \d\.\d+  skipped_updates \d", out
     )
-    assert out.rstrip().endswith(f"`python report.py {tmp_path}/rl --open` shows them")
+    assert out.rstrip().endswith(f"`python report.py {tmp_path}/rl --open` shows it")
     again = (tmp_path / "rl" / "config.txt").read_text()
     assert "--lr 0.001" in again and train.parse_args([f"@{tmp_path}/rl/config.txt"]).prompts == 4
 
@@ -1224,9 +1224,9 @@ def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(
 def test_a_run_that_teaches_nothing_says_so_once_and_counts_its_updates(tmp_path, world):
     command = flags(world, tmp_path / "a", steps=21, prompts=1, log_every=7)
     out = run(*command, "--max_new", 2, "--group", 2)
-    assert out.count("taught nothing") == 1
-    assert "step 10: the last 10 steps taught nothing; 100% of the responses are cut off" in out
-    assert "cut off at --max_new 2: raise it" in out
+    assert out.count("no learning in") == 1
+    assert "step 10: no learning in 10 steps; 100% of the responses are truncated" in out
+    assert "truncated at --max_new 2: raise it" in out
     assert "zero_std_groups 1.000  truncated 1.000  skipped_updates 14  " in out
     entries = log(tmp_path / "a")
     assert all(
@@ -1238,7 +1238,7 @@ def test_a_run_that_teaches_nothing_says_so_once_and_counts_its_updates(tmp_path
     "change, words",
     [
         (dict(grad_norm=math.nan), "not finite: lower --lr"),
-        (dict(truncated=0.6), "60% of the responses are cut off at --max_new 768"),
+        (dict(truncated=0.6), "60% of the responses are truncated at --max_new 768"),
         (dict(format=0.0), "no response has the format"),
         (dict(), "the same reward"),
     ],
