@@ -9,6 +9,7 @@ sample   by inverse transform: token = first whose cumulative probability exceed
 """
 
 from dataclasses import dataclass, field
+from functools import singledispatch
 
 import torch
 
@@ -86,6 +87,7 @@ def generate(
     return groups
 
 
+@singledispatch
 def decode(policy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p):
     """What this rank of policy.sp decodes, every size-th response of each prompt -> tokens, log-probs, entropies (B, G of
     this rank, max_new), -1, 0 and 0 after the end, on the CPU. The prompts' lengths ascend."""

@@ -441,9 +441,9 @@ def warn(args):
         )
 
 
-def load(args, checkpoint, device, samples):
+def load(args, checkpoint, device, samples, policy_class=Policy):
     """What a run works with -> (policy, reference or None, Loader)."""
-    policy = Policy.load(
+    policy = policy_class.load(
         checkpoint or args.model, device=device, grad_checkpointing=args.grad_checkpointing
     )
     policy.cuda_graph = args.cuda_graph and device.type == "cuda"
@@ -454,7 +454,7 @@ def load(args, checkpoint, device, samples):
         fsdp.shard(policy)
     reference = None
     if args.beta and args.algo != "sft":
-        reference = Policy.load(
+        reference = policy_class.load(
             args.model,
             device=device,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
@@ -533,7 +533,7 @@ def report(out, bar, step, entry, args, skipped=0):
         )
 
 
-def train(args, device, at_end):
+def train(args, device, at_end, policy_class=Policy):
     """Runs args.steps steps of args.algo; see the module's first lines for what a step does. at_end: an ExitStack of what is to
     be let go of, however it ends. Ends the program, after a step and its checkpoint, on SIGTERM (exit 0) or ctrl-C (130)."""
     samples, held_out = read_data(
@@ -543,7 +543,7 @@ def train(args, device, at_end):
     out = Path(args.out)
     at_end.enter_context(claimed(out))
     checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
-    policy, reference, loader = load(args, checkpoint, device, samples)
+    policy, reference, loader = load(args, checkpoint, device, samples, policy_class)
     at_end.callback(close_workers)
     at_end.callback(loader.pool.shutdown, cancel_futures=True)
     optimizer, trained = make_optimizer(policy, args)
@@ -701,8 +701,8 @@ def toy_runs(args, argv):
     ]
 
 
-def main(argv=None):
-    """The command line: one run, or the embedded default's."""
+def main(argv=None, policy_class=Policy):
+    """The command line: one run, or the embedded default's. policy_class: the class of the policy."""
     argv = sys.argv[1:] if argv is None else argv
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -717,7 +717,7 @@ def main(argv=None):
         for run in runs:
             run.out = run.out or "out/run"
             with contextlib.ExitStack() as at_end:
-                train(run, device, at_end)
+                train(run, device, at_end, policy_class)
 
 
 if __name__ == "__main__":
