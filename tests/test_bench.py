@@ -7,7 +7,7 @@ import torch
 
 import bench
 from conftest import run
-from experiments.plain import PlainPolicy, generate_plainly
+from experiments.plain import PlainPolicy
 from rollout import generate
 
 
@@ -53,7 +53,7 @@ def test_the_plain_way_gives_the_same_responses_and_gradients(world, policy, pro
     """Of videos and of images, with the same dice: tokens, log-probs, entropies, and the gradient of their sum."""
     plain = PlainPolicy.load(world / "model", dtype=torch.float64, grad_checkpointing=0)
     how = dict(max_new=6, seeds=range(len(prompts)))
-    ours, theirs = generate(policy, prompts, 3, **how), generate_plainly(plain, prompts, 3, **how)
+    ours, theirs = generate(policy, prompts, 3, **how), generate(plain, prompts, 3, **how)
     for a, b in zip(ours, theirs, strict=True):
         assert [x.tolist() for x in a.responses] == [
             x.tolist() for x in b.responses
