@@ -1,10 +1,10 @@
 """The plain way, to compare with: a training run in which transformers does the work.
 
-    python -m experiments.plain --algo grpo ...      the command line of train.py, with PlainPolicy as its policy
+    python -m experiments.plain --algo grpo ...      train.py, with PlainPolicy as its policy
 
-It uses transformers' own attention (SDPA) and cache, G copies of the prompt, and encodes the video again for every row of every
-pass. bench.py times its phases. With the same flags and seed it is the same run up to rounding
-(python -m experiments.claims shared_prefix).
+It uses transformers' own attention (SDPA) and cache, G copies of the prompt, and encodes the video
+again for every row of every pass. bench.py times its phases. With the same flags and seed it is
+the same run up to rounding (python -m experiments.claims shared_prefix).
 """
 
 import torch
@@ -17,7 +17,8 @@ from model import Policy
 
 
 class PlainPolicy(Policy):
-    """The policy as transformers runs it: a row of its own for every response, the video encoded again in each."""
+    """The policy as transformers runs it: a row of its own for every response, the video encoded
+    again in each."""
 
     def __init__(self, net, folder):
         super().__init__(net, folder)
@@ -45,7 +46,8 @@ class PlainPolicy(Policy):
 def decode_plainly(
     policy: PlainPolicy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p
 ):
-    """rollout.decode with transformers' forward and cache, one prompt after the other, from the same seeds."""
+    """rollout.decode with transformers' forward and cache, one prompt after the other, from the
+    same seeds."""
     groups = []
     for prompt, seed in zip(prompts, seeds):
         groups.append(decode_group(policy, prompt, seed, G, max_new, temperature, top_p))
@@ -54,7 +56,8 @@ def decode_plainly(
 
 
 def decode_group(policy, prompt, seed, G, max_new, temperature, top_p):
-    """G responses to one prompt, from G copies of it -> tokens, log-probs, entropies, each (G, max_new)."""
+    """G responses to one prompt, from G copies of it -> tokens, log-probs, entropies, each (G,
+    max_new)."""
     plain = Plain(policy, prompt, [torch.zeros(max_new, dtype=torch.long)] * G)
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(G, max_new, dtype=torch.float64, generator=generator)
