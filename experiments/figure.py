@@ -65,7 +65,12 @@ def svg(figure):
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return re.sub(r"(\d\.\d\d)\d+", r"\1", file.getvalue())  # hundredths of a point are enough
+    return re.sub("<[^>]*>", shorten, file.getvalue())
+
+
+def shorten(tag):
+    """A tag of the file with its coordinates to hundredths of a point, which halves the file."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0])
 
 
 def legend(axes, names):

@@ -38,7 +38,8 @@ def times(lab):
     frames and by G."""
     frames = sorted({max(4, n // lab.shrink // 2 * 2) for n in (16, 32, 64, 128)})
     by_frames = {n: ratios(lab, n, 8) for n in frames}
-    by_group = {G: ratios(lab, frames[len(frames) // 2], G) for G in (2, 4, 8, 16)}
+    groups = (2, 4, 8, 16) if lab.shrink == 1 else (2, 8)
+    by_group = {G: ratios(lab, frames[len(frames) // 2], G) for G in groups}
     return {"by frames": by_part(by_frames), "by G": by_part(by_group)}
 
 
