@@ -59,7 +59,7 @@ SHAPES = {
     "3b": (2048, 11008, 36, 16, 2, 151936, 1280, 3420, 32, 16),
     "7b": (3584, 18944, 28, 28, 4, 152064, 1280, 3420, 32, 16),
 }
-STEPS = (  # lines of the table: the name, the way (see `benchmark`), and the phases that it changes
+STEPS = (  # lines of the table: the name, the way (see all_ways), and the phases that it changes
     ("+ encode once", "ours", ["encode"]),
     ("+ shared prefill", "ours", ["prefill"]),
     ("+ shared decode", "ours", ["decode"]),
@@ -198,6 +198,20 @@ def switch(policy, *, plain=False, embedding_cache=None, cuda_graph=False, sp=mr
     policy.net.set_attn_implementation({"text_config": text, "vision_config": vision})
     policy.embedding_cache, policy.cuda_graph, policy.sp = embedding_cache, cuda_graph, sp
     return Plain if plain else Ours
+
+
+def all_ways(cuda, folder):
+    """The ways that this machine has -> {name: keyword arguments of switch}."""
+    ways = {
+        "plain": {"plain": True},
+        "ours": {},
+        "cache": {"embedding_cache": EmbeddingCache(folder / "cache", 100.0, "bench")},
+    }
+    if cuda:
+        ways["graph"] = {"cuda_graph": True}
+    if WORLD > 1:
+        ways["ranks"] = {"sp": mrsp.sequence_parallel(WORLD)}
+    return ways
 
 
 # ---- what is measured
@@ -530,18 +544,9 @@ def benchmark(args, device):
         tempfile.TemporaryDirectory() as folder,
         torch.autocast(device.type, torch.bfloat16, enabled=cuda),
     ):
-        folder = Path(folder)
-        ways = {
-            "plain": {"plain": True},
-            "ours": {},
-            "cache": {"embedding_cache": EmbeddingCache(folder / "cache", 100.0, "bench")},
-        }
-        if cuda:
-            ways["graph"] = {"cuda_graph": True}
-        if WORLD > 1:
-            ways["ranks"] = {"sp": mrsp.sequence_parallel(WORLD)}
+        ways = all_ways(cuda, Path(folder))
         for frames in args.frames:
-            measured = measure(policy, ways, frames, args, folder, tower)
+            measured = measure(policy, ways, frames, args, Path(folder), tower)
             results.append(figures(policy, args, frames, measured, matrix, copy, dtype))
             say(table(results[-1], args))
     close_workers()
