@@ -201,8 +201,9 @@ def bars(axes, panel, data):
                 rotation=90 if narrow else 0,
                 size=7.5,
             )
-    letters = int(64 / len(groups))
-    labels = [textwrap.fill(name, letters, break_on_hyphens=False) for name in groups]
+    letters = int(60 / len(groups))
+    fold = textwrap.TextWrapper(letters, break_on_hyphens=False, break_long_words=False).fill
+    labels = [fold(name) for name in groups]
     axes.set_xticks(range(len(groups)), labels)
     axes.tick_params(axis="x", length=0, labelsize=8 if len(groups) < 6 else 7.5)
     axes.axhline(0, color=TEXT, linewidth=0.8)
