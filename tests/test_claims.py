@@ -1,21 +1,32 @@
-"""claims.py end to end in the smallest form: what it writes, and that it writes it once. No outcome is asserted: with so few
-steps all of them are noise."""
+"""The claims end to end in the smallest form: what they write, and that they write it once. No
+outcome is asserted: with so few steps all of them are noise."""
 
 import json
 import random
 import re
 import xml.etree.ElementTree as ET
+from functools import partial
 
 import pytest
 
 import rewards
 import toy
-from experiments import claims, figure, lab
+from experiments import (
+    claims,
+    figure,
+    frame_order,
+    lab,
+    longvila_r1,
+    shared,
+    stats,
+    video_r1,
+    video_rts,
+)
 
 TINY = dict(
     shrink=600,
-    clips={"cot": 24, "train": 16, "test": 4},
-    flags=("--prompts", 4, "--group", 2, "--max_new", 8),
+    clips={"cot": 20, "train": 12, "test": 4},
+    flags=("--prompts", 2, "--group", 2, "--max_new", 8, "--workers", 1),
 )
 
 
@@ -30,66 +41,134 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("claims")
 
 
-def stats(tree):
-    return [tree] if "mean" in tree else [s for x in tree.values() for s in stats(x)]
+def all_stats(tree):
+    """The stats in nested dicts."""
+    if "mean" in tree:
+        return [tree]
+    return [s for branch in tree.values() for s in all_stats(branch)]
 
 
 def test_an_interval_by_hand():
-    found = lab.stat(
-        [1.0, 2.0, 3.0, 4.0, 5.0]
-    )  # standard deviation sqrt(2.5), over sqrt(5), times 2.776
+    # standard deviation sqrt(2.5), over sqrt(5), times 2.776
+    found = stats.stat([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found["mean"] == 3 and found["seeds"] == [1, 2, 3, 4, 5]
     assert found["interval"] == pytest.approx([3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5])
-    assert lab.stat([0.0, 2.0])["interval"] == pytest.approx([1 - 12.706, 1 + 12.706])
-    trees = [{"a": 1, "b": {"2": 0.5}}, {"a": 3, "b": {"2": 0.5}}]
-    assert lab.combine(trees)["b"] == {
-        "2": {"mean": 0.5, "interval": [0.5, 0.5], "seeds": [0.5, 0.5]}
-    }
-    assert lab.combine(trees)["a"]["mean"] == 2
+    assert stats.stat([0.0, 2.0])["interval"] == pytest.approx([1 - 12.706, 1 + 12.706])
+    combined = stats.combine([{"a": 1, "b": {"2": 0.5}}, {"a": 3, "b": {"2": 0.5}}])
+    assert combined["b"] == {"2": {"mean": 0.5, "interval": [0.5, 0.5], "seeds": [0.5, 0.5]}}
+    assert combined["a"]["mean"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", claims.CLAIMS)
 def test_every_claim_from_nothing_to_a_figure(folder, pool, name):
-    study = lambda: claims.study(
-        name, range(2), folder / "scratch", folder / "results", pool, **TINY
-    )
+    results = folder / "results"
+    study = partial(claims.study, name, range(2), folder / "scratch", results, pool, **TINY)
     done, now = study()
-    written = json.loads((folder / "results" / f"{name}.json").read_text())
-    assert (
-        written == json.loads(json.dumps(done))
-        and written["claim"] == name
-        and written["seeds"] == [0, 1]
-    )
+    written = json.loads((results / f"{name}.json").read_text())
+    assert written == json.loads(json.dumps(done))
+    assert written["claim"] == name and written["seeds"] == [0, 1]
     assert {"paper", "line", "process_minutes", "commit", "machine", "torch"} <= set(written)
-    for s in stats(written["values"]):
+    values = written["values"]
+    for s in all_stats(values):
         assert len(s["seeds"]) == 2 and s["interval"][0] <= s["mean"] <= s["interval"][1]
-    for way, apart in (
-        written["values"].get("largest difference of a step's mean reward", {}).items()
-    ):
-        assert apart["mean"] == pytest.approx(0, abs=1e-9), (
-            way
-        )  # the one outcome that is no noise: the same run, another way
+    # the one outcome that is not noise: the same run, another way
+    for way, apart in values.get("largest difference of a step's mean reward", {}).items():
+        assert apart["mean"] == pytest.approx(0, abs=1e-9), way
     for run in written["runs"]:
-        assert (
-            set(run) == {"seed", "name", "command", "inputs", "seconds", "commit"}
-            and str(lab.HERE) not in run["command"]
-        )
+        assert set(run) == {"seed", "name", "command", "inputs", "seconds", "commit"}
+        assert str(lab.HERE) not in run["command"]
     assert {run["seed"] for run in written["runs"]} == {0, 1} and now > 0
-
-    svg = (folder / "results" / f"{name}.svg").read_text()
-    root = ET.fromstring(svg)
-    texts = lambda tag: [e.text for e in root.iter("{http://www.w3.org/2000/svg}" + tag)]
-    says = " ".join(texts("title"))
-    assert "prefers-color-scheme: dark" in svg
-    panels = [panel for panel in claims.CLAIMS[name].panels if panel[1] in written["values"]]
-    assert panels
-    for _, key, title, *_ in panels:
-        assert title in texts("text") and all(
-            figure.number(s["mean"]) in says for s in stats(written["values"][key])
-        )
+    check_figure(name, results, values)
 
     again, now = study()
     assert now == 0 and again["values"] == done["values"]
+
+
+# ---- figures
+
+
+def texts(file):
+    """The texts of an SVG file."""
+    return [e.text for e in ET.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def check_figure(name, results, values):
+    """The file says titles, axes and the numbers of bars; the figure names every series, and draws
+    every mean, interval and seed."""
+    chart = claims.draw(name, results)
+    said = texts(results / f"{name}.svg")
+    panels = [panel for panel in claims.CLAIMS[name].panels if panel.key in values]
+    assert panels and len(chart.axes) == len(panels)
+    for panel, axes in zip(panels, chart.axes):
+        data = values[panel.key]
+        assert panel.title in said and panel.y in said and (panel.x in said or not panel.x)
+        check_drawn(axes, data)
+        if panel.kind == "bars":
+            assert {stats.number(s["mean"]) for s in all_stats(data)} <= set(said)
+
+
+def check_drawn(axes, data):
+    """Axes show some data: {series: ...} by name, and of every stat the mean, the interval and the
+    seeds."""
+    named = {label.get_text().replace("\n", " ") for label in axes.get_xticklabels()}
+    if axes.get_legend():
+        named |= {label.get_text() for label in axes.get_legend().get_texts()}
+    assert set(data) <= named
+    heights = [bar.get_height() for bar in axes.patches]
+    points = [y for line in axes.lines for y in line.get_ydata()]
+    intervals = [segment[:, 1] for c in axes.collections for segment in c.get_segments()]
+    low, high = axes.get_ylim()
+    for s in all_stats(data):
+        assert any(y == pytest.approx(s["mean"]) for y in heights + points)
+        assert any(list(ys) == pytest.approx(s["interval"]) for ys in intervals)
+        assert low <= s["interval"][0] and s["interval"][1] <= high
+        for seed in s["seeds"]:
+            assert any(y == pytest.approx(seed) for y in points)
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_the_published_figures_are_those_of_the_published_numbers(tmp_path, name):
+    published = lab.HERE / "experiments" / "results"
+    numbers = (published / f"{name}.json").read_text()
+    (tmp_path / f"{name}.json").write_text(numbers)
+    check_figure(name, tmp_path, json.loads(numbers)["values"])
+    assert set(texts(published / f"{name}.svg")) == set(texts(tmp_path / f"{name}.svg"))
+
+
+def test_a_chart_says_its_numbers(tmp_path):
+    cell = stats.stat([0.25, 0.75])
+    bars = {"weak": {"GRPO": cell}, "strong": {"GRPO": cell}}
+    lines = {"GRPO": {"1": cell, "10": cell}}
+    for kind, data, marks in (("bars", bars, ("weak", "strong")), ("lines", lines, ("1", "10"))):
+        panel = shared.Panel(kind, "data", "a title", "an axis", "another")
+        chart = figure.draw("A & B", [panel], {"data": data})
+        check_drawn(chart.axes[0], data)
+        file = tmp_path / f"{kind}.svg"
+        file.write_text(figure.svg(chart))
+        assert {"A & B", "a title", "an axis", "another", "GRPO", "0.5", *marks} <= set(texts(file))
+        again = figure.draw("A & B", [panel], {"data": data})
+        assert figure.svg(again) == file.read_text()
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
+def test_a_chart_reads_on_a_light_and_on_a_dark_page(page):
+    """Contrast by WCAG 2: text at least 4.3, colours at least 3."""
+
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(colour):
+        dark, light = sorted((luminance(colour), luminance(page)))
+        return (light + 0.05) / (dark + 0.05)
+
+    assert contrast(figure.TEXT) > 4.3
+    assert min(contrast(colour) for colour in figure.COLOURS) > 3
+
+
+# ---- commands
 
 
 def test_what_other_flags_ask_for_is_run_anew(folder):
@@ -114,7 +193,7 @@ def test_what_other_flags_ask_for_is_run_anew(folder):
     assert len(calls) == 3
 
 
-def test_what_was_killed_goes_on(folder):
+def test_what_was_killed_resumes(folder):
     """A command that dies keeps its folder, and finds it when it is called again."""
 
     def command(argv):
@@ -127,70 +206,67 @@ def test_what_was_killed_goes_on(folder):
 
     with pytest.raises(RuntimeError, match="half: KeyboardInterrupt.*; its output is in"):
         lab.once(folder / "half", command, [], {"command": "half"})
-    assert (
-        lab.once(folder / "half", command, [], {"command": "half"})["ran"]
-        and (folder / "half" / "ended").exists()
-    )
+    assert lab.once(folder / "half", command, [], {"command": "half"})["ran"]
+    assert (folder / "half" / "ended").exists()
+
+
+def answer(record):
+    return rewards.extract_answer(record["solution"])
 
 
 def test_records_made_from_others(world):
     train, cot = (json.loads((world / f"{name}.json").read_text()) for name in ("train", "cot"))
-    answer = lambda r: rewards.extract_answer(r["solution"])
-    shuffled = claims.shuffle(cot)
+
+    def lessons(records, kind):
+        of_kind = [r for r in records if r["data_source"] == kind]
+        return sorted((r["solution"], r["process"]) for r in of_kind)
+
+    shuffled = shared.shuffle(cot)
     for kind in {r["data_source"] for r in cot}:
-        of = lambda rs: sorted(
-            (r["solution"], r["process"]) for r in rs if r["data_source"] == kind
-        )
-        assert of(shuffled) == of(cot)
+        assert lessons(shuffled, kind) == lessons(cot, kind)
     assert [r["path"] for r in shuffled] == [r["path"] for r in cot] and shuffled != cot
-    for r in claims.explain(
-        train, cot
-    ):  # the last word of the reasoning is what the right answer says
+    # the last word of the reasoning is what the right answer says
+    for r in video_rts.explain(train, cot):
         word = re.search(r"(\w+)</think>", r["process"])[1]
-        assert (
-            word == answer(r)
-            if r["data_source"] == "count"
-            else f"{answer(r)}. {word}" in r["options"]
-        )
-    counted = claims.count_aloud([{"process": "<think>it lights up 3</think>"}])
+        if r["data_source"] == "count":
+            assert word == answer(r)
+        else:
+            assert f"{answer(r)}. {word}" in r["options"]
+    counted = longvila_r1.count_aloud([{"process": "<think>it lights up 3</think>"}])
     assert counted == [{"process": "<think>it lights up 1 2 3</think>"}]
     said = {"process": "<think>it is so</think>"}
-    assert claims.say_twice([said, said]) == [
-        said,
-        {"process": "<think>it is so, it is so</think>"},
-    ]
-    some = claims.first_of(5, 0)(train)
-    assert claims.first_of(9, 0)(train)[:5] == some and len(some) == 5
-    for frames, questions in claims.lit_stills(4, random.Random(0)):
+    twice = {"process": "<think>it is so, it is so</think>"}
+    assert video_r1.say_twice([said, said]) == [said, twice]
+    some = shared.first_of(5, 0, train)
+    assert shared.first_of(9, 0, train)[:5] == some and len(some) == 5
+    for frames, questions in video_r1.lit_stills(4, random.Random(0)):
         _, _, colour, _ = questions["flash"]
         assert frames.shape == (1, 28, 28, 3) and tuple(frames[0, 23, 14]) == toy.COLOURS[colour]
 
 
+def lit_scenes(split, n=8):
+    """Scenes of the world of the cue -> (kind, direction of the lamp, answer, reasoning) each."""
+    direction = {toy.COLOURS[colour]: way for way, colour in frame_order.LAMPS.items()}
+    for frames, questions in frame_order.order_scenes(split, n, random.Random(0)):
+        ((kind, (_, _, way, reasoning)),) = questions.items()
+        yield kind, direction[tuple(frames[3, 23, 14])], way, reasoning.format(way)
+
+
 def test_the_world_of_the_cue():
-    def lamp_and_way(split, n=8):
-        for frames, questions in claims.order_scenes(split, n, random.Random(0)):
-            ((kind, (_, _, answer, reasoning)),) = questions.items()
-            lit = next(
-                colour for colour, rgb in toy.COLOURS.items() if tuple(frames[3, 23, 14]) == rgb
-            )
-            yield (
-                kind,
-                next(way for way, colour in claims.LAMPS.items() if colour == lit),
-                answer,
-                reasoning.format(answer),
-            )
+    assert all(lamp == way for _, lamp, way, _ in lit_scenes("agree"))
+    assert all(lamp != way for _, lamp, way, _ in lit_scenes("differ"))
+    for kind, lamp, way, reasoning in lit_scenes("ways"):
+        if kind == "lamp":
+            assert reasoning == f"the lamp is {frame_order.LAMPS[lamp]}" and way == lamp
+        else:
+            assert reasoning == f"the square moves {way}" and kind == "motion"
+    assert [kind for kind, *_ in lit_scenes("test", 2)] == ["motion", "shuffled"] * 2
+    (ordered, _), (shuffled, _) = frame_order.order_scenes("test", 1, random.Random(0))
+    assert (ordered != shuffled).any()
+    assert sorted(f.tobytes() for f in ordered) == sorted(f.tobytes() for f in shuffled)
 
-    assert all(lamp == way for _, lamp, way, _ in lamp_and_way("agree"))
-    assert all(lamp != way for _, lamp, way, _ in lamp_and_way("differ"))
-    for kind, lamp, way, reasoning in lamp_and_way("ways"):
-        said = f"the lamp is {claims.LAMPS[lamp]}" if kind == "lamp" else f"the square moves {way}"
-        assert reasoning == said and (way == lamp or kind == "motion")
-    assert [kind for kind, *_ in lamp_and_way("test", 2)] == ["motion", "shuffled"] * 2
-    shown = [frames for frames, _ in claims.order_scenes("test", 1, random.Random(0))]
-    assert (shown[0] != shown[1]).any() and sorted(f.tobytes() for f in shown[0]) == sorted(
-        f.tobytes() for f in shown[1]
-    )
 
+def test_a_share_of_the_lessons_in_motion_is_misread():
     read = {
         "data_source": "motion",
         "process": "<think>the square moves down</think>",
@@ -201,26 +277,10 @@ def test_the_world_of_the_cue():
         "process": "<think>the lamp is yellow</think>",
         "solution": "<answer>D</answer>",
     }
-    found = claims.misread(0.75, [read, lamp] * 200)
+    found = frame_order.misread(0.75, [read, lamp] * 200)
     assert found[1::2] == [lamp] * 200 and 0.65 < sum(r == read for r in found[::2]) / 200 < 0.85
-    assert claims.misread(1.0, [read, lamp]) == [read, lamp]
-    ways = dict(zip("ABCD", claims.LAMPS))
-    answer = lambda r: rewards.extract_answer(r["solution"])
-    assert all(
-        r["process"] == f"<think>the square moves {ways[answer(r)]}</think>" for r in found[::2]
-    )
-    assert claims.mix(0.75, ["a"] * 4, ["d"] * 4) == ["a", "a", "a", "d"]
-
-
-def test_a_chart_says_its_numbers():
-    cell = lab.stat([0.25, 0.75])
-    bars, lines = (
-        {"weak": {"GRPO": cell}, "strong": {"GRPO": cell}},
-        {"GRPO": {"1": cell, "10": cell}},
-    )
-    for kind, data, marks in (("bars", bars, ("weak", "strong")), ("lines", lines, ("1", "10"))):
-        root = ET.fromstring(
-            figure.draw("A & B", [figure.Panel(kind, data, "a title", "an axis", "another")])
-        )
-        words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
-        assert {"A & B", "a title", "an axis", "another", "GRPO", "0.5", *marks} <= set(words)
+    assert frame_order.misread(1.0, [read, lamp]) == [read, lamp]
+    ways = dict(zip("ABCD", frame_order.LAMPS))
+    for r in found[::2]:
+        assert r["process"] == f"<think>the square moves {ways[answer(r)]}</think>"
+    assert frame_order.mix(0.75, ["a"] * 4, ["d"] * 4) == ["a", "a", "a", "d"]
