@@ -11,8 +11,8 @@ import toy
 from data import load_samples
 from experiments.lab import curve, log
 from experiments.shared import SHARE, Claim, Panel, rl
+from infra.summary import mean
 from rewards import extract_answer
-from scores import mean
 
 SKILLS, CUES = (0.5, 0.75, 1.0), (0.75, 0.9)
 LAMPS = dict(zip(toy.MOTIONS, toy.COLOURS))  # the colour that goes with a direction

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from data import load_samples
 from experiments.lab import curve, last
 from experiments.shared import SHARE, STEP, Claim, Panel, cold_start, more_sft, rl, shuffle
-from scores import mean
+from infra.summary import mean
 
 
 def run(lab):

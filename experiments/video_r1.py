@@ -20,7 +20,7 @@ from experiments.shared import (
     rl,
     videos,
 )
-from scores import mean
+from infra.summary import mean
 
 
 def run(lab):

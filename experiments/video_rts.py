@@ -10,8 +10,8 @@ from functools import partial
 from data import load_samples
 from experiments.lab import last
 from experiments.shared import SHARE, Claim, Panel, cold_start, first_of, more_sft, rl
+from infra.summary import mean
 from rewards import accuracy_reward, extract_answer
-from scores import mean
 
 
 def run(lab):
@@ -48,8 +48,8 @@ def scaling(lab):
     and after RL."""
     test = lab.world() / "test.json"
     cold = cold_start(lab)
-    before = lab.answers("cold-tts", cold, test, "--tts")
-    after = lab.answers("grpo-tts", rl(lab, "grpo", cold), test, "--tts")
+    before = lab.answers("cold-tts", cold, test, "--tts", "--compare")
+    after = lab.answers("grpo-tts", rl(lab, "grpo", cold), test, "--tts", "--compare")
     accuracy, tokens, response_tokens = {}, {}, {}
     for method, (summary, lines) in after.items():
         was = before[method][0]["accuracy"]

@@ -60,7 +60,7 @@ def test_kl_estimators_by_hand():
     "estimator, direction", [("k1", None), ("k2", "pi||ref"), ("k3", "ref||pi")]
 )
 def test_kl_gradients_are_the_ones_documented(estimator, direction):
-    """Its expectation over the policy: zero for k1, of KL(pi||ref) for k2, of KL(ref||pi) for k3."""
+    """Its mean over the policy: zero for k1, that of KL(pi||ref) for k2, of KL(ref||pi) for k3."""
     logits = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([0.1, 0.5, -0.4], dtype=torch.float64).log_softmax(0)
     logp = logits.log_softmax(0)

@@ -138,8 +138,8 @@ def test_cuda_graph_is_eager(world, prompts, monkeypatch):
 
 
 def test_sampling_follows_the_distribution():
-    """Inverse transform: u picks the first token whose cumulative probability exceeds it; top-p cuts
-    the tail off."""
+    """Inverse transform: u picks the first token whose cumulative probability exceeds it; top-p
+    cuts off the tail."""
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().expand(5, 4)
     u = torch.tensor([0.0, 0.0999, 0.11, 0.59, 0.999], dtype=torch.float64)
     token, logp, entropy = rollout.sample(logits, u, 1.0, 1.0)
