@@ -656,7 +656,7 @@ def test_the_cases_of_checkpoints_that_went_wrong(tmp_path, world, builder, prom
 def test_a_policy_that_broke_in_training_does_not_answer(policy, prompts):
     policy.text.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
     assert not policy.is_sound()
-    with pytest.raises(model.ModelError, match="logits that are not finite"):
+    with pytest.raises(model.ModelError, match="the logits are not finite"):
         rollout.generate(policy, prompts[:1], 2, max_new=2)
 
 
