@@ -230,13 +230,15 @@ def test_the_rank_test_catches_a_loss_that_bypasses_ddp(tmp_path, world):
 def test_two_ranks_take_the_same_steps(tmp_path, world, cold_start):
     """Three steps on two ranks, whole or sharded: the same samples, figures and parameters.
 
-    The sharded ones are started by torchrun, so each hashes its strings in its own way.
+    The sharded ones are started by torchrun, so each hashes its strings in its own way. Where a
+    gradient is only rounding, Adam's step has its full size all the same: hence a small --lr.
     """
     extra = dict(steps=3, model=cold_start, eval_data=world / "test.json", prompts=6, beta=0.1)
+    extra |= dict(lr=1e-4)
     run(*flags(world, tmp_path / "one", **extra))
     one, start = weights(tmp_path / "one", 3), weights(cold_start, 60)
     assert log(tmp_path / "one")[1]["grad_norm"] > 0
-    assert max((one[n] - start[n]).abs().max() for n in one) > 1e-3  # three steps of Adam at 1e-3
+    assert max((one[n] - start[n]).abs().max() for n in one) > 1e-4  # three steps of Adam
     run(*flags(world, tmp_path / "whole", **extra), ranks=2)
     run(*flags(world, tmp_path / "sharded", **extra, fsdp=True), ranks=2, torchrun=True)
     for name in ("whole", "sharded"):
