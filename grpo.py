@@ -91,14 +91,7 @@ def grpo_loss(
     ref_logp (N, R): under the frozen reference, when beta > 0.  advantages (N,).
     mask (N, R): 1 on response tokens, the EOS included.
     variant, dual_clip: see `policy_objective`.
-    average: "sequence"  the mean over a response's tokens, then over responses (GRPO);
-             "token"     the sum over all tokens / their number: long responses weigh more (DAPO,
-                         arXiv 2503.14476);
-             "constant"  the sum over all tokens / a constant, e.g. N * max length: no length bias
-                         (Dr. GRPO).
-             All the same, up to a factor, when all responses have one length.
-    denominator: of the outer mean, when these N responses are part of a larger batch: its number of
-    responses ("sequence") or of tokens ("token"); always needed for "constant".
+    average, denominator: see `average_loss`.
     sums: "tokens", and over these tokens "ratio", "clipped" (where a clip acts) and, when beta > 0,
     "kl"; detached.
     """
@@ -116,17 +109,7 @@ def grpo_loss(
         kl = kl_penalty(logp, ref_logp, estimator)
         loss = loss + beta * torch.where(mask > 0, kl, 0.0)
         sums["kl"] = (kl * mask).sum()
-    if average == "sequence":
-        loss = loss.sum(1) / mask.sum(1).clamp(min=1)  # (N,)
-        loss = loss.sum() / (len(logp) if denominator is None else denominator)
-    elif average == "token":
-        loss = loss.sum() / (mask.sum() if denominator is None else denominator)
-    elif average == "constant":
-        if denominator is None:
-            raise ValueError("average 'constant' needs a denominator, e.g. N * max length")
-        loss = loss.sum() / denominator
-    else:
-        raise ValueError(f"average {average!r}, expected one of {AVERAGES}")
+    loss = average_loss(loss, mask, average, denominator)
     return loss, {name: value.detach() for name, value in sums.items()}
 
 
@@ -158,3 +141,27 @@ def policy_objective(logp, old_logp, advantages, mask, variant, clip_low, clip_h
     if dual_clip:
         objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
     return ratio, objective, objective != ratio * A
+
+
+def average_loss(loss, mask, average, denominator=None):
+    """Token losses (N, R), 0 outside the mask -> the loss of the batch, a scalar.
+
+    average: "sequence"  the mean over a response's tokens, then over responses (GRPO);
+             "token"     the sum over all tokens / their number: long responses weigh more (DAPO,
+                         arXiv 2503.14476);
+             "constant"  the sum over all tokens / a constant, e.g. N * max length: no length bias
+                         (Dr. GRPO).
+             All the same, up to a factor, when all responses have one length.
+    denominator: of the outer mean, when these N responses are part of a larger batch: its number of
+    responses ("sequence") or of tokens ("token"); always needed for "constant".
+    """
+    if average == "sequence":
+        per_response = loss.sum(1) / mask.sum(1).clamp(min=1)  # (N,)
+        return per_response.sum() / (len(loss) if denominator is None else denominator)
+    if average == "token":
+        return loss.sum() / (mask.sum() if denominator is None else denominator)
+    if average == "constant":
+        if denominator is None:
+            raise ValueError("average 'constant' needs a denominator, e.g. N * max length")
+        return loss.sum() / denominator
+    raise ValueError(f"average {average!r}, expected one of {AVERAGES}")
