@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from reprlib import repr as shown  # of any value: short, on one line, printable
+from reprlib import repr as short_repr  # of any value: short, on one line, printable
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def _sample(record, position, where, root, stem):
     texts = sample.id, question, sample.path, answer, sample.reasoning, source, *options
     for text in texts:
         if not records.is_unicode(text):
-            raise DataError(f"{where}: a text that is not valid Unicode: {shown(text)}")
+            raise DataError(f"{where}: a text that is not valid Unicode: {short_repr(text)}")
     return sample
 
 
@@ -147,7 +147,7 @@ def _kind(record, where):
     """The problem type. Raises DataError."""
     kind = problem_type(record)
     if kind is None:
-        found, expected = shown(record["problem_type"]), ", ".join(rewards.PROBLEM_TYPES)
+        found, expected = short_repr(record["problem_type"]), ", ".join(rewards.PROBLEM_TYPES)
         raise DataError(f"{where}: unknown problem type {found}, expected one of {expected}")
     return kind
 
@@ -173,14 +173,18 @@ def _answer(record, kind, options, where):
     if answer is None:
         answer = solution.strip()
     if not answer:
-        raise DataError(f"{where}: an empty solution {shown(solution)}")
+        raise DataError(f"{where}: an empty solution {short_repr(solution)}")
     if kind == "multiple choice" and not options:
         raise DataError(f"{where}: multiple choice without options")
     if kind == "multiple choice" and rewards.choice_letter(answer, options) is None:
-        expected = ", ".join(map(shown, options))
-        raise DataError(f"{where}: the answer {shown(answer)} is not among the options {expected}")
+        expected = ", ".join(map(short_repr, options))
+        raise DataError(
+            f"{where}: the answer {short_repr(answer)} is not among the options {expected}"
+        )
     if kind in ("numerical", "regression") and rewards.parse_number(answer) is None:
-        raise DataError(f"{where}: the answer {shown(answer)} of a {kind} question is not a number")
+        raise DataError(
+            f"{where}: the answer {short_repr(answer)} of a {kind} question is not a number"
+        )
     return answer
 
 
@@ -193,17 +197,17 @@ def _reasoning(record, sample, where):
         gold = rewards.normalize_answer(sample.answer, sample)
         if given is None or rewards.normalize_answer(given, sample) != gold:
             raise DataError(
-                f"{where}: the reasoning answers {shown(given)}, "
-                f"the solution is {shown(sample.answer)}"
+                f"{where}: the reasoning answers {short_repr(given)}, "
+                f"the solution is {short_repr(sample.answer)}"
             )
         process = process[: process.rindex("<answer>")].strip()
     whole = re.fullmatch("<think>(.*)</think>", process, re.DOTALL)
     reasoning = (whole[1] if whole else process).strip()
     if not rewards.format_reward(supervised_response(reasoning, sample.answer)):
         raise DataError(
-            f"{where}: a tag within the reasoning {shown(process)} or the solution "
-            f"{shown(sample.answer)}, expected one <think>...</think> around all of the reasoning, "
-            "or no tags"
+            f"{where}: a tag within the reasoning {short_repr(process)} or the solution "
+            f"{short_repr(sample.answer)}, expected one <think>...</think> around all of the "
+            "reasoning, or no tags"
         )
     return reasoning
 

@@ -10,10 +10,12 @@
 
 Pure functions of strings: every response gets a number in range, never an exception.
 
-To add a reward: write a function of the response, as format_reward, and add its value where
-length_reward's is added.
+To add a reward: write a function of the response, like length_reward. Add its value in train.py
+(score_group and ScoredGroup, a flag in parse_args) and its name wherever `length_bonus` stands:
+infra/step_log.py, report.py, docs/log.md.
 To add a problem type: name it in PROBLEM_TYPES, say how its answers are read (normalize_answer) and
-graded (grade), and what the prompt asks for (CLOSING in data.py).
+graded (grade). In data.py, say what the prompt asks for (CLOSING) and which answers of records are
+refused (_answer).
 
     >>> extract_answer("<think>It turns.</think><answer>(b)</answer>")
     '(b)'
@@ -49,11 +51,11 @@ def accuracy_reward(response, sample):
 
 
 def grade(answer, sample):
-    """How right a normalised answer is, in [0, 1]: 1 if it equals the sample's, 0 if it is None (no
-    valid answer), else
+    """How right a normalised answer is, in [0, 1]. It is 1 if it equals the sample's answer, and 0
+    if it is None, which is no valid answer. In between:
 
-        multiple choice  0
-        numerical        0; both are rounded first (normalize_answer)
+        multiple choice  nothing
+        numerical        nothing; both are rounded first (normalize_answer)
         regression       1 - relative error
         OCR              1 - word error rate
         free-form        by words and signs (free_form)

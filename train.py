@@ -103,7 +103,7 @@ def grpo_step(run, prompts, step):
     local, groups, refills = sample_groups(run, prompts, step)  # o_1 ... o_G ~ pi_old, and r
     reward = column(groups, "reward")  # (B, G)
     bonus = tgrpo.step_bonus(groups, args)  # (B, G)
-    teaching = advantages(reward, bonus, args).any(dim=1)  # (B,)
+    teaching = advantages(reward, bonus, args).any(dim=1)  # (B,) groups with an advantage
     kept = torch.arange(len(groups))
     if args.drop_zero_std:  # DAPO
         kept = kept[teaching][: args.prompts]
@@ -142,7 +142,7 @@ class ScoredGroup:
     lengths: list[int]  # (G,) tokens
     truncated: list[bool]  # (G,)
     entropy: list[float]  # (G,) summed over a response's tokens
-    reward: list[float]  # (G,) the weighted sum of the next three
+    reward: list[float]  # (G,) the weighted sum of the parts below, without T-GRPO's bonus
     accuracy: list[float]  # (G,)
     format: list[float]  # (G,)
     length_bonus: list[float]  # (G,)
@@ -230,8 +230,8 @@ def score_group(position, group, texts, shuffled, args):
     accuracy = [accuracy_reward(text, sample) for text in texts]
     formats = [format_reward(text) for text in texts]
     rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
-    bonuses = [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)]
-    parts = zip(accuracy, formats, bonuses)
+    length_bonuses = [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)]
+    parts = zip(accuracy, formats, length_bonuses)
     return ScoredGroup(
         position=position,
         lengths=lengths,
@@ -240,7 +240,7 @@ def score_group(position, group, texts, shuffled, args):
         reward=[args.w_accuracy * a + args.w_format * f + b for a, f, b in parts],
         accuracy=accuracy,
         format=formats,
-        length_bonus=bonuses,
+        length_bonus=length_bonuses,
         frames=frames,
         pixels=pixels,
         shuffled=shuffled,

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from reprlib import repr as shown
+from reprlib import repr as short_repr
 
 from infra.errors import DataError
 
@@ -38,7 +38,7 @@ def lettered(options, where):
     letters. Raises DataError, naming `where`.
     """
     if not (isinstance(options, list) and all(isinstance(o, str) for o in options)):
-        raise DataError(f"{where}: 'options' is {shown(options)}, expected a list of strings")
+        raise DataError(f"{where}: 'options' is {short_repr(options)}, expected a list of strings")
     if len(options) > MOST or not all(o.strip() for o in options):
         raise DataError(
             f"{where}: {len(options)} options, expected at most {MOST}, none of them empty"
@@ -53,7 +53,7 @@ def lettered(options, where):
         return [f"{letter}. {text}" for letter, text in zip(letters, texts)]
     marked = {letter for letter, m in zip(found, begins) if m and not m["space"]}
     if not marked.isdisjoint(letters):
-        found = ", ".join(map(shown, options))
+        found = ", ".join(map(short_repr, options))
         raise DataError(
             f"{where}: the options {found}, expected the letters A, B, C ... in order "
             "before all of them, or before none"

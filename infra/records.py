@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from reprlib import repr as shown  # of any value: short, on one line, printable
+from reprlib import repr as short_repr  # of any value: short, on one line, printable
 
 from infra.errors import DataError
 
@@ -122,7 +122,7 @@ def text(record, where, *keys):
     text."""
     key, value = first(record, *keys)
     if key and not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} is {shown(value)}, expected text")
+        raise DataError(f"{where}: {key!r} is {short_repr(value)}, expected text")
     return (value or "").strip()
 
 
@@ -138,7 +138,7 @@ def number(record, where, key, *, least, most):
         found = math.nan
     if not least <= found <= most:
         raise DataError(
-            f"{where}: {key!r} is {shown(value)}, expected a number from {least:g} to {most:g}"
+            f"{where}: {key!r} is {short_repr(value)}, expected a number from {least:g} to {most:g}"
         )
     return found
 
@@ -162,7 +162,7 @@ def name_and_place(record, where):
     if name is None:
         return None, where
     if not where.endswith(f"record {name}"):
-        where = f"{where} (id {shown(name)})"
+        where = f"{where} (id {short_repr(name)})"
     if isinstance(name, bool | list | dict) or not_finite(name):
         raise DataError(f"{where}: expected text or a number as its id")
     return str(name), where
@@ -191,12 +191,14 @@ def medium(record, where):
     if not both:
         named.pop("path", None)
     if any(value != next(iter(named.values())) for value in named.values()):
-        media = ", ".join(f"{k!r} {shown(v)}" for k, v in named.items())
+        media = ", ".join(f"{k!r} {short_repr(v)}" for k, v in named.items())
         raise DataError(f"{where}: several media, {media}, expected one")
     if not path:
         raise _missing("medium ('path', 'video', 'videos' or 'image')", record, where)
     if data_type not in DATA_TYPES:
-        raise DataError(f"{where}: data type {shown(data_type)}, expected video, image or frame")
+        raise DataError(
+            f"{where}: data type {short_repr(data_type)}, expected video, image or frame"
+        )
     return path, data_type
 
 
@@ -208,7 +210,7 @@ def solution(record, where):
         raise DataError(f"{where}: no 'solution'")
     is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
     if not is_text or not_finite(value):
-        raise DataError(f"{where}: {key!r} is {shown(value)}, expected text or a number")
+        raise DataError(f"{where}: {key!r} is {short_repr(value)}, expected text or a number")
     return str(value)
 
 
@@ -239,7 +241,7 @@ def about(record):
 
 
 def _missing(what, record, where):
-    fields = ", ".join(map(shown, record)) or "no fields"
+    fields = ", ".join(map(short_repr, record)) or "no fields"
     return DataError(f"{where}: no {what}; it has {fields}; expected {FORM}")
 
 

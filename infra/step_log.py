@@ -1,4 +1,4 @@
-"""What a GRPO step logs: means over all that was sampled, over the trained tokens, and samples.
+"""What a GRPO step logs: means over all samples, means over trained tokens, lines of samples.jsonl.
 
 Groups are train.ScoredGroup (the numbers of a group, known to all ranks) and train.LocalGroup.
 Shapes: B groups, G responses.
@@ -105,7 +105,7 @@ def about_group(mine, step):
     """What the lines of a LocalGroup have in common."""
     sample, shuffled = mine.group.prompt.sample, mine.scored.shuffled
     about = {"step": step + 1, "position": mine.scored.position}
-    names = "id path data_type fps segment question options answer".split()
+    names = "id path data_type problem_type fps segment question options answer".split()
     about |= {name: getattr(sample, name) for name in names}
     if shuffled:
         about["orders"] = [shuffled.order]

@@ -710,7 +710,9 @@ def test_any_string_gives_a_number_in_range():
     ["<answer>", "(", " ", "the ", "the answer is ", "1 000", "5.", r"\text{", "' ", "a.", "左"],
 )
 def test_a_long_response_takes_no_long_time(piece):
-    for kind, gold in zip(rewards.PROBLEM_TYPES, ("B", "5", "停止 no entry", "the dog runs", "5")):
+    for kind, gold in zip(
+        rewards.PROBLEM_TYPES, ("B", "5", "停止 no entry", "the dog runs", "5"), strict=True
+    ):
         text = "B. " + piece * (100_000 // len(piece))
         start = time.process_time()
         assert 0 <= rewards.accuracy_reward(f"<answer>{text}</answer>", sample(kind, gold)) <= 1
