@@ -49,13 +49,17 @@ class PackedRow:
     """Attention of a packed row: the blocks of `visible`, without the mask (infra/flash.py).
 
                prompt   o_1   o_2   o_3
-    prompt     causal                        the prompt and o_1 are one causal sequence
+    prompt     causal
     o_1        causal   causal
-    o_2        full           causal         o_2 ... o_G see all of the prompt: one full span
-    o_3        full                 causal   and each sees itself
+    o_2        full           causal
+    o_3        full                 causal
+
+    The prompt and o_1 are one causal span. o_2 ... o_G see the prompt in one full span, and each
+    sees itself in a causal one.
 
     lengths: [(P, [R_1, ..., R_G]), ...]; a plain prompt has no responses (prefill).
-    cache: a DecodeCache to fill with the prompts' keys and values, from slot `first_slot` on.
+    cache: a DecodeCache that keeps the prompts' keys and values. The row's first prompt is its
+    prompt number `first_prompt`.
 
     `own`, `find` and `collect` matter where ranks share a row (mrsp.ShardedRow). Here this rank
     holds every token.
@@ -63,8 +67,8 @@ class PackedRow:
 
     own = slice(None)  # which tokens of the row this rank holds
 
-    def __init__(self, lengths, device, cache=None, first_slot=0):
-        self.cache, self.first_slot, self.prompts = cache, first_slot, prompt_bounds(lengths)
+    def __init__(self, lengths, device, cache=None, first_prompt=0):
+        self.cache, self.first_prompt, self.prompts = cache, first_prompt, prompt_bounds(lengths)
         causal, full = [], []  # spans: (first query, queries, first key, keys)
         for (start, _), (P, responses) in zip(self.prompts, lengths):
             n = P + sum(responses[:1])
@@ -85,8 +89,8 @@ class PackedRow:
     def attend_row(self, layer, q, k, v, scale):
         """q (n, Hq, d) of this rank, k and v (S, Hkv, d) of the whole row -> (1, n, Hq, d)."""
         if self.cache is not None:
-            for slot, (first, last) in enumerate(self.prompts, self.first_slot):
-                self.cache.store_prompt(layer, slot, k[first:last], v[first:last])
+            for prompt, (first, last) in enumerate(self.prompts, self.first_prompt):
+                self.cache.store_prompt(layer, prompt, k[first:last], v[first:last])
         return BlockAttention.apply(q, k, v, self.blocks, scale)[None]
 
     def find(self, tokens):
@@ -171,9 +175,9 @@ class DecodeCache:
         """places: for each prompt, which buffer of a layer holds it, and where in that buffer."""
         self.places = [(i, j) for i, (_, n) in enumerate(self.sizes) for j in range(n)]
 
-    def store_prompt(self, layer, slot, k, v):
-        """Keeps k and v (P, Hkv, d) of prompt `slot`."""
-        i, j = self.places[slot]
+    def store_prompt(self, layer, prompt, k, v):
+        """Keeps k and v (P, Hkv, d) of a prompt, given by its number."""
+        i, j = self.places[prompt]
         k_buffer, v_buffer = self.prompt_kv[layer][i]
         k_buffer[j], v_buffer[j] = k.transpose(0, 1), v.transpose(0, 1)
 

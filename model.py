@@ -171,27 +171,18 @@ class Policy(nn.Module):
         write_network(Path(folder), self.net, weights, dtype, self.side_files)
 
     def set_grad_checkpointing(self, n):
-        """Recompute the activations of every n-th layer in the backward pass (in train mode); 0:
-
-        keep them all.
-        """
+        """In train mode, recompute every n-th layer's activations in the backward pass; 0: none."""
         for layers in (self.net.model.visual.blocks, self.text.layers):
             for i, layer in enumerate(layers):
                 layer.gradient_checkpointing = n > 0 and i % n == 0
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def freeze_vision(self):
-        """Freezes the vision tower:
-
-        no gradients, and the embeddings of `encode` stay valid for the whole run.
-        """
+        """Freezes the vision tower, so that embeddings of `encode` stay valid for the whole run."""
         self.net.model.visual.requires_grad_(False)
 
     def tower_fingerprint(self):
-        """What the embedding of a medium depends on besides the medium:
-
-        dtype, kind of device, weights.
-        """
+        """What embeddings depend on besides the medium: dtype, kind of device, weights."""
         visual = self.net.model.visual
         return [str(visual.dtype), self.device.type, tensor_digest(*visual.parameters())]
 
@@ -293,19 +284,19 @@ class Policy(nn.Module):
             logits = F.linear(hidden.to(head.dtype), head)
             return logits.index_fill(-1, self.banned, -1e30)
 
-    def run_row(self, prompts, responses, visual_embeds, cache=None, first_slot=0):
+    def run_row(self, prompts, responses, visual_embeds, cache=None, first_prompt=0):
         """One packed row [prompt | o_1 ... o_G | prompt' ...] through the language model.
 
         responses: for each prompt a list of token ids (R_i,).  visual_embeds: of each prompt (V,
-        D). cache, first_slot: see PackedRow.
+        D). cache, first_prompt: see PackedRow.
         Returns the hidden states of the tokens that this rank holds (n, D), the row's plan, and the
         position that follows each prompt.
         """
         lengths = row_lengths(prompts, responses)
         if self.sp.size == 1:
-            plan = attention.PackedRow(lengths, self.device, cache, first_slot)
+            plan = attention.PackedRow(lengths, self.device, cache, first_prompt)
         else:
-            plan = mrsp.ShardedRow(lengths, self.device, self.sp, cache, first_slot)
+            plan = mrsp.ShardedRow(lengths, self.device, self.sp, cache, first_prompt)
         ids, positions, visual, following = [], [], [], []
         for prompt, group in zip(prompts, responses, strict=True):
             of_prompt, first = self.positions(prompt)
@@ -351,6 +342,7 @@ class Policy(nn.Module):
         if visual_embeds is None:
             visual_embeds = self.encode(prompts)
         logp, entropy = self._score(prompts, responses, visual_embeds, temperature)  # (T,) each
+        # DDP and FSDP wait for a gradient of every trained parameter
         if not any(len(x) and x.requires_grad for x in visual_embeds):
             logp = logp + zero_of(self.net.model.visual)
         lengths = [len(r) for group in responses for r in group]

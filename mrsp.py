@@ -16,13 +16,15 @@ side by side.
     rollout   prefill, as in stage 2, leaves the prompts' keys and values on every rank; then each
               rank decodes its share of the responses (rollout.generate)
 
-What rank 1 of 2 holds in stage 2. A prompt has two blocks for each rank, because later blocks cost
-more (they see more): the first goes with the last, the second with the one before it.
+Who holds what in stage 2, on 2 ranks. Later blocks of a prompt cost more, because they see more.
+So a prompt has 2 * size blocks, and rank r holds blocks r and 2 * size - 1 - r.
 
     the row        [ block 0 | block 1 | block 2 | block 3 | o_1 ... o_G               ]
     rank 0         [ block 0 |         |         | block 3 | first half |              ]
     rank 1         [         | block 1 | block 2 |         |            | second half  ]
-    its tokens     [ block 1 | block 2 | second half ]
+
+So rank 1's hidden states are [ block 1 | block 2 | second half ]. The half begins anywhere, also
+within a response. The rank that scores a token need not be the one that sampled it.
 
 Gathering K and V, instead of exchanging heads (Ulysses), does not limit the ranks to the number of
 heads (28 heads on 8 GPUs), and with grouped-query attention moves no more for up to 8 ranks.
@@ -63,8 +65,10 @@ class SequenceParallel:
     def gather(self, x, reduce=True):
         """x (n, ...) of every rank -> (size, n, ...).
 
-        reduce: in the backward pass, x gets the sum of the gradients on all ranks. False: this
-        rank's gradient only, for values from which every rank computes the same loss.
+        reduce: what x gets in the backward pass. True, for keys and values: the sum of all ranks'
+        gradients, because each rank uses them for its own tokens. False, for log-probs: this rank's
+        gradient, because every rank computes the same loss from all of them, and a sum would count
+        it `size` times.
         """
         return x[None] if self.size == 1 else Gather.apply(x, self, reduce)
 
@@ -177,17 +181,14 @@ def encode(policy, prompts):
 
 
 def media_key(media):
-    """What two Media with the same pixels share:
-
-    two questions about one video share its embeddings.
-    """
+    """The same for two Media with the same pixels: questions about one video share embeddings."""
     return media.key or id(media)
 
 
 def known_embeds(policy, cache, media):
-    """The embeddings that the cache holds -> {key:
+    """What the cache holds of these media, by key -> embeddings (V, D) by key.
 
-    (V, D)}, with the same keys on all ranks of policy.sp.
+    All ranks of policy.sp get the same keys.
     """
     if not cache:
         return {}
@@ -198,9 +199,9 @@ def known_embeds(policy, cache, media):
 
 
 def encode_together(policy, media):
-    """{key: Media} -> {key:
+    """Encodes Media, by key -> embeddings (V, D) by key, on all ranks of policy.sp.
 
-    (V, D)} on all ranks; each rank of policy.sp encodes its share of the 2-frame grids.
+    Each rank encodes its share of the 2-frame grids.
     """
     grids = [(m, i) for m in media.values() for i in range(m.grid[0])]
     if not grids:
@@ -287,38 +288,41 @@ class ShardedRow(PackedRow):
     """One rank's tokens of a PackedRow; they attend to the keys and values of the whole row.
 
     own: (n,) the tokens of the row that this rank holds, in the order of its hidden states. n is
-    the same on all ranks: shorter shares repeat token 0 at the end, which sees nothing and which
-    nobody reads.
+    the same on all ranks: shorter shares end with a copy of token 0, whose output nobody reads.
     """
 
-    def __init__(self, lengths, device, sp, cache=None, first_slot=0):
-        self.sp, self.cache, self.first_slot = sp, cache, first_slot
+    def __init__(self, lengths, device, sp, cache=None, first_prompt=0):
+        self.sp, self.cache, self.first_prompt = sp, cache, first_prompt
         self.prompts = prompt_bounds(lengths)
         shares = deal(lengths, sp.size)
         tokens = [tokens_of_share(share) for share in shares]  # of each rank
         self.n = max(len(t) for t in tokens)
-        slot = torch.empty(sum(len(t) for t in tokens), dtype=torch.long)
+        gathered_at = torch.empty(sum(len(t) for t in tokens), dtype=torch.long)
         for r, t in enumerate(tokens):
-            slot[t] = r * self.n + torch.arange(len(t))
-        self.slot = slot.to(device)  # (S,): where each token of the row is in (size, n) gathered
+            gathered_at[t] = r * self.n + torch.arange(len(t))
+        self.gathered_at = gathered_at.to(
+            device
+        )  # (S,): where each token of the row is in (size, n) gathered
         own = tokens[sp.rank]
         self.own = F.pad(own, (0, self.n - len(own))).to(device)
         causal, *full = spans_of_share(lengths, shares[sp.rank])
         self.blocks = make_blocks(causal, full, device)
 
     def attend(self, layer, q, k, v, scale):
-        kv = self.sp.gather(torch.cat([k, v]))  # (size, 2, Hkv, n, d)
+        """q (1, Hq, n, d), k and v (1, Hkv, n, d) of this rank's tokens -> (1, n, Hq, d)."""
+        kv = torch.cat([k, v])  # (2, Hkv, n, d)
+        kv = self.sp.gather(kv)  # (size, 2, Hkv, n, d)
         kv = kv.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (2, size * n, Hkv, d)
-        k, v = kv.index_select(1, self.slot)  # (S, Hkv, d) each, in the row's order
+        k, v = kv.index_select(1, self.gathered_at)  # (S, Hkv, d) each, in the row's order
         return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
 
     def find(self, tokens):
-        owner, place = self.slot[tokens] // self.n, self.slot[tokens] % self.n
+        owner, place = self.gathered_at[tokens] // self.n, self.gathered_at[tokens] % self.n
         here = (owner == self.sp.rank).nonzero()[:, 0]
         return here, place[here]
 
     def collect(self, x, tokens):
-        owner = self.slot[tokens] // self.n
+        owner = self.gathered_at[tokens] // self.n
         counts = owner.bincount(minlength=self.sp.size).tolist()
         by_rank = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
         return self.sp.concatenate(x, counts, reduce=False)[by_rank.argsort()]

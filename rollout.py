@@ -25,7 +25,7 @@ from infra.packing import pack
 
 PREFILL_TOKENS = 16384  # prompt tokens of one packed row of a prefill
 COMPACT_EVERY = 4  # decode steps between two checks of who has finished; each is a host sync
-WINDOW = 64  # tokens that one CUDA graph serves: it attends to up to this many unwritten ones
+WINDOW = 64  # a CUDA graph is recorded anew after this many tokens; it masks unwritten ones
 
 
 @dataclass(eq=False)
@@ -116,8 +116,8 @@ def decode(policy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p
     """What this rank of policy.sp decodes: every size-th response to each prompt.
 
     prompts: their lengths ascend. Returns tokens, log-probs and entropies on the CPU, each
-    (B, G of this rank, max_new); after a response's end -1, 0 and 0. Another kind of policy may
-    register its own function here.
+    (B, G of this rank, max_new); after a response's end -1, 0 and 0. Another class of policy can
+    register its own way (experiments/plain.py does).
     """
     mine = slice(policy.sp.rank, None, policy.sp.size)
     uniform = uniform_draws(seeds, G, max_new)[:, mine]
@@ -144,7 +144,7 @@ def prefill(policy, prompts, visual_embeds, cache):
         in_row = slice(row[0], row[-1] + 1)
         no_responses = [[] for _ in row]
         hidden, plan, nexts = policy.run_row(
-            prompts[in_row], no_responses, visual_embeds[in_row], cache, first_slot=row[0]
+            prompts[in_row], no_responses, visual_embeds[in_row], cache, first_prompt=row[0]
         )
         ends = torch.tensor(lengths[in_row], device=policy.device).cumsum(0) - 1
         _, places = plan.find(ends)
@@ -171,11 +171,11 @@ class Decoding:
         self.tokens = torch.full((N, max_new), -1, device=device)
         figures = torch.zeros(2, N, max_new, dtype=self.head.dtype, device=device)
         self.logps, self.entropies = figures
-        # of every row that still decodes:
-        self.rows = torch.arange(N, device=device)  # which response it is
-        self.position = following.repeat_interleave(cache.G)  # of its first token
+        # one entry for each row that still decodes:
+        self.rows = torch.arange(N, device=device)  # its response
+        self.position = following.repeat_interleave(cache.G)  # M-RoPE id of the first token
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
-        self.token = torch.zeros(N, dtype=torch.long, device=device)  # drawn last
+        self.token = torch.zeros(N, dtype=torch.long, device=device)  # the last token drawn
 
     def sample(self, hidden):
         """Draws token t = cache.t of every row from hidden states (N, D)."""
@@ -201,7 +201,8 @@ class Decoding:
         """Steps until every response has ended or has max_new tokens."""
         window = WINDOW if self.policy.cuda_graph else 1
         recorded = replay = None
-        for drawn in range(1, max_new):  # tokens of every row; the last is not in the cache yet
+        # drawn: tokens sampled so far for every row; drawn - 1 of them are in the cache
+        for drawn in range(1, max_new):
             if drawn % COMPACT_EVERY == 0:
                 if self.done.all():
                     break

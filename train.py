@@ -82,7 +82,7 @@ class Run:
     reference: Policy | None  # frozen, for the KL penalty; None if beta = 0
     builder: PromptBuilder
     more: Callable  # (step, k) -> the prompts of the step's k-th refill
-    optimize: Callable  # (step) -> Update: applies the gradient and clears it
+    optimize: Callable  # (step) -> Update, by infra/optimizer.update
     loader: Loader | None = None
     optimizer: torch.optim.Optimizer | None = None
     errors: LoadErrors | None = None
@@ -112,9 +112,9 @@ def grpo_step(run, prompts, step):
 
     totals, updates = [], []
     for batch in minibatches(trained, A, args):  # one, unless --minibatches asks for more
-        with timed("train"):  # from the second minibatch on, rho is not 1
-            total = policy_gradient(run, batch, local)  # of -min(rho A, clip(rho) A) + beta KL
-        with timed("optimizer"):  # without a gradient, a step would only move by momentum
+        with timed("train"):  # backward through -min(rho A, clip(rho) A) + beta KL
+            total = policy_gradient(run, batch, local)
+        with timed("optimizer"):  # no trained token: a step would only move by momentum
             updates.append(run.optimize(step) if total.tokens else Update(skipped=True))
         totals.append(total)
 
@@ -316,6 +316,8 @@ def policy_gradient(run, batch, local):
     lengths = [group.tokens for group, _ in mine]
     for row in passes(run.policy, pack(mine, lengths, args.row_tokens)):
         loss, of_row = row_loss(run, row, denominator)
+        # DDP divides by WORLD. With --sp all ranks have this loss, but each passes back through
+        # its own tokens only. So both ways the gradients of the ranks add up.
         (loss * WORLD).backward()
         total += of_row
     return sum(gather(total, unwrap(run.policy).sp.size), LossTotals())
@@ -337,8 +339,9 @@ def loss_denominator(groups, args):
 def row_loss(run, row, denominator):
     """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, LossTotals).
 
-    N responses of all its groups, R tokens of the longest. pi_old's log-probs are the sampler's
-    own. An empty row has a loss of 0 that touches every parameter.
+    N responses of all its groups, R tokens of the longest. pi_old's log-probs come from sampling,
+    without another pass: rho of a first update is 1 up to rounding, logged as `mismatch`. An empty
+    row has a loss of 0 that touches every parameter.
     """
     args = run.args
     prompts = [x.group.prompt for x, _ in row]

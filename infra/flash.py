@@ -46,8 +46,8 @@ def make_blocks(causal, full, device):
 def batch_spans(spans, causal, device):
     """Spans -> [Blocks, ...], few calls for many spans. A query must be in one span only.
 
-    Spans run together when less than a third is padding: causal ones of any length (only padded
-    queries see padded keys), full ones of equally many keys.
+    Spans run together if each has at least 3/4 as many queries as the longest: causal spans of any
+    length (only padded queries see padded keys), full spans of equally many keys.
     """
     out = []
     spans = [span for span in spans if span[1] and span[3]]
@@ -58,8 +58,8 @@ def batch_spans(spans, causal, device):
         spans = spans[: -len(together)]
         first_q, queries, first_k, keys = torch.tensor(together).T[..., None]  # (n, 1) each
         real = torch.arange(a) < queries  # (n, a)
-        q = (first_q + torch.arange(a)).where(real, first_q)  # padding repeats the first query
-        k = first_k + torch.arange(b).clamp(max=keys - 1)  # (n, b), and the last key
+        q = (first_q + torch.arange(a)).where(real, first_q)  # (n, a), padded by the first query
+        k = first_k + torch.arange(b).clamp(max=keys - 1)  # (n, b), padded by the last key
         real_index = real.flatten().nonzero()[:, 0]
         tensors = (x.to(device) for x in (real_index, q[real], ~real))
         out.append(Blocks(q.to(device), k.to(device), causal, *tensors))
@@ -81,7 +81,8 @@ class BlockAttention(torch.autograd.Function):
 
     Backward, each block's own flash kernel gets the output and the log-sum-exp of the WHOLE row,
     and so recomputes the probabilities exp(score - lse) of the whole softmax: the gradients of the
-    blocks add up. No mask, no copy of K and V for each response or query head, no stored scores.
+    blocks add up. There is no mask and no stored score; K and V are copied once for each block, not
+    for each response or query head.
 
     q (S, Hq, d), k and v (S', Hkv, d) -> (S, Hq, d); zeros for a query that no block has. Half
     precision on a GPU.
@@ -98,7 +99,7 @@ class BlockAttention(torch.autograd.Function):
             o, lse, state = flash(q_b, k_b, v_b, b.causal, scale)
             ctx.states.append(state)
             o, lse = (x.transpose(1, 2).flatten(0, 1)[b.real].to(exact) for x in (o, lse))
-            if not b.causal:  # a causal block is its queries' first
+            if not b.causal:  # causal blocks come first, so they have nothing to be merged with
                 o, lse = merge(o, lse, out[b.tokens], total[b.tokens])
             out[b.tokens], total[b.tokens] = o, lse
         out = out.to(q.dtype)
@@ -146,7 +147,7 @@ def flash_backward(grad, q, k, v, out, lse, causal, scale, state):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, 0.0, causal, scale=scale
         )
-    first_q, first_k, max_q, max_k, seed, offset = state
+    cum_seq_q, cum_seq_k, max_q, max_k, seed, offset = state
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *tensors, first_q, first_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale
+        *tensors, cum_seq_q, cum_seq_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale
     )

@@ -1,6 +1,6 @@
-"""A model folder in Hugging Face's form:
+"""A model folder in Hugging Face's form.
 
-find it, read the network with every weight accounted for, write it back.
+Finds it, reads the network with every weight accounted for, and writes it back.
 """
 
 import hashlib
@@ -247,10 +247,7 @@ def load_tokenizer(folder):
 
 
 def side_files(folder):
-    """The small files beside the weights -> {name:
-
-    bytes}: config, tokenizer, chat template, processor.
-    """
+    """The small files beside the weights (config, tokenizer, template) -> their bytes by name."""
     files = [f for pattern in ("*.json", "*.txt", "*.jinja") for f in Path(folder).glob(pattern)]
     not_ours = (".index.json", "state.json")
     return {f.name: f.read_bytes() for f in files if not f.name.endswith(not_ours)}
@@ -281,9 +278,9 @@ def write_network(folder, net, weights, dtype, side_files):
 
 
 def fingerprint(folder):
-    """Hex digits that tell a checkpoint's weights from others:
+    """Hex digits that tell a checkpoint's weights from others.
 
-    of 64 blocks of 64 KB, evenly spaced, of every file.
+    Reads 64 blocks of 64 KB, evenly spaced, of every file.
     """
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(Path(folder).glob("*.safetensors")):
