@@ -206,7 +206,7 @@ def media_flags(p, *, fps, max_pixels, max_prompt):
     g.value(
         "reader",
         "av",
-        "of videos: av decodes the right frames or fails; decord can decode wrong ones (README)",
+        "of videos: av decodes the right frames or fails; decord may not (docs/videos.md)",
         choices=("av", "decord"),
     )
     g.value(

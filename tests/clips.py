@@ -1,6 +1,6 @@
 """Clips whose pictures show their own numbers, so a test can read back which were shown.
 
-python tests/clips.py              the README's table: which files does each reader read rightly?
+python tests/clips.py              which files each reader reads rightly, docs/videos.md's table
 python tests/clips.py FILE ...     CPU seconds of each reader for 16, 64 and 512 frames of a file
 """
 
