@@ -509,7 +509,8 @@ def check(p, args):
         p.error("--model and --data: expected both, or neither for the toy")
     if args.compare and not args.tts:
         p.error("--compare: expected with --tts")
-    if args.tts and "--frames" in p.given:
+    typed = [place for place, _ in p.given.get("--frames", ()) if not place]
+    if args.tts and typed:  # a config.txt of an earlier version has --frames beside --tts
         p.error(f"--frames {args.frames}: expected without --tts, which has --start and --cap")
     ordered(p, args, ("min_pixels", "max_pixels"), ("min_pixels", "image_max_pixels"))
     for name, least in (("frames", 2), ("start", 2), ("cap", args.start)):

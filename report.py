@@ -81,6 +81,10 @@ def finite(kind, text):
     return number
 
 
+# keys in logs of earlier versions, and what they are called now
+EARLIER_KEYS = {"share_lost": "probability_drop", "shares_lost": "probability_drops"}
+
+
 def read_lines(path, keys, wrong, notes):
     """The objects of a .jsonl file; [] if there is no file.
 
@@ -93,7 +97,7 @@ def read_lines(path, keys, wrong, notes):
     objects = []
     for i, line in enumerate(lines, 1):
         try:
-            found = dict(parse(line))
+            found = {EARLIER_KEYS.get(key, key): value for key, value in dict(parse(line)).items()}
         except OverflowError as e:
             raise DataError(f"{path}, line {i}: {e}") from e
         except (ValueError, TypeError):

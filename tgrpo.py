@@ -1,22 +1,28 @@
 """T-GRPO (Video-R1, arXiv 2503.21776, section 3.1): a reward for using the order of frames.
 
-For each video the policy samples G responses on the frames in order, and G/2 on the same frames
-shuffled. If the ordered group is right at least as often, the policy may be using time, and every
-right response of the ordered group gets a bonus:
+For each video the policy samples G responses on the frames in order, and G // 2 on the same frames
+shuffled. If the ordered group is right at least as often, the policy may be using the order, and
+every right response of the ordered group gets a bonus:
 
-    p, p~ = share of right responses, ordered and shuffled
+    p, p~ = share of right responses, ordered and shuffled; right: accuracy > 0.5 (release: > 0.1)
     r_t   = alpha if p >= mu * p~, else 0        (paper: mu = 1, alpha = 0.3; release: mu = 0.8)
     R_i   = r_i + r_t for every right response o_i
 
-The shuffled responses are only counted; they never enter the loss. Images have no order, so the
-test does not apply to them.
+The shuffled responses are only counted; they never enter the loss. Images, and videos of one grid
+where grids are shuffled, have no order, so the test does not apply to them.
 
-**When the bonus cancels.** Suppose accuracies are 0 or 1 and the rest of the reward is the same
-within the group. Then R = r + r_t * [right] = (1 + r_t) * accuracy + a constant, and
-(R - mean) / std does not see the factor: every advantage stays as it was. The published bonus acts
-only where the rest of the reward varies within the group (format, length, graded accuracies), or
-where advantages are not divided by the group's std. The paper remarks that the term could be added
-to the advantages directly; `--temporal advantage` does that: A_i + r_t for every right response.
+**When the bonus cancels.** Advantages are (R - mean) / std, which sees no shift and no scale. So
+(up to the 1e-4 beside the std) the bonus changes no advantage of a group
+
+  - if no response is right, or the group failed the test: there is no bonus;
+  - if all responses are right: the bonus is a shift;
+  - if r takes one value on right responses and a lower one on wrong ones: the bonus is a shift and
+    a scale. This is the common case: accuracies are 0 or 1, and all else in the reward is constant.
+
+It acts where other parts of the reward (format, length, graded accuracy) vary among responses that
+are equally right, and in mixed groups whose advantages are not divided by their own std (`--norm
+none`, `--norm batch`). The paper remarks that the term could be added to the advantages directly;
+`--temporal advantage` does that: A_i + r_t for every right response. That never cancels.
 
 **A bonus per response.** The published test is about the group: within it, a right guess from one
 still frame gets the same bonus as a right answer from motion. `--temporal contrast`, ours and not
@@ -26,10 +32,11 @@ with the frames shuffled, in one more packed forward pass:
     c_i   = max(0, 1 - pi(o_i | shuffled) / pi(o_i | ordered))      the probability drop of o_i
     R_i   = r_i + alpha * c_i for every right response o_i
 
-c varies within a group, so the normalisation does not cancel it, and it also teaches where all
-responses are right. The probability is that of the whole response: its reasoning is where a look at
-the frames shows; its answer often only repeats the reasoning. Almost any shuffle takes nearly all
-of a long response's probability, so the longer responses are, the less c tells.
+c varies among right responses, so the normalisation does not cancel it (unless only one is right),
+and it also teaches where all responses are right. The probability is that of the whole response:
+its reasoning is where a look at the frames shows; its answer often only repeats the reasoning.
+Almost any shuffle takes nearly all of a long response's probability, so the longer responses are,
+the less c tells.
 
 The first half of this file is pure; the second half shuffles videos and runs the policy on them.
 Shapes: B prompts, G ordered and G' shuffled responses, T frames, V visual tokens, D hidden.
@@ -95,8 +102,8 @@ def reorder(x, order):
     On frames (T, 3, H, W): with T numbers the frames are shuffled before the model forms its
     2-frame grids, as published; with T / 2 numbers whole grids are shuffled.
     On embeddings (V, D), with T / 2 numbers: the vision tower of Qwen2-VL and Qwen2.5-VL sees one
-    grid at a time, so this equals encoding the shuffled video, without a second pass. Neighbouring
-    frames then stay together, which hides less of the order.
+    grid at a time, so this equals encoding the shuffled video, without a second pass.
+    Shuffled grids keep the order within each pair of frames, so they are a weaker shuffle.
     """
     return x.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
@@ -106,9 +113,9 @@ def reorder(x, order):
 
 @dataclass
 class Shuffled:
-    """What shuffling a video's frames did. order: of its frames or grids. One of the two:"""
+    """What shuffling a video's frames did. Either accuracies or drops are set."""
 
-    order: list[int]
+    order: list[int]  # of the frames, or grids
     accuracies: list[float] | None = None  # (G',) of the responses to the shuffled video
     drops: list[float] | None = None  # (G,) of the ordered responses, with --temporal contrast
 
@@ -124,7 +131,7 @@ class ShuffledPrompt:
 
 
 def shuffle_prompts(prompts, visual_embeds, step, args):
-    """The videos of a step, shuffled -> [ShuffledPrompt]. Images are left out.
+    """The videos of a step, each in one other order -> [ShuffledPrompt]. Images are left out.
 
     prompts: [(position in the step, Prompt)].  visual_embeds: (V, D) of each.
     """
@@ -136,8 +143,9 @@ def shuffle_prompts(prompts, visual_embeds, step, args):
             continue
         order = permutation(units, seed(args.seed, step, position, "order 0"))
         frames = reorder(media.frames, order)
-        other = replace(prompt, media=[replace(media, frames=frames, key=None)])
+        shuffled_media = replace(media, frames=frames, key=None)  # no entry of the embedding cache
         embeds = reorder(embeds, order) if args.shuffle == "grid" else None
+        other = replace(prompt, media=[shuffled_media])
         shuffled.append(ShuffledPrompt(position, order.tolist(), other, embeds))
     return shuffled
 
@@ -155,7 +163,7 @@ def compare_with_shuffled(policy, prompts, groups, visual_embeds, builder, step,
 
 
 def respond_to_shuffled(policy, shuffled, builder, step, args):
-    """Samples G/2 responses to every shuffled video and judges them -> {position: Shuffled}."""
+    """Samples G // 2 responses to each shuffled video and judges them -> {position: Shuffled}."""
     groups = generate(
         policy,
         [s.prompt for s in shuffled],
@@ -188,9 +196,9 @@ def rescore(policy, shuffled, groups, args):
         responses = [groups[s.position].responses for s in row]
         logp, _ = policy(prompts, responses, known_embeds(row), args.temperature)  # (N, R)
         shuffled_logp = logp.double().sum(1).cpu().split(args.group)  # (G,) of each group
-        for s, after in zip(row, shuffled_logp):
-            before = torch.stack([x.double().sum() for x in groups[s.position].logps])  # (G,)
-            drops = probability_drop(before, after).tolist()
+        for s, of_group in zip(row, shuffled_logp):
+            ordered_logp = [x.double().sum() for x in groups[s.position].logps]
+            drops = probability_drop(torch.stack(ordered_logp), of_group).tolist()  # (G,)
             found[s.position] = Shuffled(s.order, drops=drops)
     return found
 
@@ -205,7 +213,7 @@ def known_embeds(shuffled):
 
 
 def step_bonus(groups, args):
-    """The bonus of every response of a step -> (B, G); 0 for images and without T-GRPO.
+    """The bonus of every response of a step -> (B, G); 0 where nothing was shuffled.
 
     groups: train.ScoredGroup of all ranks, with .accuracy (G,) and .shuffled (None for images).
     """

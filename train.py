@@ -9,8 +9,8 @@ The algorithm, GRPO (arXiv 2402.03300) with Video-R1's temporal bonus (arXiv 250
 
     1. sample    G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
     2. reward    rules judge each response: r_i                   rewards.py
-    3. bonus     T-GRPO: r_i + r_t if order helped                tgrpo.py
-    4. advantage A_i = (r_i - mean r) / std r                     grpo.group_advantages
+    3. bonus     R_i = r_i + r_t if o_i is right and p >= p~      tgrpo.py, --algo tgrpo only
+    4. advantage A_i = (R_i - mean R) / std R                     grpo.group_advantages
     5. loss      -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
     6. update    clip the gradient, AdamW                         infra/optimizer.py
 
@@ -102,13 +102,13 @@ def grpo_step(run, prompts, step):
     args = run.args
     local, groups, refills = sample_groups(run, prompts, step)  # o_1 ... o_G ~ pi_old, and r
     reward = column(groups, "reward")  # (B, G)
-    bonus = tgrpo.step_bonus(groups, args)  # (B, G)
+    bonus = tgrpo.step_bonus(groups, args)  # (B, G), not in `reward`: `advantages` adds it
     teaching = advantages(reward, bonus, args).any(dim=1)  # (B,) groups with an advantage
     kept = torch.arange(len(groups))
     if args.drop_zero_std:  # DAPO
         kept = kept[teaching][: args.prompts]
     trained = [groups[b] for b in kept.tolist()]
-    A = advantages(reward[kept], bonus[kept], args)  # (r - mean r) / std r
+    A = advantages(reward[kept], bonus[kept], args)  # (R - mean R) / std R
 
     totals, updates = [], []
     for batch in minibatches(trained, A, args):  # one, unless --minibatches asks for more
@@ -122,7 +122,7 @@ def grpo_step(run, prompts, step):
     entry |= {"trained_groups": len(trained), "refills": refills}
     applied = torch.zeros_like(reward).index_copy(0, kept, A)  # 0 for groups that were dropped
     sp_size = unwrap(run.policy).sp.size
-    lines = sample_lines(local, groups[:2], bonus, applied, step, sp_size)
+    lines = sample_lines(local, groups[:2], bonus, applied, step, sp_size)  # two groups a step
     return entry, lines, sum(sum(g.lengths) for g in groups)
 
 
@@ -183,7 +183,7 @@ def sample_groups(run, prompts, step):
         teach = count_teaching(groups, args)
     if args.refill and teach < args.prompts:
         say(
-            f"step {step + 1}: {teach} of {args.prompts} groups have mixed rewards "
+            f"step {step + 1}: {teach} of {args.prompts} groups have an advantage "
             f"after {refills} refills"
         )
     return local, groups, refills
@@ -695,7 +695,7 @@ def resume_step(args, checkpoint, optimizer):
 
 def parse_args(argv=None):
     """The flags, from argv or the command line. @FILE reads more, one a line, # is a comment."""
-    p = Parser(__doc__)
+    p = Parser(__doc__, dropped=("shuffles",))
     g = p.section("run")
     g.value(
         "algo",
@@ -764,8 +764,10 @@ def temporal_flags(p):
         "reward, for each response by its probability drop when the frames are shuffled",
         choices=("reward", "advantage", "contrast"),
     )
-    g.value("alpha", 0.3, "the bonus of a right response; contrast: the most it can be")
-    g.value("mu", 1.0, "the test passes if right mu times as often in order as shuffled")
+    g.value(
+        "alpha", 0.3, "bonus of a right response whose group passes the test; contrast: its maximum"
+    )
+    g.value("mu", 1.0, "the test passes if p(ordered) >= mu * p(shuffled); contrast has none")
     g.value("correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
     g.value(
         "shuffle",

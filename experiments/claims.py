@@ -33,6 +33,7 @@ from experiments.stats import combine, table
 from infra.files import write_whole
 from infra.run_folder import commit
 
+RESULTS = Path(__file__).parent / "results"
 CLAIMS = {
     "grpo": grpo.CLAIM,
     "frame_order": frame_order.CLAIM,
@@ -110,7 +111,7 @@ def main(argv=None):
     if not importlib.util.find_spec("matplotlib"):
         p.error("no matplotlib: pip install -r experiments/requirements.txt")
     if args.draw:
-        draw(args.claim, "experiments/results")
+        draw(args.claim, RESULTS)
         return
     with workers(args.jobs) as pool:
         if args.quick:
@@ -118,7 +119,7 @@ def main(argv=None):
             done, now = study(args.claim, range(2), out, out, pool, **QUICK)
         else:
             seeds = range(args.seeds)
-            done, now = study(args.claim, seeds, "out/claims", "experiments/results", pool)
+            done, now = study(args.claim, seeds, "out/claims", RESULTS, pool)
     print(table(done["values"]))
     minutes = done["process_minutes"]
     print(f"{now} of {len(done['runs'])} commands ran now; {minutes} process minutes in all")

@@ -70,11 +70,12 @@ def number(parser, name, default, within, text):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reads flag files (@FILE). Its errors are one line of rank 0."""
 
-    def __init__(self, doc="", **kw):
+    def __init__(self, doc="", dropped=(), **kw):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(description=doc, formatter_class=layout, allow_abbrev=False, **kw)
         # argparse takes -1e-3 and -inf for flags; they are values
         self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")
+        self.dropped = dropped  # names in DROPPED that this script once had
         self.given = {}  # word of the command line -> [(place, word after it), ...], see _place
 
     def section(self, title):
@@ -103,7 +104,9 @@ class Parser(argparse.ArgumentParser):
         placed = []
         for word in words:
             if not word.startswith("@"):
-                placed.append((place, renamed(word)))
+                new = renamed(word)
+                known = new.partition("=")[0] in self._option_string_actions
+                placed.append((place, new if known else word))
                 continue
             file = Path(word[1:])
             if file.resolve() in inside:
@@ -122,11 +125,11 @@ class Parser(argparse.ArgumentParser):
         words = iter(placed)
         for place, word in words:
             name, equals, value = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or name not in DROPPED:
+            if not word.startswith("--") or name not in self.dropped:
                 kept.append((place, word))
                 continue
             if not equals:
-                value = next(words, ("", ""))[1]
+                value = next(words, ("", "nothing"))[1]
             if value != DROPPED[name]:
                 self.error(
                     f"{place}--{name} {value}: this flag is gone; {DROPPED[name]} is built in"

@@ -2,6 +2,7 @@
 
 import pytest
 
+import eval
 import train
 from infra.flags import Parser, by_name, flag_lines, refuse_changes, renamed
 
@@ -138,3 +139,19 @@ def test_a_run_with_a_flag_that_is_gone_is_read_if_its_value_is_built_in(tmp_pat
     assert "--shuffles 2: this flag is gone; 1 is built in" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="expected --shuffles 2"):
         refuse_changes(config, now, {"lr"})
+
+
+def test_an_earlier_name_is_understood_only_where_its_flag_is():
+    answering = ["--updates", "2"]
+    found, left = Parser().parse_known_args(answering)
+    assert (vars(found), left) == ({}, answering)
+    _, left = Parser().parse_known_args(["--shuffles", "1"])
+    assert left == ["--shuffles", "1"]
+
+
+def test_a_folder_of_answers_of_before_is_read_again(tmp_path):
+    """Its config.txt has --frames beside --tts; typed, that is an error."""
+    (tmp_path / "config.txt").write_text("--model m\n--data d\n--frames 16\n--tts\n")
+    assert eval.parse_args([f"@{tmp_path}/config.txt"]).tts
+    with pytest.raises(SystemExit):
+        eval.parse_args([f"@{tmp_path}/config.txt", "--frames", "8"])

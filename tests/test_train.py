@@ -1214,7 +1214,7 @@ def test_dynamic_sampling_refills_up_to_its_bound_and_says_what_is_left(
         assert 0 < entry["trained_groups"] <= 4 and entry["refills"] <= 3
         assert entry["trained_groups"] == 4 or entry["refills"] == 3
     out = run(*flags(world, tmp_path / "b", steps=1, **dapo))  # a random model: every reward is 0
-    assert "step 1: 0 of 4 groups have mixed rewards after 3 refills" in out
+    assert "step 1: 0 of 4 groups have an advantage after 3 refills" in out
     (entry,) = log(tmp_path / "b")
     assert (entry["trained_groups"], entry["refills"], entry["skipped_update"]) == (0, 3, True)
     start = load_file(world / "model" / "model.safetensors")
