@@ -276,8 +276,12 @@ def answer_all(args, methods, folder, device, samples, bad, out):
 def load_model(args, folder, device):
     """The policy, in bf16 on a GPU, and the builder of its prompts."""
     on_gpu = device.type == "cuda"
-    policy = Policy.load(folder, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    policy.cuda_graph = args.cuda_graph and on_gpu
+    policy = Policy.load(
+        folder,
+        device=device,
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+        cuda_graph=args.cuda_graph,
+    )
     media = {name: getattr(args, name) for name in MEDIA}
     return policy, PromptBuilder(folder, max_prompt=args.max_prompt, **media)
 

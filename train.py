@@ -81,7 +81,7 @@ class Run:
     policy: nn.Module  # pi: a Policy, perhaps inside DistributedDataParallel
     reference: Policy | None  # frozen, for the KL penalty; None if beta = 0
     builder: PromptBuilder
-    more: Callable  # (step, k) -> the prompts of the step's k-th refill
+    refill: Callable  # (step, k) -> the prompts of the step's k-th refill
     optimize: Callable  # (step) -> Update, by infra/optimizer.update
     loader: Loader | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -177,7 +177,7 @@ def sample_groups(run, prompts, step):
     while args.drop_zero_std and teach < args.prompts and refills < args.refill:
         refills += 1
         with timed("data"):
-            prompts = run.more(step, refills)
+            prompts = run.refill(step, refills)
         more_local, more_groups = rollout_and_reward(policy, prompts, run.builder, step, args)
         local, groups = local | more_local, groups + more_groups
         teach = count_teaching(groups, args)
@@ -543,14 +543,14 @@ def open_training(args, samples, device, at_end, policy_class):
     errors = LoadErrors(args.prompts, args.steps)
     sharing = mrsp.RowSharing(policy, reference, patience(args), args)
 
-    def more(step, k):
+    def refill(step, k):
         return sharing.exchange(errors.usable(loader.refill(step, k)))
 
     def optimize(step):
         return update(policy, optimizer, step, args)
 
     parts = dict(loader=loader, optimizer=optimizer, errors=errors, sharing=sharing)
-    return Run(args, wrapped, reference, loader.builder, more, optimize, **parts), start
+    return Run(args, wrapped, reference, loader.builder, refill, optimize, **parts), start
 
 
 def bf16_on_gpu(device):
