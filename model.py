@@ -312,11 +312,11 @@ class Policy(nn.Module):
         positions = torch.cat(positions, dim=1).to(self.device)  # (3, S)
         visual = torch.cat(visual).to(self.device)  # (S,)
         number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
-        visual, number = visual[plan.own], number[plan.own]
-        x = self.embed(ids[plan.own])  # (n, D)
+        visual, number = visual[plan.held], number[plan.held]
+        x = self.embed(ids[plan.held])  # (n, D)
         embeds = torch.cat(visual_embeds)[number[visual]]
         x = x.masked_scatter(visual[:, None], embeds.to(x.dtype))
-        hidden = self.run_text(x[None], positions[:, None, plan.own], plan)[0]
+        hidden = self.run_text(x[None], positions[:, None, plan.held], plan)[0]
         return hidden, plan, following
 
     def _is_visual(self, ids):
@@ -364,7 +364,8 @@ class Policy(nn.Module):
             )
             logps.append(logp)
             entropies.append(entropy)
-        return plan.collect(torch.cat(logps), sources), plan.collect(torch.cat(entropies), sources)
+        logp, entropy = torch.cat(logps), torch.cat(entropies)  # (T,) each, of this rank's tokens
+        return plan.from_all_ranks(logp, sources), plan.from_all_ranks(entropy, sources)
 
     def _score_chunk(self, hidden, targets, head, temperature):
         """Hidden states (n, D) and the tokens they predict (n,) -> log-probs, entropies (n,)."""

@@ -62,7 +62,7 @@ class SequenceParallel:
         self.size, self.rank = size, rank
         self._tensors, self._objects = tensors, objects  # process groups
 
-    def gather(self, x, reduce=True):
+    def all_gather(self, x, reduce=True):
         """x (n, ...) of every rank -> (size, n, ...).
 
         reduce: what x gets in the backward pass. True, for keys and values: the sum of all ranks'
@@ -70,12 +70,12 @@ class SequenceParallel:
         gradient, because every rank computes the same loss from all of them, and a sum would count
         it `size` times.
         """
-        return x[None] if self.size == 1 else Gather.apply(x, self, reduce)
+        return x[None] if self.size == 1 else AllGather.apply(x, self, reduce)
 
     def concatenate(self, x, counts, reduce=True):
-        """x (counts[rank], ...) of every rank -> (sum(counts), ...). reduce: as in gather."""
+        """x (counts[rank], ...) of every rank -> (sum(counts), ...). reduce: as in all_gather."""
         padding = (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x))
-        gathered = self.gather(F.pad(x, padding), reduce)
+        gathered = self.all_gather(F.pad(x, padding), reduce)
         return torch.cat([part[:n] for part, n in zip(gathered, counts)])
 
     def exchange(self, x):
@@ -92,8 +92,8 @@ class SequenceParallel:
         return out
 
 
-class Gather(torch.autograd.Function):
-    """All-gather. Its backward is a reduce-scatter, or takes this rank's part of the gradient."""
+class AllGather(torch.autograd.Function):
+    """Its backward is a reduce-scatter, or takes this rank's part of the gradient."""
 
     @staticmethod
     def forward(ctx, x, sp, reduce):
@@ -208,11 +208,11 @@ def encode_together(policy, media):
         return {}
     patches = [m.grid[1] * m.grid[2] for m, _ in grids]
     owners = share_out(patches, policy.sp.size)
-    own = policy.encode_grids([g for g, owner in zip(grids, owners) if owner == policy.sp.rank])
+    mine = [g for g, owner in zip(grids, owners) if owner == policy.sp.rank]
     counts = [0] * policy.sp.size  # visual tokens that each rank has encoded
     for n, owner in zip(patches, owners):
         counts[owner] += n // policy.merge**2
-    everything = policy.sp.concatenate(own, counts)  # (V, D) of all media
+    everything = policy.sp.concatenate(policy.encode_grids(mine), counts)  # (V, D) of all media
     return dict(zip(media, everything.split([m.tokens for m in media.values()])))
 
 
@@ -232,14 +232,14 @@ def share_out(costs, size):
 # ---- stage 2: share the row
 
 
-def deal(lengths, size):
-    """Deals a packed row to ranks -> for each rank, for each group, (block, block, responses).
+def shares_of_row(lengths, size):
+    """Shares of a packed row -> for each rank, for each group, (block, block, responses).
 
     lengths: [(P, [R_1, ..., R_G]), ...]. Each is a span (first, last) of the row. Of 2 * size
     blocks of a prompt, rank r has r and 2 * size - 1 - r; the responses, laid end to end, are split
     into `size` parts. Every token has one owner, and ranks differ by 3 tokens a group at most.
 
-    >>> deal([(8, [3, 1])], 2)
+    >>> shares_of_row([(8, [3, 1])], 2)
     [[((0, 2), (6, 8), (8, 10))], [((2, 4), (4, 6), (10, 12))]]
     """
     shares = [[] for _ in range(size)]
@@ -260,7 +260,8 @@ def split(start, end, parts):
 def spans_of_share(lengths, share):
     """What one rank's tokens see -> (causal, to_prompt, to_response), spans as in infra/flash.py.
 
-    Queries count this rank's tokens in order, keys the row's. share: this rank's of `deal`.
+    Queries count this rank's tokens in order, keys the row's.
+    share: this rank's of `shares_of_row`.
     """
     causal, to_prompt, to_response = [], [], []
     query = 0
@@ -287,31 +288,30 @@ def spans_of_share(lengths, share):
 class ShardedRow(PackedRow):
     """One rank's tokens of a PackedRow; they attend to the keys and values of the whole row.
 
-    own: (n,) the tokens of the row that this rank holds, in the order of its hidden states. n is
+    held: (n,) the tokens of the row that this rank holds, in the order of its hidden states. n is
     the same on all ranks: shorter shares end with a copy of token 0, whose output nobody reads.
     """
 
     def __init__(self, lengths, device, sp, cache=None, first_prompt=0):
         self.sp, self.cache, self.first_prompt = sp, cache, first_prompt
         self.prompts = prompt_bounds(lengths)
-        shares = deal(lengths, sp.size)
+        shares = shares_of_row(lengths, sp.size)
         tokens = [tokens_of_share(share) for share in shares]  # of each rank
         self.n = max(len(t) for t in tokens)
+        # (S,): where each token of the row is among the (size, n) that are gathered
         gathered_at = torch.empty(sum(len(t) for t in tokens), dtype=torch.long)
         for r, t in enumerate(tokens):
             gathered_at[t] = r * self.n + torch.arange(len(t))
-        self.gathered_at = gathered_at.to(
-            device
-        )  # (S,): where each token of the row is in (size, n) gathered
-        own = tokens[sp.rank]
-        self.own = F.pad(own, (0, self.n - len(own))).to(device)
+        self.gathered_at = gathered_at.to(device)
+        held = tokens[sp.rank]
+        self.held = F.pad(held, (0, self.n - len(held))).to(device)
         causal, *full = spans_of_share(lengths, shares[sp.rank])
         self.blocks = make_blocks(causal, full, device)
 
     def attend(self, layer, q, k, v, scale):
         """q (1, Hq, n, d), k and v (1, Hkv, n, d) of this rank's tokens -> (1, n, Hq, d)."""
         kv = torch.cat([k, v])  # (2, Hkv, n, d)
-        kv = self.sp.gather(kv)  # (size, 2, Hkv, n, d)
+        kv = self.sp.all_gather(kv)  # (size, 2, Hkv, n, d)
         kv = kv.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (2, size * n, Hkv, d)
         k, v = kv.index_select(1, self.gathered_at)  # (S, Hkv, d) each, in the row's order
         return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
@@ -321,7 +321,7 @@ class ShardedRow(PackedRow):
         here = (owner == self.sp.rank).nonzero()[:, 0]
         return here, place[here]
 
-    def collect(self, x, tokens):
+    def from_all_ranks(self, x, tokens):
         owner = self.gathered_at[tokens] // self.n
         counts = owner.bincount(minlength=self.sp.size).tolist()
         by_rank = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
@@ -442,12 +442,12 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     total, trained = count(policy), count(policy, trained=True)
     tower, layers = count(policy.net.model.visual), count(policy.text.layers)
     recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
-    L, D, own = c.num_hidden_layers, c.hidden_size, row / size
+    L, D, held = c.num_hidden_layers, c.hidden_size, row / size
     kv = 2 * D * c.num_key_value_heads / c.num_attention_heads * number  # a token in one layer
-    activations = own * (6 * D + 3 * c.intermediate_size) * number
+    activations = held * (6 * D + 3 * c.intermediate_size) * number
     row_kv = 2 * row * kv  # as gathered, and in blocks
     train = {
-        "layer inputs": recomputed * own * D * number,
+        "layer inputs": recomputed * held * D * number,
         "kept activations": (L - recomputed) * (activations + row_kv),
         "one layer's activations": 2 * activations,
         "one layer's K/V": 2 * row_kv,  # with their gradients

@@ -10,9 +10,9 @@
 
 Pure functions of strings: every response gets a number in range, never an exception.
 
-To add a reward: write a function of the response, like length_reward. Add its value in train.py
-(score_group and ScoredGroup, a flag in parse_args) and its name wherever `length_bonus` stands:
-infra/step_log.py, report.py, docs/log.md.
+To add a reward: write a function of the response, like length_reward, and add its value and weight
+in train.score_group, with a flag for the weight in train.parse_args. Logs and report show it; the
+chart "parts of the reward" in report.html and the table in docs/log.md list names.
 To add a problem type: name it in PROBLEM_TYPES, say how its answers are read (normalize_answer) and
 graded (grade). In data.py, say what the prompt asks for (CLOSING) and which answers of records are
 refused (_answer).

@@ -7,12 +7,16 @@
 The algorithm, GRPO (arXiv 2402.03300) with Video-R1's temporal bonus (arXiv 2503.21776), is
 `grpo_step`. For every question q of the step's B:
 
-    1. sample    G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
-    2. reward    rules judge each response: r_i                   rewards.py
-    3. bonus     R_i = r_i + r_t if o_i is right and p >= p~      tgrpo.py, --algo tgrpo only
-    4. advantage A_i = (R_i - mean R) / std R                     grpo.group_advantages
-    5. loss      -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
-    6. update    clip the gradient, AdamW                         infra/optimizer.py
+    1. encode     the video, once for all responses                Policy.encode
+    2. prefill    the prompt's keys and values, once               rollout.prefill
+    3. sample     G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
+    4. reward     rules judge each response: r_i                   rewards.py
+                  tgrpo: R_i = r_i + r_t if o_i is right and the
+                  group passes the temporal test; grpo: R_i = r_i  tgrpo.py
+    5. advantage  A_i = (R_i - mean R) / std R                     grpo.group_advantages
+    6. log-probs  log pi(o_i | q) of all responses in one row      Policy.forward
+    7. update     -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
+                  backward, clip the gradient, AdamW               infra/optimizer.py
 
 rho = pi / pi_old, of the tokens. Missing on purpose: a value network, a reward model, a trainer
 class, an inference server.
@@ -142,13 +146,16 @@ class ScoredGroup:
     lengths: list[int]  # (G,) tokens
     truncated: list[bool]  # (G,)
     entropy: list[float]  # (G,) summed over a response's tokens
-    reward: list[float]  # (G,) the weighted sum of the parts below, without T-GRPO's bonus
-    accuracy: list[float]  # (G,)
-    format: list[float]  # (G,)
-    length_bonus: list[float]  # (G,)
+    reward: list[float]  # (G,) the weighted sum of its parts, without T-GRPO's bonus
+    parts: dict[str, list[float]]  # accuracy, format, length_bonus: (G,) each
     frames: int  # that the prompt shows
     pixels: int  # of a frame
     shuffled: tgrpo.Shuffled | None = None  # T-GRPO, videos only
+
+    @property
+    def accuracy(self):
+        """(G,)"""
+        return self.parts["accuracy"]
 
 
 @dataclass
@@ -192,7 +199,7 @@ def sample_groups(run, prompts, step):
 def rollout_and_reward(policy, prompts, builder, step, args):
     """Encodes, samples and scores -> ({position: LocalGroup} of this rank, [ScoredGroup] of all
     ranks, by position)."""
-    with fsdp.gathered(policy):
+    with fsdp.unsharded(policy):
         with timed("encode"), torch.no_grad():
             visual_embeds = policy.encode([p for _, p in prompts])
         with timed("rollout"):
@@ -228,19 +235,21 @@ def score_group(position, group, texts, shuffled, args):
     sample = group.prompt.sample
     lengths = [len(r) for r in group.responses]
     accuracy = [accuracy_reward(text, sample) for text in texts]
-    formats = [format_reward(text) for text in texts]
     rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
-    length_bonuses = [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)]
-    parts = zip(accuracy, formats, length_bonuses)
+    parts = {
+        "accuracy": accuracy,
+        "format": [format_reward(text) for text in texts],
+        "length_bonus": [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)],
+    }
+    weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
+    reward = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(texts))]
     return ScoredGroup(
         position=position,
         lengths=lengths,
         truncated=group.truncated,
         entropy=[float(x.double().sum()) for x in group.entropies],
-        reward=[args.w_accuracy * a + args.w_format * f + b for a, f, b in parts],
-        accuracy=accuracy,
-        format=formats,
-        length_bonus=length_bonuses,
+        reward=reward,
+        parts=parts,
         frames=frames,
         pixels=pixels,
         shuffled=shuffled,
@@ -275,29 +284,29 @@ def minibatches(groups, A, args):
     """The groups of each optimizer step -> [[(ScoredGroup, advantages (G,)), ...], ...]."""
     pairs = list(zip(groups, A))
     learnable = [has_gradient(group, a, args) for group, a in pairs]
-    return [[pairs[i] for i in part] for part in deal(learnable, args.minibatches)]
+    return [[pairs[i] for i in part] for part in split_evenly(learnable, args.minibatches)]
 
 
-def deal(learnable, parts):
-    """Deals groups into at most `parts` minibatches -> the indices of each, the same on all ranks.
+def split_evenly(learnable, parts):
+    """Splits groups into at most `parts` minibatches -> the indices of each, the same on all ranks.
 
     learnable: whether each group has a gradient. Every minibatch gets about as many that have one,
     and about as many that have none; none is without a gradient unless all are. Neighbours stay
     together, because they are on different ranks.
 
-    >>> deal([True] * 8, 5)
+    >>> split_evenly([True] * 8, 5)
     [[0, 1], [2, 3], [4], [5, 6], [7]]
-    >>> deal([False, False, True, True], 3)
+    >>> split_evenly([False, False, True, True], 3)
     [[0, 2], [1, 3]]
     """
     n = max(1, min(parts, sum(learnable)))
-    dealt = [[] for _ in range(n)]
+    split = [[] for _ in range(n)]
     for kind in (True, False):
         of_kind = [i for i, x in enumerate(learnable) if x == kind]
         bounds = [-(-k * len(of_kind) // n) for k in range(n + 1)]  # rounded up
-        for k, part in enumerate(dealt):
+        for k, part in enumerate(split):
             part += of_kind[bounds[k] : bounds[k + 1]]
-    return [sorted(part) for part in dealt]
+    return [sorted(part) for part in split]
 
 
 def policy_gradient(run, batch, local):
@@ -430,7 +439,7 @@ def evaluate(run, samples):
     Raises DataError if no sample can be loaded.
     """
     policy = unwrap(run.policy)
-    with bf16_on_gpu(policy.device), timed("evaluate"), fsdp.gathered(policy):
+    with bf16_on_gpu(policy.device), timed("evaluate"), fsdp.unsharded(policy):
         answered, supervised = answer_held_out(run, samples)
         nll, tokens = validation_loss(policy, supervised, run.args)
     answered = sum(gather(answered), [])

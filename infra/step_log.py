@@ -36,8 +36,12 @@ def column(groups, name):
 
 def sampled_metrics(groups, teaching):
     """Means over everything that was sampled. teaching: (B,) groups with an advantage."""
-    names = ("reward", "accuracy", "format", "length_bonus", "truncated", "frames", "pixels")
-    metrics = {name: float(column(groups, name).mean()) for name in names}
+    metrics = {"reward": float(column(groups, "reward").mean())}
+    for name in groups[0].parts:
+        part = torch.tensor([g.parts[name] for g in groups], dtype=torch.float64)  # (B, G)
+        metrics[name] = float(part.mean())
+    for name in ("truncated", "frames", "pixels"):
+        metrics[name] = float(column(groups, name).mean())
     lengths = column(groups, "lengths")  # (B, G)
     metrics["response_length"] = float(lengths.mean())
     metrics["entropy"] = float(column(groups, "entropy").sum() / lengths.sum())
@@ -90,9 +94,7 @@ def sample_lines(local, groups, bonus, A, step, sp_size):
             figures = {
                 "response": text,
                 "reward": scored.reward[i],
-                "accuracy": scored.accuracy[i],
-                "format": scored.format[i],
-                "length_bonus": scored.length_bonus[i],
+                **{name: values[i] for name, values in scored.parts.items()},
                 "temporal_bonus": float(bonus[b, i]),
                 "advantage": float(A[b, i]),
             }

@@ -275,12 +275,12 @@ def test_ranks_that_share_a_row_attend_as_one(lengths, size):
     plain = masked_attention(q, k, v, mask, 8**-0.5)[0]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     seen = []
-    for rank, share in enumerate(mrsp.deal(lengths, size)):
+    for rank, share in enumerate(mrsp.shares_of_row(lengths, size)):
         row = mrsp.ShardedRow(lengths, "cpu", mrsp.SequenceParallel(size, rank))
         held = len(mrsp.tokens_of_share(share))  # after these, padding
-        out = row.attend_row(0, q[row.own], k, v, 8**-0.5)[0]
-        torch.testing.assert_close(out[:held], plain[row.own][:held], rtol=0, atol=1e-12)
-        seen += row.own[:held].tolist()
+        out = row.attend_row(0, q[row.held], k, v, 8**-0.5)[0]
+        torch.testing.assert_close(out[:held], plain[row.held][:held], rtol=0, atol=1e-12)
+        seen += row.held[:held].tolist()
     assert sorted(seen) == list(range(len(mask)))
 
 

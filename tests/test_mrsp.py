@@ -127,7 +127,7 @@ def test_every_token_is_dealt_once_for_any_lengths_and_any_size():
             (int(random.integers(1, 60)), random.integers(0, 9, random.integers(0, 5)).tolist())
             for _ in range(3)
         ]
-        held = [mrsp.tokens_of_share(share).tolist() for share in mrsp.deal(lengths, size)]
+        held = [mrsp.tokens_of_share(share).tolist() for share in mrsp.shares_of_row(lengths, size)]
         assert sorted(sum(held, [])) == list(range(sum(P + sum(R) for P, R in lengths)))
         counts = [len(tokens) for tokens in held]
         assert max(counts) - min(counts) <= 3 * len(lengths)
@@ -140,7 +140,7 @@ def test_the_work_is_balanced():
     """
     P, size = 4001, 4
     fair = P * (P + 1) / 2 / size  # pairs of a query and a key
-    for share in mrsp.deal([(P, [])], size):
+    for share in mrsp.shares_of_row([(P, [])], size):
         pairs = int((mrsp.tokens_of_share(share) + 1).sum())
         assert 0.98 < pairs / fair < 1.02
 

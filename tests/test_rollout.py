@@ -114,7 +114,7 @@ def test_a_step_that_could_be_a_cuda_graph(talkative, prompts, monkeypatch):
     shapes = []
     monkeypatch.setattr(rollout, "WINDOW", 16)
     monkeypatch.setattr(
-        rollout, "record", lambda step: shapes.append(len(step.__self__.rows)) or step
+        rollout, "record", lambda step: shapes.append(len(step.__self__.alive)) or step
     )
     plain = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
     talkative.cuda_graph = True

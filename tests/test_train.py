@@ -1062,7 +1062,7 @@ def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
     ],
 )
 def test_groups_are_shared_out_to_the_updates(learnable, updates, expected):
-    assert train.deal([x == "1" for x in learnable], updates) == expected
+    assert train.split_evenly([x == "1" for x in learnable], updates) == expected
 
 
 @pytest.mark.parametrize(
