@@ -69,7 +69,8 @@ class PackedRow:
 
     def __init__(self, lengths, device, cache=None, first_prompt=0):
         self.cache, self.first_prompt, self.prompts = cache, first_prompt, prompt_bounds(lengths)
-        causal, full = [], []  # spans: (first query, queries, first key, keys)
+        # spans: (first query, number of queries, first key, number of keys)
+        causal, full = [], []
         for (start, _), (P, responses) in zip(self.prompts, lengths):
             n = P + sum(responses[:1])
             causal.append((start, n, start, n))
@@ -89,21 +90,26 @@ class PackedRow:
     def attend_row(self, layer, q, k, v, scale):
         """q (n, Hq, d) of this rank, k and v (S, Hkv, d) of the whole row -> (1, n, Hq, d)."""
         if self.cache is not None:
-            for prompt, (first, last) in enumerate(self.prompts, self.first_prompt):
-                self.cache.store_prompt(layer, prompt, k[first:last], v[first:last])
+            for prompt, (start, end) in enumerate(self.prompts, self.first_prompt):
+                self.cache.store_prompt(layer, prompt, k[start:end], v[start:end])
         return BlockAttention.apply(q, k, v, self.blocks, scale)[None]
 
-    def find(self, tokens):
-        """Of these tokens of the row: which this rank holds, and where among its hidden states."""
-        return slice(None), tokens
+    def find(self, indices):
+        """Which of some tokens this rank holds, and where.
 
-    def from_all_ranks(self, x, tokens):
-        """x (n, ...) of what `find` found -> (len(tokens), ...) of all tokens, on every rank."""
+        indices: of tokens in the row. Returns (which, where): indices[which] are held by this rank,
+        and their hidden states are hidden[where].
+        """
+        return slice(None), indices
+
+    def from_all_ranks(self, x, indices):
+        """x: a value for each token that `find(indices)` found on this rank -> the values for all
+        of `indices`, in order, on every rank."""
         return x
 
 
 def prompt_bounds(lengths):
-    """Where each prompt of a packed row begins and ends: [(first, last), ...]."""
+    """Where the prompts of a packed row are: [(start, end), ...], end exclusive."""
     bounds, start = [], 0
     for P, responses in lengths:
         bounds.append((start, start + P))
@@ -121,8 +127,8 @@ def predictors(lengths):
     tensor([1, 1, 3, 4])
     """
     parts = []
-    for (_, start), (_, responses) in zip(prompt_bounds(lengths), lengths):
-        last_of_prompt = torch.tensor([start - 1])
+    for (_, end), (_, responses) in zip(prompt_bounds(lengths), lengths):
+        last_of_prompt, start = torch.tensor([end - 1]), end
         for R in responses:
             parts += [last_of_prompt, torch.arange(start, start + R - 1)]
             start += R
@@ -199,7 +205,7 @@ class DecodeCache:
 
         q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
         """
-        exact = torch.promote_types(q.dtype, torch.float32)
+        at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
         outs, lses = [], []
         of_length = q.split([n * self.G for _, n in self.sizes])
         for q_n, (k, v) in zip(of_length, self.prompt_kv[layer]):
@@ -207,7 +213,7 @@ class DecodeCache:
             out, lse, _ = flash(q_n.flatten(2, 3), k, v, False, scale)  # (n, Hkv, G * r, d)
             outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
             lses.append(lse.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).to(exact), torch.cat(lses).to(exact)
+        return torch.cat(outs).to(at_least_fp32), torch.cat(lses).to(at_least_fp32)
 
     def attend_to_responses(self, layer, q, scale):
         """Each response reads itself.
@@ -215,13 +221,15 @@ class DecodeCache:
         q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
         """
         k, v = (x[:, :, : self.width] for x in self.response_kv[layer])  # (N, Hkv, width, d)
-        exact = torch.promote_types(q.dtype, torch.float32)  # a bf16 score of 50 is off by 0.1
-        scores = (q.to(exact) * scale) @ k.to(exact).mT  # (N, Hkv, r, width)
+        at_least_fp32 = torch.promote_types(
+            q.dtype, torch.float32
+        )  # a bf16 score of 50 is off by 0.1
+        scores = (q.to(at_least_fp32) * scale) @ k.to(at_least_fp32).mT  # (N, Hkv, r, width)
         unwritten = self.slot_numbers[: self.width] > self.t
         scores = scores.masked_fill(unwritten, float("-inf"))
         lse = scores.logsumexp(-1)
         probabilities = (scores - lse[..., None]).exp().to(v.dtype)
-        return (probabilities @ v).to(exact), lse
+        return (probabilities @ v).to(at_least_fp32), lse
 
     def keep(self, prompts, responses, G, t):
         """Keeps some prompts and responses, and of these responses the first t tokens.
@@ -291,7 +299,7 @@ def segment_attention(
     if cu_seq_lens_q is None:
         out = F.scaled_dot_product_attention(query, key, value, scale=scaling)
         return out.transpose(1, 2), None
-    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor: leave the GPU once
+    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor: one copy to the CPU
         cu_seq_lens_q.segments = segments_by_length(cu_seq_lens_q)
     q, k, v = query[0], key[0], value[0]  # (H, S, d)
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])  # (S, H, d)

@@ -191,7 +191,7 @@ class Ours:
         return self.policy([self.prompt], [self.responses], self.visual_embeds)[0]
 
 
-def switch(policy, *, plain=False, embedding_cache=None, cuda_graph=False, sp=mrsp.UNSHARDED):
+def switch(policy, *, plain=False, embedding_cache=None, cuda_graph=False, sp=mrsp.ONE_RANK):
     """Sets the policy up for one way: transformers' attention or ours, and what ours adds -> the
     way's class."""
     text, vision = ("sdpa", "sdpa") if plain else (attention.NAME, attention.SEGMENTS)

@@ -167,7 +167,8 @@ def _options(record, question, kind, where):
 
 
 def _answer(record, kind, options, where):
-    """The text of the answer, with or without <answer> </answer> in the record."""
+    """The text of the answer, with or without <answer> </answer> in the record. Raises DataError if
+    it does not fit the problem type."""
     solution = records.solution(record, where)
     answer = rewards.extract_answer(solution)
     if answer is None:

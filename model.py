@@ -4,7 +4,7 @@ transformers' classes are the network. Around them, in the order of a training s
 
     Policy.load       a folder or hub name -> the policy;  Policy.save writes the same form back
     Policy.positions  the three rotary position ids of every token (mrope_positions)
-    Policy.encode     frames -> visual embeddings, once per step, shared by everything after it
+    Policy.encode     frames -> visual embeddings; those of a frozen tower serve the whole step
     Policy.forward    packed rows [prompt | o_1 ... o_G | prompt' ...] -> log-probs of the responses
 
 A loss needs only `forward`; DistributedDataParallel averages the gradients of that call only.
@@ -98,7 +98,7 @@ class Policy(nn.Module):
         super().__init__()
         self.net, self.folder, self.config = net, Path(folder), net.config
         self.text = net.model.language_model
-        self.sp, self.embedding_cache, self.cuda_graph = mrsp.UNSHARDED, None, False
+        self.sp, self.embedding_cache, self.cuda_graph = mrsp.ONE_RANK, None, False
         self.saved_dtype = None
         self.side_files = side_files(folder)  # read now: an old checkpoint may be deleted later
         implementations = {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
@@ -265,7 +265,7 @@ class Policy(nn.Module):
             position_ids=positions.to(self.device),
             attention_mask=None,
             use_cache=False,
-            plan=plan,
+            plan=plan,  # reaches attention.shared_prefix_attention in every layer
         )
         return out.last_hidden_state
 
@@ -325,7 +325,7 @@ class Policy(nn.Module):
     # ---- log-probs
 
     def forward(self, prompts, responses, visual_embeds=None, temperature=1.0):
-        """Log-probs of all response tokens of B groups; each prompt runs once.
+        """Log-probs of all response tokens of B groups, each prompt once for its G responses.
 
         prompts: B.  responses: B lists of token ids (R_i,).  visual_embeds: what `encode` gave;
         None: encode here, with gradient.
@@ -335,7 +335,7 @@ class Policy(nn.Module):
         Every trained parameter gets a gradient, zero where it had no part, and every layer runs,
         even without groups: all ranks must gather and reduce the same.
         """
-        if not prompts:  # one token stands in, and is not returned
+        if not prompts:  # one token runs instead; its log-prob is not returned
             token = torch.tensor(self.eos_ids[:1])
             logp, entropy = self.forward([Prompt(None, token)], [[token]])
             return logp[:0].clone(), entropy[:0].clone()

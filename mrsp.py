@@ -5,25 +5,26 @@ LongVILA-R1, arXiv 2507.07966, section 4.
     torchrun --nproc_per_node 8 train.py --sp 4 ...     4 ranks share each row
     torchrun --nproc_per_node 8 train.py --sp auto ...  as few as memory allows
 
-`sp.size` neighbouring ranks work on the same prompts; WORLD / sp.size such groups of ranks work
-side by side.
+`sp.size` neighbouring ranks, a team, work on the same prompts; WORLD / sp.size teams work side by
+side.
 
-    load      each rank decodes some videos; the ranks exchange the prompts
+    load      each rank decodes some videos; the ranks of a team share the prompts
     stage 1   each rank encodes its share of all 2-frame grids (encode). The embeddings are
               gathered, and serve every rollout and (frozen tower) every log-prob pass of the step
     stage 2   each rank computes its share of the packed row's tokens (ShardedRow). Layer by layer,
-              they attend to the gathered keys and values of the whole row
+              they attend to the gathered keys and values of the whole row. The backward pass
+              gathers them again for each layer that it recomputes
     rollout   prefill, as in stage 2, leaves the prompts' keys and values on every rank; then each
               rank decodes its share of the responses (rollout.generate)
 
-Who holds what in stage 2, on 2 ranks. Later blocks of a prompt cost more, because they see more.
-So a prompt has 2 * size blocks, and rank r holds blocks r and 2 * size - 1 - r.
+Who holds what in stage 2, on 2 ranks. Later pieces of a prompt cost more, because they see more.
+So a prompt has 2 * size pieces, and rank r holds pieces r and 2 * size - 1 - r.
 
-    the row        [ block 0 | block 1 | block 2 | block 3 | o_1 ... o_G               ]
-    rank 0         [ block 0 |         |         | block 3 | first half |              ]
-    rank 1         [         | block 1 | block 2 |         |            | second half  ]
+    the row        [ piece 0 | piece 1 | piece 2 | piece 3 | o_1 ... o_G               ]
+    rank 0         [ piece 0 |         |         | piece 3 | first half |              ]
+    rank 1         [         | piece 1 | piece 2 |         |            | second half  ]
 
-So rank 1's hidden states are [ block 1 | block 2 | second half ]. The half begins anywhere, also
+So rank 1's hidden states are [ piece 1 | piece 2 | second half ]. The half begins anywhere, also
 within a response. The rank that scores a token need not be the one that sampled it.
 
 Gathering K and V, instead of exchanging heads (Ulysses), does not limit the ranks to the number of
@@ -78,7 +79,7 @@ class SequenceParallel:
         gathered = self.all_gather(F.pad(x, padding), reduce)
         return torch.cat([part[:n] for part, n in zip(gathered, counts)])
 
-    def exchange(self, x):
+    def all_gather_objects(self, x):
         """An object of every rank -> the list of them.
 
         Sent one by one, so that large ones are in memory once.
@@ -111,7 +112,7 @@ class AllGather(torch.autograd.Function):
         return out, None, None
 
 
-UNSHARDED = SequenceParallel()
+ONE_RANK = SequenceParallel()
 
 
 @lru_cache
@@ -122,7 +123,7 @@ def sequence_parallel(size, timeout=None):
     number of ranks.
     """
     if size == 1:
-        return UNSHARDED
+        return ONE_RANK
     world, me = dist.get_world_size(), dist.get_rank()
     if world % size:
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
@@ -137,7 +138,7 @@ def sequence_parallel(size, timeout=None):
 
 @contextlib.contextmanager
 def share_rows(sp, *policies):
-    """Inside, the ranks of `sp` share each row of these policies; afterwards they are UNSHARDED.
+    """Inside, the ranks of `sp` share each row of these policies; afterwards they are ONE_RANK.
 
     None is ignored.
     """
@@ -148,7 +149,7 @@ def share_rows(sp, *policies):
         yield
     finally:
         for policy in policies:
-            policy.sp = UNSHARDED
+            policy.sp = ONE_RANK
 
 
 # ---- stage 1: encode
@@ -194,7 +195,9 @@ def known_embeds(policy, cache, media):
         return {}
     found = {key: cache.get(m) for key, m in media.items()}
     hits = {key for key, x in found.items() if x is not None}
-    on_all_ranks = set.intersection(*policy.sp.exchange(hits))  # one may be evicted in between
+    on_all_ranks = set.intersection(
+        *policy.sp.all_gather_objects(hits)
+    )  # one may be evicted in between
     return {key: x.to(policy.device) for key, x in found.items() if key in on_all_ranks}
 
 
@@ -233,26 +236,27 @@ def share_out(costs, size):
 
 
 def shares_of_row(lengths, size):
-    """Shares of a packed row -> for each rank, for each group, (block, block, responses).
+    """Shares of a packed row -> for each rank, for each group, (piece, piece, responses).
 
-    lengths: [(P, [R_1, ..., R_G]), ...]. Each is a span (first, last) of the row. Of 2 * size
-    blocks of a prompt, rank r has r and 2 * size - 1 - r; the responses, laid end to end, are split
-    into `size` parts. Every token has one owner, and ranks differ by 3 tokens a group at most.
+    lengths: [(P, [R_1, ..., R_G]), ...]. Each is an interval (start, end) of the row. Of 2 *
+    size pieces of a prompt, rank r has r and 2 * size - 1 - r; the responses, laid end to end, are
+    split into `size` parts. Every token has one owner, and ranks differ by 3 tokens a group at
+    most. (The tokens that they score can differ more: a prompt's last token predicts G of them.)
 
     >>> shares_of_row([(8, [3, 1])], 2)
     [[((0, 2), (6, 8), (8, 10))], [((2, 4), (4, 6), (10, 12))]]
     """
     shares = [[] for _ in range(size)]
     for (start, end), (_, responses) in zip(prompt_bounds(lengths), lengths):
-        blocks = split(start, end, 2 * size)
+        pieces = split(start, end, 2 * size)
         parts = split(end, end + sum(responses), size)
         for r in range(size):
-            shares[r].append((blocks[r], blocks[2 * size - 1 - r], parts[r]))
+            shares[r].append((pieces[r], pieces[2 * size - 1 - r], parts[r]))
     return shares
 
 
 def split(start, end, parts):
-    """Splits start ... end into spans [(first, last), ...] of nearly equal length."""
+    """Splits an interval into [(start, end), ...] of nearly equal length."""
     edges = [start + (end - start) * i // parts for i in range(parts + 1)]
     return list(zip(edges, edges[1:]))
 
@@ -265,9 +269,9 @@ def spans_of_share(lengths, share):
     """
     causal, to_prompt, to_response = [], [], []
     query = 0
-    for (start, end), (_, responses), spans in zip(prompt_bounds(lengths), lengths, share):
-        *blocks, part = spans
-        for first, last in blocks:  # sees itself, and all of the prompt before it
+    for (start, end), (_, responses), intervals in zip(prompt_bounds(lengths), lengths, share):
+        *pieces, part = intervals
+        for first, last in pieces:  # sees itself, and all of the prompt before it
             causal.append((query, last - first, first, last - first))
             to_prompt.append((query, last - first, start, first - start))
             query += last - first
@@ -316,21 +320,23 @@ class ShardedRow(PackedRow):
         k, v = kv.index_select(1, self.gathered_at)  # (S, Hkv, d) each, in the row's order
         return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
 
-    def find(self, tokens):
-        owner, place = self.gathered_at[tokens] // self.n, self.gathered_at[tokens] % self.n
-        here = (owner == self.sp.rank).nonzero()[:, 0]
-        return here, place[here]
+    def find(self, indices):
+        owner, place = self.gathered_at[indices] // self.n, self.gathered_at[indices] % self.n
+        which = (owner == self.sp.rank).nonzero()[:, 0]
+        return which, place[which]
 
-    def from_all_ranks(self, x, tokens):
-        owner = self.gathered_at[tokens] // self.n
+    def from_all_ranks(self, x, indices):
+        owner = self.gathered_at[indices] // self.n
         counts = owner.bincount(minlength=self.sp.size).tolist()
         by_rank = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
-        return self.sp.concatenate(x, counts, reduce=False)[by_rank.argsort()]
+        back = by_rank.argsort()  # the inverse permutation
+        return self.sp.concatenate(x, counts, reduce=False)[back]
 
 
 def tokens_of_share(share):
-    """One rank's spans -> the tokens of the row that it holds, in order."""
-    return torch.cat([torch.arange(*span) for spans in share for span in spans])
+    """One rank's share -> the tokens of the row that it holds, in order."""
+    intervals = [interval for of_group in share for interval in of_group]
+    return torch.cat([torch.arange(start, end) for start, end in intervals])
 
 
 # ---- how many ranks share a row
@@ -341,7 +347,7 @@ class RowSharing:
 
     def __init__(self, policy, reference, patience, args):
         self.policy, self.reference, self.patience, self.args = policy, reference, patience, args
-        self.sp, self.shown = UNSHARDED, None
+        self.sp, self.shown = ONE_RANK, None
         self.memory = min(gather(device_memory(policy.device, WORLD)))  # the same on all ranks
 
     def choose(self, prompts):
@@ -360,9 +366,9 @@ class RowSharing:
         """A context: inside, the policy and the reference share their rows over `sp`."""
         return share_rows(self.sp, self.policy, self.reference)
 
-    def exchange(self, prompts):
+    def share_prompts(self, prompts):
         """The prompts of all ranks that share rows, by position; each rank loaded some of them."""
-        return sorted(sum(self.sp.exchange(prompts), []), key=lambda p: p[0])
+        return sorted(sum(self.sp.all_gather_objects(prompts), []), key=lambda p: p[0])
 
 
 def turn(rank, world, sp):

@@ -25,7 +25,7 @@ from infra.packing import pack
 
 PREFILL_TOKENS = 16384  # prompt tokens of one packed row of a prefill
 COMPACT_EVERY = 4  # decode steps between two checks of who has finished; each is a host sync
-WINDOW = 64  # a CUDA graph is recorded anew after this many tokens; it masks unwritten ones
+WINDOW = 64  # tokens that one CUDA graph serves; it masks those that are not yet written
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ def generate(
         embeds = [visual_embeds[i] for i in part]
         of_part = [seeds[i] for i in part]
         decoded = decode(policy, batch, embeds, of_part, G, max_new, temperature, top_p)
-        decoded = policy.sp.exchange(decoded)  # of every rank: three tensors (B, G / ranks, R)
+        decoded = policy.sp.all_gather_objects(decoded)  # three (B, G / ranks, max_new)
         for b, i in enumerate(part):
             groups[i] = make_group(policy, prompts[i], decoded, b, G)
     policy.train(training)
@@ -201,7 +201,7 @@ class Decoding:
         """Steps until every response has ended or has max_new tokens."""
         window = WINDOW if self.policy.cuda_graph else 1
         recorded = replay = None
-        # drawn: tokens sampled so far for every response; drawn - 1 of them are in the cache
+        # drawn: tokens sampled so far for every response; the last enters the cache in `step`
         for drawn in range(1, max_new):
             if drawn % COMPACT_EVERY == 0:
                 if self.done.all():

@@ -10,15 +10,15 @@ The algorithm, GRPO (arXiv 2402.03300) with Video-R1's temporal bonus (arXiv 250
     1. encode     the video, once for all responses                Policy.encode
     2. prefill    the prompt's keys and values, once               rollout.prefill
     3. sample     G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
+                  tgrpo: G // 2 more, to shuffled frames           tgrpo.run_on_shuffled
     4. reward     rules judge each response: r_i                   rewards.py
-                  tgrpo: R_i = r_i + r_t if o_i is right and the
-                  group passes the temporal test; grpo: R_i = r_i  tgrpo.py
     5. advantage  A_i = (R_i - mean R) / std R                     grpo.group_advantages
+                  R_i = r_i; tgrpo: R_i = r_i + bonus_i            tgrpo.step_bonus
     6. log-probs  log pi(o_i | q) of all responses in one row      Policy.forward
     7. update     -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
                   backward, clip the gradient, AdamW               infra/optimizer.py
 
-rho = pi / pi_old, of the tokens. Missing on purpose: a value network, a reward model, a trainer
+rho = pi / pi_old, of the tokens. Left out on purpose: a value network, a reward model, a trainer
 class, an inference server.
 
 Rewards are gathered from all ranks before advantages are taken, and every loss is divided by a
@@ -112,6 +112,7 @@ def grpo_step(run, prompts, step):
     if args.drop_zero_std:  # DAPO
         kept = kept[teaching][: args.prompts]
     trained = [groups[b] for b in kept.tolist()]
+    # again, because --norm batch divides by a std over the groups that are kept
     A = advantages(reward[kept], bonus[kept], args)  # (R - mean R) / std R
 
     totals, updates = [], []
@@ -150,7 +151,7 @@ class ScoredGroup:
     parts: dict[str, list[float]]  # accuracy, format, length_bonus: (G,) each
     frames: int  # that the prompt shows
     pixels: int  # of a frame
-    shuffled: tgrpo.Shuffled | None = None  # T-GRPO, videos only
+    shuffled: tgrpo.ShuffleEffect | None = None  # T-GRPO; None where nothing can be shuffled
 
     @property
     def accuracy(self):
@@ -199,7 +200,7 @@ def sample_groups(run, prompts, step):
 def rollout_and_reward(policy, prompts, builder, step, args):
     """Encodes, samples and scores -> ({position: LocalGroup} of this rank, [ScoredGroup] of all
     ranks, by position)."""
-    with fsdp.unsharded(policy):
+    with fsdp.unsharded(policy):  # inside, ranks may call the policy different numbers of times
         with timed("encode"), torch.no_grad():
             visual_embeds = policy.encode([p for _, p in prompts])
         with timed("rollout"):
@@ -216,7 +217,7 @@ def rollout_and_reward(policy, prompts, builder, step, args):
         compared = {}
         if args.algo == "tgrpo":
             with timed("shuffled"):
-                compared = tgrpo.compare_with_shuffled(
+                compared = tgrpo.run_on_shuffled(
                     policy, prompts, groups, visual_embeds, builder, step, args
                 )
     with timed("reward"):
@@ -225,7 +226,7 @@ def rollout_and_reward(policy, prompts, builder, step, args):
             texts = [builder.decode(r) for r in group.responses]
             scored = score_group(position, group, texts, compared.get(position), args)
             local[position] = LocalGroup(group, embeds, texts, scored)
-        everywhere = gather([x.scored for x in local.values()], policy.sp.size)
+        everywhere = gather([x.scored for x in local.values()], every=policy.sp.size)
         return local, sorted(sum(everywhere, []), key=lambda g: g.position)
 
 
@@ -241,6 +242,7 @@ def score_group(position, group, texts, shuffled, args):
         "format": [format_reward(text) for text in texts],
         "length_bonus": [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)],
     }
+    # the size of the length bonus is --len_bonus
     weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
     reward = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(texts))]
     return ScoredGroup(
@@ -269,7 +271,7 @@ def count_teaching(groups, args):
     return int(advantages(column(groups, "reward"), bonus, args).any(dim=1).sum())
 
 
-def used(group, args):
+def response_weights(group, args):
     """(G,): 1 for the responses that are trained, 0 for those that --mask_truncated leaves out."""
     kept = [not (args.mask_truncated and cut) for cut in group.truncated]
     return torch.tensor(kept, dtype=torch.float64)
@@ -277,7 +279,7 @@ def used(group, args):
 
 def has_gradient(group, A, args):
     """Whether a group has a gradient: from its advantages A (G,), or from the KL penalty."""
-    return bool(used(group, args).any()) and bool(args.beta or A.any())
+    return bool(response_weights(group, args).any()) and bool(args.beta or A.any())
 
 
 def minibatches(groups, A, args):
@@ -314,6 +316,10 @@ def policy_gradient(run, batch, local):
 
     batch: [(ScoredGroup, A (G,)), ...] of all ranks. This rank packs those that are `local` into
     rows. Groups without a gradient get no pass.
+
+    Reused from the rollout: tokens, pi_old's log-probs, the embeddings of a frozen tower. Run
+    again, with gradient: prompt and responses (the rollout's keys and values are gone). Recomputed
+    in the backward pass: logits, and every n-th layer (--grad_checkpointing n).
     """
     args = run.args
     denominator = loss_denominator([group for group, _ in batch], args)
@@ -325,11 +331,12 @@ def policy_gradient(run, batch, local):
     lengths = [group.tokens for group, _ in mine]
     for row in passes(run.policy, pack(mine, lengths, args.row_tokens)):
         loss, of_row = row_loss(run, row, denominator)
-        # DDP divides by WORLD. With --sp all ranks have this loss, but each passes back through
-        # its own tokens only. So both ways the gradients of the ranks add up.
+        # The gradient is the sum over ranks, but DDP and FSDP take the mean. Without --sp each rank
+        # has other groups. With --sp all have the same loss, but each rank's gradient is only the
+        # part that flows through the tokens that it holds.
         (loss * WORLD).backward()
         total += of_row
-    return sum(gather(total, unwrap(run.policy).sp.size), LossTotals())
+    return sum(gather(total, every=unwrap(run.policy).sp.size), LossTotals())
 
 
 def loss_denominator(groups, args):
@@ -338,7 +345,7 @@ def loss_denominator(groups, args):
         return float(max(1, len(groups) * args.group * args.max_new))
     total = 0.0
     for group in groups:
-        weight = used(group, args)
+        weight = response_weights(group, args)
         if args.average == "token":
             weight = weight * torch.tensor(group.lengths)
         total += float(weight.sum())
@@ -348,9 +355,9 @@ def loss_denominator(groups, args):
 def row_loss(run, row, denominator):
     """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, LossTotals).
 
-    N responses of all its groups, R tokens of the longest. pi_old's log-probs come from sampling,
+    The row has N responses; the longest has R tokens. pi_old's log-probs come from sampling,
     without another pass: rho of a first update is 1 up to rounding, logged as `mismatch`. An empty
-    row has a loss of 0 that touches every parameter.
+    row gives a loss of 0 with a gradient of 0 for every parameter.
     """
     args = run.args
     prompts = [x.group.prompt for x, _ in row]
@@ -366,7 +373,8 @@ def row_loss(run, row, denominator):
     old_logps, masks = [], []
     for x, _ in row:
         old_logps += x.group.logps
-        masks += [torch.ones(n) * w for n, w in zip(x.scored.lengths, used(x.scored, args))]
+        weights = response_weights(x.scored, args)
+        masks += [torch.ones(n) * w for n, w in zip(x.scored.lengths, weights)]
     old_logp = pad_sequence(old_logps, batch_first=True).to(logp)  # (N, R)
     mask = pad_sequence(masks, batch_first=True).to(logp)  # (N, R)
     loss, sums = grpo.grpo_loss(
@@ -400,7 +408,7 @@ def sft_step(run, prompts, step):
     args, policy = run.args, unwrap(run.policy)
     prompts = [p for _, p in prompts]
     lengths = [len(p.ids) + len(p.target) for p in prompts]
-    tokens = sum(gather(sum(len(p.target) for p in prompts), policy.sp.size))
+    tokens = sum(gather(sum(len(p.target) for p in prompts), every=policy.sp.size))
     visual_embeds = [None] * len(prompts)
     if not args.train_vision:  # a tower that is trained encodes with gradient, row by row
         with timed("encode"), torch.no_grad():
@@ -416,10 +424,10 @@ def sft_step(run, prompts, step):
             total += float(-logp.detach().sum()) / tokens
     with timed("optimizer"):
         made = run.optimize(step)
-    shown = sum(gather([p.frames_x_pixels for p in prompts], policy.sp.size), [])
+    shown = sum(gather([p.frames_x_pixels for p in prompts], every=policy.sp.size), [])
     shown = torch.tensor(shown, dtype=torch.float64)  # (B, 2)
     entry = {
-        "loss": sum(gather(total, policy.sp.size)),
+        "loss": sum(gather(total, every=policy.sp.size)),
         "response_length": tokens / len(shown),
         "frames": float(shown[:, 0].mean()),
         "pixels": float(shown[:, 1].mean()),
@@ -553,7 +561,7 @@ def open_training(args, samples, device, at_end, policy_class):
     sharing = mrsp.RowSharing(policy, reference, patience(args), args)
 
     def refill(step, k):
-        return sharing.exchange(errors.usable(loader.refill(step, k)))
+        return sharing.share_prompts(errors.usable(loader.refill(step, k)))
 
     def optimize(step):
         return update(policy, optimizer, step, args)
@@ -574,7 +582,7 @@ def train_step(run, step):
         prompts = run.errors.usable(run.loader.load(step))
         run.errors.check()
         run.sharing.choose(prompts)
-        prompts = run.sharing.exchange(prompts)
+        prompts = run.sharing.share_prompts(prompts)
     if len(run.errors.in_step) == run.args.prompts:  # nothing could be loaded, on any rank
         return {"updates": 0, "skipped_updates": 1, "skipped_update": True}, [], 0
     run.policy.train()
@@ -847,7 +855,11 @@ def refuse_combinations(p, args):
 
 
 def toy_runs(args, argv):
-    """The embedded default as ordinary runs: a cold start in the toy world, then RL from it."""
+    """The embedded default as ordinary runs: a cold start in the toy world, then RL from it.
+
+    The flags of the command (argv) go to the RL run; the cold start has its own, and its 600 steps,
+    unless the command asks for nothing else (--algo sft).
+    """
     parse_args(["--algo", args.algo])  # another name than sft, grpo, tgrpo ends here
     root, configs = Path(args.out or toy.root(args.seed)), Path(__file__).parent / "configs"
     world = root / "world"

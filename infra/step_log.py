@@ -99,7 +99,7 @@ def sample_lines(local, groups, bonus, A, step, sp_size):
                 "advantage": float(A[b, i]),
             }
             lines.append(about | figures)
-    lines = sum(gather(lines, sp_size), [])
+    lines = sum(gather(lines, every=sp_size), [])
     return sorted(lines, key=lambda line: line["position"])
 
 

@@ -71,7 +71,7 @@ def prompt_of(i):
 def deal(first):
     """The prompts of this rank, from five."""
     mine = [first + i for i in range(ranks.RANK, 5, ranks.WORLD)]
-    exchanged = sp.exchange([(i, prompt_of(i)) for i in mine])
+    exchanged = sp.all_gather_objects([(i, prompt_of(i)) for i in mine])
     return sorted(sum(exchanged, []), key=lambda p: p[0])
 
 

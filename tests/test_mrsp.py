@@ -326,11 +326,11 @@ def test_a_policy_makes_its_cache_by_its_tower(tmp_path, world, prompts):
 
 
 def test_policies_share_rows_only_inside():
-    reference, sp = SimpleNamespace(sp=mrsp.UNSHARDED), mrsp.SequenceParallel(2, 1)
+    reference, sp = SimpleNamespace(sp=mrsp.ONE_RANK), mrsp.SequenceParallel(2, 1)
     with pytest.raises(KeyError), mrsp.share_rows(sp, None, reference):
         assert reference.sp is sp
         raise KeyError
-    assert reference.sp is mrsp.UNSHARDED
+    assert reference.sp is mrsp.ONE_RANK
 
 
 def test_auto_takes_as_few_ranks_as_fit_and_leaves_none_idle(world):

@@ -367,11 +367,13 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
         if was is None:
             assert message is None, flag
         else:
-            start = f"error: {out} cannot be resumed with other settings: found --{flag} {now}, "
-            assert message.startswith(f"{start}expected {was}. "), flag
-    assert "found --drop_zero_std, expected none. " in here(*command, "--drop_zero_std", "--resume")
+            start = f"error: {out} cannot be resumed with other settings: --{flag} {now} now, "
+            assert message.startswith(f"{start}{was} when it started. "), flag
+    assert "--drop_zero_std now, none when it started. " in here(
+        *command, "--drop_zero_std", "--resume"
+    )
     records.write_text(content.replace("red", "RED", 1))
-    assert ", expected # records " in here(*command, "--resume")
+    assert " now, # records " in here(*command, "--resume")
     (tmp_path / "moved.json").write_text(content)
     assert here(*command, "--resume", "--data", tmp_path / "moved.json") is None
     config = [
@@ -993,7 +995,7 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, p
         assert sorted_frames(after) == sorted_frames(before)
         assert not torch.equal(after.frames, before.frames)
         assert torch.equal(after.frames, before.frames[s.order])
-    found = tgrpo.compare_with_shuffled(policy, placed, None, [None] * 6, builder, 0, args)
+    found = tgrpo.run_on_shuffled(policy, placed, None, [None] * 6, builder, 0, args)
     assert sorted(found) == [0, 1, 3, 4]
     assert all(len(x.accuracies) == 2 and x.drops is None for x in found.values())
 
