@@ -64,6 +64,7 @@ from infra.step_log import (
     column,
     sample_lines,
     sampled_metrics,
+    shown_metrics,
     trained_metrics,
     update_metrics,
 )
@@ -146,7 +147,7 @@ class ScoredGroup:
     accuracy: list[float]  # (G,)
     format: list[float]  # (G,)
     length_bonus: list[float]  # (G,)
-    frames: int  # that the prompt shows
+    frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
     shuffled: tgrpo.Shuffled | None = None  # T-GRPO, videos only
 
@@ -408,12 +409,10 @@ def sft_step(run, prompts, step):
     with timed("optimizer"):
         made = run.optimize(step)
     shown = sum(gather([p.frames_x_pixels for p in prompts], policy.sp.size), [])
-    shown = torch.tensor(shown, dtype=torch.float64)  # (B, 2)
     entry = {
         "loss": sum(gather(total, policy.sp.size)),
         "response_length": tokens / len(shown),
-        "frames": float(shown[:, 0].mean()),
-        "pixels": float(shown[:, 1].mean()),
+        **shown_metrics(shown),
         **update_metrics([made]),
     }
     return entry, [], tokens
