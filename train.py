@@ -1,4 +1,4 @@
-"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images: sft, or rewards only (grpo, tgrpo).
+"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos, images and text: sft, or rewards (grpo, tgrpo).
 
     python train.py                                       a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (nccl, or gloo)

@@ -214,7 +214,7 @@ def medium(record, where):
     if data_type == "text":
         named = _named(record, (*MEDIA, "images"))
         if named:
-            raise DataError(f"{where}: data type text, but a medium, {_listed(named)}, beside it")
+            raise DataError(f"{where}: data type text with {_listed(named)}, expected no medium")
         return "", "text"
     named = _named(record, MEDIA)
     key, _ = first(record, *MEDIA)
