@@ -13,7 +13,7 @@ from PIL import Image
 import data
 import rewards
 import toy
-from conftest import SHARED, needs_shared
+from conftest import ROOT, SHARED, needs_shared
 from data import DataError, Sample
 from infra.frames import resize
 
@@ -197,6 +197,16 @@ def test_a_gsm8k_record(tmp_path):
 def test_what_is_read_as_gsm8k_and_what_is_not(tmp_path, change, field, value):
     (sample,) = load(tmp_path, GSM8K | change)
     assert getattr(sample, field) == value
+
+
+def test_the_records_of_the_recipe(tmp_path):
+    """Video and text in one file, as docs/recipes.md shows them."""
+    recipe = (ROOT / "docs" / "recipes.md").read_text().split("### Text beside video")[1]
+    (tmp_path / "r.json").write_text(re.search("```json\n(.*?)```", recipe, re.DOTALL)[1])
+    samples = data.load_samples(tmp_path / "r.json")
+    assert [s.data_type for s in samples] == ["video", "text", "text"]
+    assert [s.answer for s in samples] == ["B", "84", "12"]
+    assert [s.reasoning for s in samples] == ["", "", "3*4 = 12"]
 
 
 @pytest.mark.parametrize(

@@ -1521,8 +1521,7 @@ def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path)
     text = tokenizer.decode(prompt.ids)
     start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     assert text.startswith(f"{start}<|vision_start|><|video_pad|>")
-    assert without.startswith(f"{start}How does the video end?\nOptions:\nA. well")
-    assert without.endswith(text[-200:]) and "vision" not in without
+    assert without == start + text.split("<|vision_end|>")[1]
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert prompt.media[0].tokens == 8 * 8 * 15 == text.count("<|video_pad|>")
     command = ["train.py", "--model", folder, "--data", tmp_path / "r.json"]
