@@ -191,7 +191,9 @@ class Frames:
 
     def want(self, r, counts):
         """Asks for frames of an entry's medium, as load_media picks them for counts = (fps,
-        min_frames, max_frames) -> the number of their sheet."""
+        min_frames, max_frames) -> the number of their sheet; None for text."""
+        if r["data_type"] == "text":
+            return None
         segment = r.get("segment") and tuple(r["segment"])
         sheets = self.media.setdefault((r["path"], r["data_type"], r["fps"], segment), {})
         if counts not in sheets:

@@ -8,8 +8,8 @@ every right response of the ordered group gets a bonus:
     r_t   = alpha if p >= mu * p~, else 0        (paper: mu = 1, alpha = 0.3; release: mu = 0.8)
     R_i   = r_i + r_t for every right response o_i
 
-The shuffled responses are only counted; they never enter the loss. Images, and videos of one frame
-or (where grids are shuffled) of one grid, have no order, so the test does not apply to them.
+The shuffled responses are only counted; they never enter the loss. Text, images, and videos of one
+frame or (where grids are shuffled) of one grid, have no order, so the test does not apply to them.
 
 **When the bonus cancels.** Advantages are (R - mean) / std of a response's own group, which sees no
 shift and no scale. So (up to the 1e-4 beside the std) the bonus changes no advantage of a group
@@ -133,12 +133,15 @@ class ShuffledPrompt:
 
 
 def shuffle_prompts(prompts, visual_embeds, step, args):
-    """The videos of a step, each in one other order -> [ShuffledPrompt]. Images are left out.
+    """The videos of a step, each in one other order -> [ShuffledPrompt]. Images and text are left
+    out.
 
     prompts: [(position in the step, Prompt)].  visual_embeds: (V, D) of each.
     """
     shuffled = []
     for (position, prompt), embeds in zip(prompts, visual_embeds):
+        if not prompt.media:
+            continue
         (media,) = prompt.media
         units = media.grid[0] if args.shuffle == "grid" else len(media.frames)
         if media.kind == "image" or units < 2:

@@ -1,4 +1,4 @@
-"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images: sft, or rewards only (grpo, tgrpo).
+"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos, images and text: sft, or rewards (grpo, tgrpo).
 
     python train.py                                       a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (nccl, or gloo)
@@ -68,6 +68,7 @@ from infra.step_log import (
     column,
     sample_lines,
     sampled_metrics,
+    shown_metrics,
     trained_metrics,
     update_metrics,
 )
@@ -149,7 +150,7 @@ class ScoredGroup:
     entropy: list[float]  # (G,) summed over a response's tokens
     reward: list[float]  # (G,) the weighted sum of its parts, without T-GRPO's bonus
     parts: dict[str, list[float]]  # accuracy, format, length_bonus: (G,) each
-    frames: int  # that the prompt shows
+    frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
     shuffled: tgrpo.ShuffleEffect | None = None  # T-GRPO; None where nothing can be shuffled
 
@@ -425,12 +426,10 @@ def sft_step(run, prompts, step):
     with timed("optimizer"):
         made = run.optimize(step)
     shown = sum(gather([p.frames_x_pixels for p in prompts], every=policy.sp.size), [])
-    shown = torch.tensor(shown, dtype=torch.float64)  # (B, 2)
     entry = {
         "loss": sum(gather(total, every=policy.sp.size)),
         "response_length": tokens / len(shown),
-        "frames": float(shown[:, 0].mean()),
-        "pixels": float(shown[:, 1].mean()),
+        **shown_metrics(shown),
         **update_metrics([made]),
     }
     return entry, [], tokens

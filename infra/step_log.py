@@ -40,13 +40,23 @@ def sampled_metrics(groups, teaching):
     for name in groups[0].parts:
         part = torch.tensor([g.parts[name] for g in groups], dtype=torch.float64)  # (B, G)
         metrics[name] = float(part.mean())
-    for name in ("truncated", "frames", "pixels"):
-        metrics[name] = float(column(groups, name).mean())
+    metrics["truncated"] = float(column(groups, "truncated").mean())
+    metrics |= shown_metrics([(g.frames, g.pixels) for g in groups])
     lengths = column(groups, "lengths")  # (B, G)
     metrics["response_length"] = float(lengths.mean())
     metrics["entropy"] = float(column(groups, "entropy").sum() / lengths.sum())
     metrics["zero_std_groups"] = int((~teaching).sum()) / len(groups)
     return metrics
+
+
+def shown_metrics(shown):
+    """Means of [(frames, pixels of a frame), ...] over the prompts that have a medium; {} if none
+    has."""
+    shown = [x for x in shown if x != (0, 0)]  # text
+    if not shown:
+        return {}
+    frames, pixels = torch.tensor(shown, dtype=torch.float64).mean(dim=0).tolist()
+    return {"frames": frames, "pixels": pixels}
 
 
 def trained_metrics(totals, updates):
