@@ -579,6 +579,7 @@ def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(
 def test_a_second_signal_ends_the_process_at_once(second):
     child = os.fork()
     if child == 0:
+        signal.signal(second, signal.SIG_DFL)  # a shell's background jobs ignore ctrl-C
         with stop_signals() as noted:
             signal.raise_signal(signal.SIGTERM)
             if noted == [signal.SIGTERM]:
@@ -587,12 +588,10 @@ def test_a_second_signal_ends_the_process_at_once(second):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -second
 
 
+@slow
 @pytest.mark.parametrize(
     "change, message",
-    [
-        pytest.param(["--model", "./nowhere"], "no such model folder", marks=slow),
-        (["--group", "1"], "--group 1"),
-    ],
+    [(["--model", "./nowhere"], "no such model folder"), (["--group", "1"], "--group 1")],
 )
 def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, world, change, message):
     """Nothing of the other rank, no usage, no traceback but torchrun's own."""
