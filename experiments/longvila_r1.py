@@ -37,10 +37,11 @@ def frames(lab):
         "a sentence": rl(lab, "grpo", cold_start(lab)),
         "counting aloud": rl(lab, "rl-aloud", taught(lab, "aloud", count_aloud)),
     }
+    shown = (2, 4, 8, 16) if lab.shrink == 1 else (4, 16)
     accuracy, counting = {}, {}
     for name, run in runs.items():
         accuracy[name], counting[name] = {}, {}
-        for n in (2, 4, 8, 16):
+        for n in shown:
             summary = greedy(lab, run, n)
             accuracy[name][str(n)] = summary["accuracy"]
             counting[name][str(n)] = summary["by"]["data_source"]["count"][0]
@@ -49,7 +50,7 @@ def frames(lab):
         "counting": {name: by["16"] - by["4"] for name, by in counting.items()},
     }
     at = {}  # {frames: {reasoning: accuracy}}
-    for n in ("2", "4", "8", "16"):
+    for n in map(str, shown):
         at[n] = {name: by[n] for name, by in accuracy.items()}
     return {
         "frames": accuracy,

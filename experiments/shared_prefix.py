@@ -45,10 +45,12 @@ def times(lab):
 
 def ratios(lab, frames, group):
     """The times of bench.py -> {part of a step: plain time / ours}, both with the encoding that
-    they do."""
+    they do. A shrunk claim times the toy's model."""
     out = lab.root / f"bench-{frames}-{group}.figures"
     new = max(4, 32 // lab.shrink)  # tokens of a response
     flags = ["--frames", frames, "--group", group, "--new", new, "--repeat", 1, "--json", out]
+    if lab.shrink > 1:
+        flags += ["--model", lab.world() / "model"]
     lab.call(out.stem, timing, flags)
     found = json.loads(out.read_text())["results"][0]
     step = {row["name"]: sum(row[phase] for phase in bench.PHASES) for row in found["rows"]}

@@ -38,6 +38,11 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if single else min(os.cpu_count(), 8)
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first, so that what is left for the end is short."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
     """A function made_once(name, make) -> a folder that the first worker fills, by make(folder)."""

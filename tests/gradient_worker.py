@@ -1,10 +1,11 @@
 """One step's gradient in float64, by train.py's own functions, saved to OUT.RANK.
 
-    torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [frozen] [bypass]
+    torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD MODEL OUT [FLAG ...]
 
-With `frozen` the vision tower is not trained. With `bypass` the loss goes through the module inside
-DistributedDataParallel instead of through its forward: the mistake whose gradients are never
-averaged.
+MODEL is a cold start. The temperature is high, so responses to a prompt are right and wrong, long
+and short. FLAG is one of train.py's, or `frozen`: the vision tower is not trained; or `bypass`: the
+loss goes through the module inside DistributedDataParallel instead of through its forward, the
+mistake whose gradients are never averaged.
 """
 
 import os
@@ -21,34 +22,24 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import model  # noqa: E402
 import mrsp  # noqa: E402
-import tgrpo  # noqa: E402
 import train  # noqa: E402
 from data import PromptBuilder, load_samples  # noqa: E402
 from infra import fsdp, ranks  # noqa: E402
 from infra.optimizer import Update  # noqa: E402
 from model import Policy  # noqa: E402
 
-world, out, *extra = sys.argv[1:]
+world, start, out, *extra = sys.argv[1:]
 bypass = "bypass" in extra
 if ranks.WORLD > 1:
     dist.init_process_group("gloo")
-flags = "--prompts 5 --group 3 --max_new 12 --row_tokens 300 --beta 0.1 --w_format 0".split()
-flags += ["--model", world, "--data", world, "--mask_truncated"]
+flags = "--prompts 5 --group 3 --max_new 15 --temperature 1.3 --row_tokens 300 --beta 0.1".split()
+flags += ["--model", start, "--data", world, "--mask_truncated"]
 flags += [] if "frozen" in extra else ["--train_vision"]
 flags += [x for x in extra if x not in ("bypass", "frozen")]
 args = train.parse_args(flags)
-policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in range(2))
-policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that lengths differ
+policy, reference = (Policy.load(start, dtype=torch.float64) for _ in range(2))
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)
-
-
-def reward_of_length(text, sample):
-    """A random model is never right, so long answers are."""
-    return len(text) / 100
-
-
-train.accuracy_reward = tgrpo.accuracy_reward = reward_of_length
 reference.requires_grad_(False)
 if not args.train_vision:
     policy.freeze_vision()
@@ -59,16 +50,17 @@ if args.fsdp:
     fsdp.shard(reference)
 elif ranks.WORLD > 1:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
-builder = PromptBuilder(f"{world}/model", min_pixels=784)
+builder = PromptBuilder(policy.folder, min_pixels=784)
 samples = load_samples(f"{world}/cot.json")
+samples = [samples[8], *samples]  # an image, then videos
 sp = mrsp.sequence_parallel(int(args.sp))
 
 
 def prompt_of(i):
-    """Videos of two shapes and 4 to 16 frames, images, and a text in every five prompts."""
+    """Videos of two shapes, an image, and a text in every five prompts."""
     if i % 5 == 2:
         return builder(replace(samples[i], data_type="text", path=""))
-    return builder(samples[i], min_pixels=784 if i % 2 else 56 * 84)
+    return builder(samples[i], min_pixels=784 if i % 2 else 28 * 56)
 
 
 def deal(first):

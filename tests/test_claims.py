@@ -6,6 +6,7 @@ import random
 import re
 import xml.etree.ElementTree as ET
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -25,20 +26,21 @@ from experiments import (
 
 TINY = dict(
     shrink=600,
-    clips={"cot": 20, "train": 12, "test": 4},
+    clips={"cot": 20, "train": 12, "test": 3},
     flags=("--prompts", 2, "--group", 2, "--max_new", 8, "--workers", 1),
 )
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with lab.workers(2) as pool:
+    with lab.workers(1) as pool:  # pytest has a worker for each core already
         yield pool
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("claims")
+def folder(made_once):
+    """Of all claims, whichever process tests them: they share runs."""
+    return made_once("claims", Path.mkdir)
 
 
 def all_stats(tree):
@@ -171,17 +173,17 @@ def test_a_chart_reads_on_a_light_and_on_a_dark_page(page):
 # ---- commands
 
 
-def test_what_other_flags_ask_for_is_run_anew(folder):
+def test_what_other_flags_ask_for_is_run_anew(tmp_path):
     calls = []
 
     def command(argv):
         """a command"""
         calls.append(argv)
-        (folder / "made").mkdir()
+        (tmp_path / "made").mkdir()
 
     def once(steps, *inputs):
         return lab.once(
-            folder / "made",
+            tmp_path / "made",
             command,
             ["--steps", steps],
             {"command": f"--steps {steps}", "inputs": list(inputs)},
@@ -193,21 +195,21 @@ def test_what_other_flags_ask_for_is_run_anew(folder):
     assert len(calls) == 3
 
 
-def test_what_was_killed_resumes(folder):
+def test_what_was_killed_resumes(tmp_path):
     """A command that dies keeps its folder, and finds it when it is called again."""
 
     def command(argv):
         """a command"""
-        (folder / "half").mkdir(exist_ok=True)
-        if not (folder / "half" / "begun").exists():
-            (folder / "half" / "begun").touch()
+        (tmp_path / "half").mkdir(exist_ok=True)
+        if not (tmp_path / "half" / "begun").exists():
+            (tmp_path / "half" / "begun").touch()
             raise KeyboardInterrupt
-        (folder / "half" / "ended").touch()
+        (tmp_path / "half" / "ended").touch()
 
     with pytest.raises(RuntimeError, match="half: KeyboardInterrupt.*; its output is in"):
-        lab.once(folder / "half", command, [], {"command": "half"})
-    assert lab.once(folder / "half", command, [], {"command": "half"})["ran"]
-    assert (folder / "half" / "ended").exists()
+        lab.once(tmp_path / "half", command, [], {"command": "half"})
+    assert lab.once(tmp_path / "half", command, [], {"command": "half"})["ran"]
+    assert (tmp_path / "half" / "ended").exists()
 
 
 def answer(record):

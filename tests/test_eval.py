@@ -3,12 +3,7 @@
 import dataclasses
 import fcntl
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +17,7 @@ import eval as evaluation
 import model
 import report
 import rewards
-from conftest import ROOT, SHARED, needs_shared, run
+from conftest import SHARED, Script, needs_shared, run
 from data import Sample
 from infra.answers import open_answers, read_answers
 from infra.summary import by_group, interval, natural, table
@@ -64,11 +59,16 @@ def summary(out):
     return [{k: v for k, v in m.items() if k != "seconds"} for m in text["methods"]]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, world, cold_start):
-    """All methods on some records, uninterrupted, on one process."""
-    out = tmp_path_factory.mktemp("eval") / "whole"
-    return out, run("eval.py", *flags(world, cold_start, out, *TTS))
+@pytest.fixture(scope="session")
+def whole(made_once, world, cold_start):
+    """All methods on some records, uninterrupted, on one process -> the folder, what is printed."""
+
+    def make(folder):
+        printed = run("eval.py", *flags(world, cold_start, folder / "out", *TTS))
+        (folder / "printed.txt").write_text(printed)
+
+    folder = made_once("whole", make)
+    return folder / "out", (folder / "printed.txt").read_text()
 
 
 def test_every_method_answers_every_question_once_and_writes_everything(whole, world):
@@ -141,39 +141,15 @@ def test_sparse_to_dense_asks_as_the_rounds_say_and_draws_what_a_vote_at_that_de
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_gives_the_same_table(tmp_path, whole, world, cold_start, ranks):
     out = tmp_path / "cut"
-    command = ["eval.py", *map(str, flags(world, cold_start, out, *TTS))]
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29477", "--"]
-        if ranks == 2
-        else []
-    )
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *command],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = ["eval.py", *flags(world, cold_start, out, *TTS)]
+    script = Script(*command, ranks=ranks)
 
     def written():
         return sum(f.read_text().count("\n") for f in out.glob("*.jsonl"))
 
     n = len(lines(whole[0], "greedy-8"))
-    while (
-        process.poll() is None and written() < 2 * n + n // 2
-    ):  # in the middle of the third method
-        time.sleep(0.005)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    for pid in [
-        process.pid,
-        *map(int, children if ranks == 2 else []),
-    ]:  # torchrun's ranks would live on
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)
+    script.wait_until(lambda: written() >= 2 * n + n // 2)  # in the middle of the third method
+    script.process.kill()
     before = written()
     assert n <= before < 5 * n
     unfinished = sorted(out.glob("*.jsonl"), key=lambda f: f.stat().st_mtime)[-1]

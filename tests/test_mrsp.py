@@ -24,7 +24,7 @@ import mrsp
 import tgrpo
 import toy
 import train
-from conftest import ROOT, flags, run
+from conftest import ROOT, Script, flags, run
 from infra import embedding_cache
 from infra.model_folder import newest_checkpoint
 from infra.ranks import seed
@@ -270,20 +270,11 @@ for i in range(200):
     store.put(m, torch.full((8, 1000), float(n)))
 print(hits)
 """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, tmp_path],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-        assert int(out) > 0
+    scripts = [Script("-c", code, tmp_path) for _ in range(2)]
+    for script in scripts:
+        output = script.output(timeout=120)
+        assert script.process.returncode == 0, output
+        assert int(output) > 0
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -373,6 +364,7 @@ def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypat
     with torch.device("meta"):
         net = Qwen2_5_VLForConditionalGeneration(config)
     assert sum(p.numel() for p in net.parameters()) == 8_292_166_656
+    # the estimate for a GPU, where there is none
     monkeypatch.setattr(model.Policy, "device", torch.device("cuda"))
     policy = model.Policy(net, ROOT / "configs")
     for layer in policy.text.layers:
@@ -467,31 +459,11 @@ def test_a_rank_that_dies_ends_the_run_which_resumes_on_another_number_of_ranks(
 ):
     out = tmp_path / "a"
     command = list(map(str, flags(world, out, steps=400, model=cold_start, sp=2, save_every=1)))
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29466",
-        "--",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not (out / "checkpoint-000002").exists():
-        time.sleep(0.1)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    printed, _ = process.communicate(timeout=90)  # bounded
-    assert process.returncode and "exitcode  : -9" in printed
+    script = Script(*command, ranks=2, torchrun=True)
+    script.wait_until((out / "checkpoint-000002").exists)
+    os.kill(script.pids()[-1], signal.SIGKILL)
+    printed = script.output(timeout=90)  # bounded
+    assert script.process.returncode and "exitcode  : -9" in printed
     reached = int(newest_checkpoint(out).name.split("-")[1])
     command = [x for x in command if x not in ("--sp", "2")]
     command[command.index("--steps") + 1] = str(reached + 1)
@@ -532,8 +504,9 @@ def test_decoding_an_hour_holds_resized_frames_only(tmp_path):
 
     It is far below the 135 MB of the whole.
     """
-    frames = np.zeros((3600, 112, 112, 3), np.uint8)
-    toy.write_y4m(tmp_path / "hour.y4m", frames, fps=1)
+    frame = b"FRAME\n" + bytes(3 * 112 * 112)
+    header = b"YUV4MPEG2 W112 H112 F1:1 Ip A1:1 C444\n"
+    (tmp_path / "hour.y4m").write_bytes(header + 3600 * frame)
     code = """
 import resource, sys
 from infra import video

@@ -18,6 +18,18 @@ def talkative(policy):
     return policy
 
 
+@pytest.fixture()
+def calls(talkative):
+    """A list that grows by (rows, tokens of a row) with each call of the language model."""
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+
+    talkative.text.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
 def test_greedy_equals_transformers_generate(world, policy, prompts, text_prompts):
     """transformers' cached greedy decoding with our positions is the oracle; several prompts of
     unequal length at once, with a video, an image or only text."""
@@ -96,23 +108,18 @@ def test_responses_end_with_eos_or_are_truncated(talkative, prompts):
     assert any(any(g.truncated) for g in groups) and not all(all(g.truncated) for g in groups)
 
 
-def test_finished_rows_stop_costing(talkative, prompts, monkeypatch):
-    """The widths of the decode steps shrink: fewer rows are run than responses times steps."""
-    widths, run = [], model.Policy.run_text
-    monkeypatch.setattr(
-        model.Policy,
-        "run_text",
-        lambda self, x, *a: (widths.append(x.shape[0] * (x.shape[1] == 1)), run(self, x, *a))[1],
-    )
+def test_finished_rows_stop_costing(talkative, prompts, calls):
+    """Fewer and fewer rows are decoded: in all, fewer than responses times steps."""
     groups = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
-    assert max(widths) == 48 and min(w for w in widths if w) < 24
+    rows = [n for n, tokens in calls if tokens == 1]
+    assert max(rows) == 48 and min(rows) < 24
     longest = max(len(r) for g in groups for r in g.responses)
-    assert sum(widths) < 0.75 * 48 * longest
+    assert sum(rows) < 0.75 * 48 * longest
 
 
 def test_a_step_that_could_be_a_cuda_graph(talkative, prompts, monkeypatch):
     """Windows reach beyond the tokens written so far, and each shape of a step is recorded once:
-    the responses stay the same."""
+    the responses stay the same. Without a GPU nothing can be recorded: the step replays itself."""
     shapes = []
     monkeypatch.setattr(rollout, "WINDOW", 16)
     monkeypatch.setattr(
@@ -164,24 +171,20 @@ def test_sampling_follows_the_distribution():
 
 
 def test_prompts_that_do_not_fit_the_cache_together_are_decoded_in_parts(
-    talkative, prompts, monkeypatch
+    talkative, prompts, calls, monkeypatch
 ):
     together = rollout.generate(talkative, prompts, 3, max_new=10, seeds=range(6))
-    widest, build = [], rollout.DecodeCache
-    monkeypatch.setattr(
-        rollout,
-        "DecodeCache",
-        lambda config, lengths, *a, **kw: (
-            widest.append(lengths) or build(config, lengths, *a, **kw)
-        ),
-    )
+    lengths = [len(p.ids) for p in prompts]
+    assert calls[:2] == [(1, sum(lengths)), (18, 1)]
+    calls.clear()
     monkeypatch.setattr(rollout, "CACHE_TOKENS", 200)
     parts = rollout.generate(talkative, prompts, 3, max_new=10, seeds=range(6))
-    assert sum(widest, []) == sorted(len(p.ids) for p in prompts) and len(widest) > 2
+    prefilled = [tokens for _, tokens in calls if tokens > 1]
+    assert sum(prefilled) == sum(lengths) and len(prefilled) > 2
+    assert max(rows for rows, _ in calls) < 18
     for a, b in zip(together, parts, strict=True):
-        assert a.prompt is b.prompt and [x.tolist() for x in a.responses] == [
-            x.tolist() for x in b.responses
-        ]
+        assert a.prompt is b.prompt
+        assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses]
 
 
 def test_no_prompts():
