@@ -189,9 +189,9 @@ def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, cold_s
 
     It has 5 prompts: videos of two shapes, an image and a text, groups of unequal length, several
     rows a rank, right and wrong responses, truncated ones masked, a KL term, the tower trained or
-    frozen and called a different number of times on each rank. `many` lists what is compared with one
-    rank: the number of ranks and how they share the work. Each prompt is on one rank, or on a group
-    of `sp` ranks; the policy and the reference are whole on each rank, or sharded.
+    frozen and called a different number of times on each rank. `many` lists what is compared with
+    one rank: the number of ranks and how they share the work. Each prompt is on one rank, or on a
+    group of `sp` ranks; the policy and the reference are whole on each rank, or sharded.
 
     In float64, but transformers computes RMSNorm and RoPE in fp32: hence 1e-5.
     """
