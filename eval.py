@@ -283,7 +283,7 @@ def load_model(args, folder, device):
         cuda_graph=args.cuda_graph,
     )
     media = {name: getattr(args, name) for name in MEDIA}
-    return policy, PromptBuilder(folder, max_prompt=args.max_prompt, **media)
+    return policy, PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
 
 
 def run_method(policy, builder, left, samples, bad, method, out, pool, args):
