@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [frozen] [bypass]
 
-With `frozen` the vision tower is not trained. With `bypass` the loss goes through the module inside
+With `frozen` the vision tower is not trained; with --lora R only adapters are, from a random B, and
+the policy is its own reference. With `bypass` the loss goes through the module inside
 DistributedDataParallel instead of through its forward: the mistake whose gradients are never
 averaged.
 """
@@ -18,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+import lora  # noqa: E402
 import model  # noqa: E402
 import mrsp  # noqa: E402
 import tgrpo  # noqa: E402
@@ -33,7 +35,7 @@ if ranks.WORLD > 1:
     dist.init_process_group("gloo")
 flags = "--prompts 5 --group 3 --max_new 12 --row_tokens 300 --beta 0.1 --w_format 0".split()
 flags += ["--model", world, "--data", world, "--mask_truncated"]
-flags += [] if "frozen" in extra else ["--train_vision"]
+flags += [] if {"frozen", "--lora"} & {*extra} else ["--train_vision"]
 flags += [x for x in extra if x not in ("bypass", "frozen")]
 args = train.parse_args(flags)
 policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in range(2))
@@ -51,11 +53,18 @@ train.accuracy_reward = tgrpo.accuracy_reward = reward_of_length
 reference.requires_grad_(False)
 if not args.train_vision:
     policy.freeze_vision()
+if args.lora:
+    lora.add(policy, args.lora, 2 * args.lora)
+    random = torch.Generator().manual_seed(1)
+    for layer in lora.adapters(policy).values():
+        layer.lora_B.data.normal_(std=0.02, generator=random)
+    reference = policy
 model.PATCHES_PER_CALL = 40  # of the tower: ranks call it different numbers of times
 wrapped = policy.train()
 if args.fsdp:
     fsdp.shard(policy)
-    fsdp.shard(reference)
+    if reference is not policy:
+        fsdp.shard(reference)
 elif ranks.WORLD > 1:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(f"{world}/model", min_pixels=784)

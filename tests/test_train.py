@@ -167,6 +167,8 @@ def gradients(tmp_path, world, ranks, *extra):
             marks=slow,
         ),
         pytest.param("--algo grpo frozen", ["2", "2 --fsdp"], marks=slow),
+        ("--algo sft --lora 4", ["2 --sp 2 --fsdp"]),
+        pytest.param("--algo grpo --lora 4", ["2", "2 --sp 2", "2 --fsdp"], marks=slow),
         pytest.param(
             "--algo tgrpo --group 4 --temporal advantage --shuffle grid --correct 0.2",
             ["4 --sp 2"],
