@@ -17,7 +17,7 @@ linear layer of the language model's layers: q, k, v, o, gate, up, down.
     checkpoint  an adapter folder in PEFT's form, which names its base: adapter_config.json and
                 adapter_model.safetensors. What loads models here loads such a folder too
 
-The adapters have no dropout: sampler and scorer would differ.
+Adapters have no dropout here: sampler and scorer would differ.
 """
 
 import argparse
