@@ -1,11 +1,12 @@
 """One step's gradient in float64, by train.py's own functions, saved to OUT.RANK.
 
-    torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [frozen] [bypass]
+torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD OUT [--flag ...] [word ...]
 
-With `frozen` the vision tower is not trained; with --lora R only adapters are, from a random B, and
-the policy is its own reference. With `bypass` the loss goes through the module inside
-DistributedDataParallel instead of through its forward: the mistake whose gradients are never
-averaged.
+frozen    the vision tower is not trained
+--lora R  only adapters are, from a random B; the policy is its own reference
+half      the weights are bf16 and compute in it
+bypass    the loss goes through the module inside DistributedDataParallel instead of through its
+          forward: the mistake whose gradients are never averaged
 """
 
 import os
@@ -36,9 +37,10 @@ if ranks.WORLD > 1:
 flags = "--prompts 5 --group 3 --max_new 12 --row_tokens 300 --beta 0.1 --w_format 0".split()
 flags += ["--model", world, "--data", world, "--mask_truncated"]
 flags += [] if {"frozen", "--lora"} & {*extra} else ["--train_vision"]
-flags += [x for x in extra if x not in ("bypass", "frozen")]
+flags += [x for x in extra if x not in ("bypass", "frozen", "half")]
 args = train.parse_args(flags)
-policy, reference = (Policy.load(f"{world}/model", dtype=torch.float64) for _ in range(2))
+dtype = torch.bfloat16 if "half" in extra else torch.float64
+policy, reference = (Policy.load(f"{world}/model", dtype=dtype) for _ in range(2))
 policy.eos_ids = reference.eos_ids = list(range(20, 66))  # so that lengths differ
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)

@@ -555,3 +555,18 @@ def test_two_ranks_train_the_adapter_of_one(tmp_path, world, cold_start, extra):
     differences = torch.cat([(two[name] - one[name]).flatten() for name in one])
     assert differences.abs().max() <= 4.1e-4  # two steps of Adam, each of +-lr
     assert (differences.abs() < 1e-6).double().mean() > 0.98
+
+
+def test_half_weights_and_fp32_adapters_are_sharded_together(tmp_path, world):
+    """FSDP gathers layers whose parameters have two dtypes. Up to the rounding of bf16."""
+    worker = ["tests/gradient_worker.py", world]
+    extra = ["--algo", "sft", "--lora", "4", "half"]
+    run(*worker, tmp_path / "one", *extra)
+    run(*worker, tmp_path / "two", *extra, "--fsdp", ranks=2)
+    one = torch.load(tmp_path / "one.0")["grads"]
+    for rank in range(2):
+        two = torch.load(tmp_path / f"two.{rank}")["grads"]
+        assert two.keys() == one.keys() and len(one) == 56
+        for name, g in one.items():
+            assert g.dtype == two[name].dtype == torch.float32
+            assert (two[name] - g).norm() < 0.03 * g.norm(), name
