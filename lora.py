@@ -13,7 +13,7 @@ linear layer of the language model's layers: q, k, v, o, gate, up, down.
     memory      the frozen weights have no gradients and no moments, and stay in bf16 on a GPU
     reference   of the KL penalty: the policy with its adapters off. No second copy is loaded
     rollouts    run with the adapters beside the weights. Merging would round: a sum in bf16 loses
-                most of a small change, and the sampler would not be the policy that is scored
+                much of a small change, and the sampler would not be the policy that is scored
     checkpoint  an adapter folder in PEFT's form, which names its base: adapter_config.json and
                 adapter_model.safetensors. What loads models here loads such a folder too
 
@@ -31,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as hf_logging
 
 from infra.errors import DataError, ModelError
 from infra.model_folder import ADAPTER, base_folder, local_folder, read_object, weights_dtype
@@ -273,6 +274,7 @@ def main(argv=None):
     p.add_argument("run", help="run folder, adapter folder or hub name of an adapter")
     p.add_argument("out", help="folder to write; must not exist yet")
     args = parser.parse_args(argv)
+    hf_logging.disable_progress_bar()
     try:
         merge_folder(args.run, Path(args.out))
     except (DataError, ModelError, OSError) as e:

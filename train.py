@@ -671,8 +671,10 @@ def load_policies(args, checkpoint, device, policy_class):
             reference.requires_grad_(False)
             if sharded:
                 fsdp.shard(reference)
-    millions = sum(p.numel() for p in policy.parameters()) / 1e6
-    say(f"{args.algo}: {args.out}: {millions:.1f} M parameters, {WORLD} x {device.type}")
+    millions = f"{mrsp.count(policy) / 1e6:.1f} M parameters"
+    if args.lora:
+        millions += f", {mrsp.count(policy, trained=True) / 1e6:.1f} M of them trained"
+    say(f"{args.algo}: {args.out}: {millions}, {WORLD} x {device.type}")
     return policy, reference
 
 

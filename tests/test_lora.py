@@ -20,6 +20,7 @@ import model
 import mrsp
 import train
 from conftest import ROOT, flags, run
+from data import Prompt
 from infra.errors import ModelError
 from infra.model_folder import base_folder, fingerprint, text_fingerprint
 from infra.optimizer import make_optimizer, update
@@ -249,7 +250,7 @@ def logits(net, ids):
 
 def our_logps(policy, ids):
     """Log-probs of tokens 1, 2, ... of plain text, one by one in a response."""
-    prompt = model.Prompt(None, ids[:1])
+    prompt = Prompt(None, ids[:1])
     return scores(policy, [prompt], [[ids[1:]]])[0]
 
 

@@ -170,6 +170,11 @@ def gradients(tmp_path, world, ranks, *extra):
         ("--algo sft --lora 4", ["2 --sp 2 --fsdp"]),
         pytest.param("--algo grpo --lora 4", ["2", "2 --sp 2", "2 --fsdp"], marks=slow),
         pytest.param(
+            "--algo tgrpo --group 4 --temporal contrast --correct 0.01 --lora 4",
+            ["2 --fsdp"],
+            marks=slow,
+        ),
+        pytest.param(
             "--algo tgrpo --group 4 --temporal advantage --shuffle grid --correct 0.2",
             ["4 --sp 2"],
             marks=slow,
