@@ -460,7 +460,7 @@ def parse_args(argv=None):
     g.value(
         "model",
         None,
-        "model folder, run folder or hub name (default: the toy, trained by `python train.py`)",
+        "model, adapter or run folder, or hub name (default: the toy of `python train.py`)",
     )
     g.value("data", None, "records, .json or .jsonl")
     g.value(

@@ -137,8 +137,8 @@ def add(policy, rank, alpha, seed=0):
 def merge(policy):
     """Adds the adapters to the weights, in place: a policy as any other, its weights trainable.
 
-    A sum is computed in fp32 and rounded to the weights' dtype. In bf16, of which the smallest
-    relative step is 2^-8, the merged policy differs from the one with adapters.
+    A sum is computed in fp32 and rounded to the weights' dtype. bf16 keeps 8 significant bits, so
+    there the merged policy differs from the one with adapters.
     """
     for name, layer in adapters(policy.net).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -721,7 +721,7 @@ def parse_args(argv=None):
         "sft: imitate reasoning; grpo: learn from rewards; tgrpo: grpo with the temporal reward",
         choices=("sft", "grpo", "tgrpo"),
     )
-    g.value("model", None, "model folder, run folder or hub name; without: the toy world's")
+    g.value("model", None, "model, adapter or run folder, or hub name; without: the toy world's")
     g.value("data", None, "records to train on, .json or .jsonl")
     g.value("eval_data", None, "held-out records, answered greedily every --eval_every steps")
     g.value("media_root", None, "folder of the records' relative paths; default: the records' own")
