@@ -284,7 +284,7 @@ def load_model(args, folder, device):
         cuda_graph=args.cuda_graph,
     )
     media = {name: getattr(args, name) for name in MEDIA}
-    return policy, PromptBuilder(folder, max_prompt=args.max_prompt, **media)
+    return policy, PromptBuilder(policy.folder, max_prompt=args.max_prompt, **media)
 
 
 def run_method(policy, builder, left, samples, bad, method, out, pool, args):
@@ -462,7 +462,7 @@ def parse_args(argv=None):
     g.value(
         "model",
         None,
-        "model folder, run folder or hub name (default: the toy, trained by `python train.py`)",
+        "model, adapter or run folder, or hub name (default: the toy of `python train.py`)",
     )
     g.value("data", None, "records, .json or .jsonl")
     g.value(

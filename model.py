@@ -21,11 +21,19 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import attention
+import lora
 import mrsp
 from data import Prompt, normalize, patchify
 from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import ModelError
-from infra.model_folder import load_tokenizer, local_folder, read_network, side_files, write_network
+from infra.model_folder import (
+    base_folder,
+    load_tokenizer,
+    local_folder,
+    read_network,
+    side_files,
+    write_network,
+)
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations
@@ -91,7 +99,8 @@ class Policy(nn.Module):
     net: transformers' network.  folder: of the checkpoint, its tokenizer and its other files.
     Settings, plain attributes: sp, the ranks that share a row (set by mrsp.share_rows alone);
     embedding_cache, or None; cuda_graph, whether decoding replays CUDA graphs; eos_ids, the tokens
-    that end a response; saved_dtype, of the weights that `save` writes, None for the network's.
+    that end a response; saved_dtype, of the weights that `save` writes, None for the network's;
+    adapter, what lora.py knows of the adapters, or None; base_name, what they name as their base.
     """
 
     def __init__(self, net, folder):
@@ -99,7 +108,7 @@ class Policy(nn.Module):
         self.net, self.folder, self.config = net, Path(folder), net.config
         self.text = net.model.language_model
         self.sp, self.embedding_cache, self.cuda_graph = mrsp.ONE_RANK, None, False
-        self.saved_dtype = None
+        self.saved_dtype, self.adapter, self.base_name = None, None, str(folder)
         self.side_files = side_files(folder)  # read now: an old checkpoint may be deleted later
         implementations = {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
         net.set_attn_implementation(implementations)
@@ -128,24 +137,34 @@ class Policy(nn.Module):
         grad_checkpointing=1,
         cuda_graph=False,
         embedding_cache=None,
+        merged=False,
     ):
         """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
+
+        Of an adapter folder (lora.py), loads the base and the adapters, all frozen.
 
         dtype: of the weights; fp32 master weights for training compute in bf16 under
         torch.autocast. `save` writes them in the dtype that they have in the folder.
         grad_checkpointing: see set_grad_checkpointing.
         cuda_graph: replay decode steps as CUDA graphs, on a CUDA device.
         embedding_cache: (folder, gigabytes) for the embeddings of a frozen vision tower.
+        merged: add adapters to the weights of their base instead of keeping them beside.
         A response ends at any end token of the generation config or the tokenizer.
 
         Raises ModelError: no folder, no weights, another architecture; weights that are missing, of
         another shape, or not finite. Raises DataError: no tokenizer. Prints weights that the
         architecture does not have.
         """
-        folder = local_folder(name)
+        found = local_folder(name)
+        folder = base_folder(found)
         net, saved_dtype = read_network(folder, dtype, MODEL_TYPES)
         policy = cls(net, folder).to(device)
         policy.saved_dtype = saved_dtype
+        policy.base_name = str(folder.resolve()) if Path(name).exists() else str(name)
+        if found != folder:
+            lora.load(policy, found)
+        if merged:
+            lora.merge(policy)
         end = load_tokenizer(folder).eos_token_id
         if end is not None and end not in policy.eos_ids:
             policy.eos_ids.append(end)
@@ -164,11 +183,23 @@ class Policy(nn.Module):
     def save(self, folder, weights=None):
         """Writes a folder that transformers and vLLM open, tokenizer and processor included.
 
-        weights: by name, where the policy's own are sharded (infra/fsdp.py).
+        With adapters, an adapter folder that names its base.
+        weights: `saved_parameters`, where the policy's own are sharded (infra/fsdp.py).
         """
-        weights = self.net.state_dict() if weights is None else weights
+        if weights is None:
+            weights = {name: p.detach() for name, p in self.saved_parameters().items()}
+        if self.adapter:
+            lora.write(folder, self.adapter, weights)
+            return
         dtype = self.saved_dtype or self.text.embed_tokens.weight.dtype
         write_network(Path(folder), self.net, weights, dtype, self.side_files)
+
+    def saved_parameters(self):
+        """What `save` writes, by name: the adapters if there are any, else the whole network."""
+        parameters = self.net.state_dict(keep_vars=True)
+        if not self.adapter:
+            return parameters
+        return {name: p for name, p in parameters.items() if name.endswith((".lora_A", ".lora_B"))}
 
     def set_grad_checkpointing(self, n):
         """In train mode, recompute every n-th layer's activations in the backward pass; 0: none."""

@@ -445,8 +445,11 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     """
     c, gpu = policy.config.text_config, policy.device.type == "cuda"
     number = 2 if gpu else 4  # bytes: bf16 under autocast, or fp32
+    visual, head = policy.net.model.visual, policy.net.lm_head.weight
     total, trained = count(policy), count(policy, trained=True)
-    tower, layers = count(policy.net.model.visual), count(policy.text.layers)
+    tower, layers = count(visual), count(policy.text.layers)
+    whole = tower - count(visual, trained=True)  # what FSDP does not shard: a frozen tower
+    frozen = frozen_bytes(policy) - frozen_bytes(visual)
     recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
     L, D, held = c.num_hidden_layers, c.hidden_size, row / size
     kv = 2 * D * c.num_key_value_heads / c.num_attention_heads * number  # a token in one layer
@@ -461,14 +464,18 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     }
     decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
     if shards > 1:
-        gathered = trained - layers + 2 * layers / L
-        train["gathered weights and gradients"] = gathered * (2 * number + 4)
-        decode["gathered weights"] = trained * number
-        if gpu:  # Policy.head
-            train["head in fp32"] = 8 * c.vocab_size * D
-            decode["head in fp32"] = 4 * c.vocab_size * D
+        gathered = total - whole - layers + 2 * layers / L
+        trained_layers = count(policy.text.layers, trained=True)
+        with_gradients = trained - trained_layers + 2 * trained_layers / L
+        gradients = with_gradients * (number + 4)
+        train["gathered weights and gradients"] = gathered * number + gradients
+        decode["gathered weights"] = (total - whole) * number
+    if gpu and (shards > 1 or head.element_size() < 4):  # Policy.head, and its gradient
+        train["head in fp32"] = (8 if head.requires_grad else 4) * c.vocab_size * D
+        decode["head in fp32"] = 4 * c.vocab_size * D
+    weights = 16 * trained / shards + frozen / shards + frozen_bytes(visual)
     return {
-        "weights, gradients, moments": 16 * trained / shards + 4 * (total - trained),
+        "weights, gradients, moments": weights,
         "copies in bf16": 2 * trained * (gpu and shards == 1),
         "reference": ((total - tower) / shards + tower) * number * (reference is not None),
         "embeddings": prompts * D * number,
@@ -479,3 +486,8 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
 def count(module, trained=False):
     """Parameters of a module, or those of them that are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def frozen_bytes(module):
+    """Bytes of a module's parameters that are not trained."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)

@@ -47,6 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as hf_logging
 
 import grpo
+import lora
 import mrsp
 import tgrpo
 import toy
@@ -57,7 +58,8 @@ from infra.checkpoints import save
 from infra.clock import seconds, timed
 from infra.ddp import passes, unwrap
 from infra.errors import DataError, ModelError
-from infra.flags import MEDIA, Parser, media_flags, ordered, peek
+from infra.flags import MEDIA, Parser, flag_words, media_flags, ordered, peek
+from infra.model_folder import base_folder, local_folder
 from infra.optimizer import Update, learning_rate, make_optimizer, update
 from infra.packing import pack
 from infra.progress import LoadErrors, Progress
@@ -84,7 +86,7 @@ class Run:
 
     args: Namespace  # the flags
     policy: nn.Module  # pi: a Policy, perhaps inside DistributedDataParallel
-    reference: Policy | None  # frozen, for the KL penalty; None if beta = 0
+    reference: Policy | None  # for the KL penalty; with --lora the policy itself; None if beta = 0
     builder: PromptBuilder
     refill: Callable  # (step, k) -> the prompts of the step's k-th refill
     optimize: Callable  # (step) -> Update, by infra/optimizer.update
@@ -367,7 +369,7 @@ def row_loss(run, row, denominator):
     logp, entropy = run.policy(prompts, responses, embeds, args.temperature)  # (N, R)
     ref_logp = None
     if args.beta:
-        with torch.no_grad():
+        with torch.no_grad(), lora.off(run.policy):
             ref_logp, _ = run.reference(prompts, responses, embeds, args.temperature)
     if not row:
         return logp.sum(), LossTotals()
@@ -557,7 +559,8 @@ def open_training(args, samples, device, at_end, policy_class):
         how = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)
         wrapped = DistributedDataParallel(policy, **how)
     errors = LoadErrors(args.prompts, args.steps)
-    sharing = mrsp.RowSharing(policy, reference, patience(args), args)
+    second = None if reference is policy else reference  # another copy of the weights
+    sharing = mrsp.RowSharing(policy, second, patience(args), args)
 
     def refill(step, k):
         return sharing.share_prompts(errors.usable(loader.refill(step, k)))
@@ -650,15 +653,24 @@ def warn(args):
 
 
 def load_policies(args, checkpoint, device, policy_class):
-    """The policy, from the checkpoint or --model, and the reference -> (policy, None or Policy)."""
+    """The policy, from the checkpoint or --model, and the reference -> (policy, None or Policy).
+
+    With --lora, the reference is the policy itself, with its adapters off. But if --model is an
+    adapter, it is the base with this adapter, as it was at the start.
+    """
     cache = (args.embedding_cache, args.cache_gb) if args.embedding_cache else None
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = policy_class.load(
         checkpoint or args.model,
         device=device,
+        dtype=frozen if args.lora else torch.float32,
+        merged=not args.lora,
         grad_checkpointing=args.grad_checkpointing,
         cuda_graph=args.cuda_graph,
         embedding_cache=cache,
     )
+    if args.lora:
+        lora.add(policy, args.lora, args.lora_alpha or 2 * args.lora, args.seed)
     if not args.train_vision:
         policy.freeze_vision()
     sharded = args.fsdp and WORLD > 1
@@ -666,13 +678,19 @@ def load_policies(args, checkpoint, device, policy_class):
         fsdp.shard(policy)
     reference = None
     if args.beta and args.algo != "sft":
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        reference = policy_class.load(args.model, device=device, dtype=dtype)
-        reference.requires_grad_(False)
-        if sharded:
-            fsdp.shard(reference)
-    millions = sum(p.numel() for p in policy.parameters()) / 1e6
-    say(f"{args.algo}: {args.out}: {millions:.1f} M parameters, {WORLD} x {device.type}")
+        model = local_folder(args.model)
+        if args.lora and base_folder(model) == model:
+            reference = policy
+        else:
+            how = dict(device=device, dtype=frozen, merged=not args.lora)
+            reference = policy_class.load(model, **how)
+            reference.requires_grad_(False)
+            if sharded:
+                fsdp.shard(reference)
+    millions = f"{mrsp.count(policy) / 1e6:.1f} M parameters"
+    if args.lora:
+        millions += f", {mrsp.count(policy, trained=True) / 1e6:.1f} M of them trained"
+    say(f"{args.algo}: {args.out}: {millions}, {WORLD} x {device.type}")
     return policy, reference
 
 
@@ -719,7 +737,7 @@ def parse_args(argv=None):
         "sft: imitate reasoning; grpo: learn from rewards; tgrpo: grpo with the temporal reward",
         choices=("sft", "grpo", "tgrpo"),
     )
-    g.value("model", None, "model folder, run folder or hub name; without: the toy world's")
+    g.value("model", None, "model, adapter or run folder, or hub name; without: the toy world's")
     g.value("data", None, "records to train on, .json or .jsonl")
     g.value("eval_data", None, "held-out records, answered greedily every --eval_every steps")
     g.value("media_root", None, "folder of the records' relative paths; default: the records' own")
@@ -754,6 +772,12 @@ def parse_args(argv=None):
     g.value("weight_decay", 0.01, "of matrices")
     g.value("clip_grad", 1.0, "largest gradient norm", "above 0")
     g.switch("train_vision", "train the vision tower too; it is frozen otherwise")
+    g.value(
+        "lora",
+        0,
+        "train only adapters of this rank (lora.py), with about 10 times the --lr; 0: off",
+    )
+    g.value("lora_alpha", 0, "the adapters' output is multiplied by this / rank; 0: 2 * rank")
     g.value("grad_checkpointing", 1, "recompute every n-th layer in the backward pass; 0: none")
     g.switch("fsdp", "shard weights, gradients and moments over all ranks")
     g = p.section("long videos (mrsp.py)")
@@ -843,6 +867,10 @@ def refuse_combinations(p, args):
         )
     if args.sp != "auto" and (not args.sp.isdecimal() or int(args.sp) < 1 or WORLD % int(args.sp)):
         p.error(f"--sp {args.sp}: expected auto or a divisor of the {WORLD} ranks")
+    if args.lora and args.train_vision:
+        p.error("--lora: expected without --train_vision; the vision tower has no adapters")
+    if args.lora_alpha and not args.lora:
+        p.error(f"--lora_alpha {args.lora_alpha}: expected --lora beside it")
     if args.embedding_cache and args.train_vision:
         p.error(
             "--embedding_cache: expected a frozen vision tower; "
@@ -860,19 +888,25 @@ def toy_runs(args, argv):
     unless the command asks for nothing else (--algo sft).
     """
     parse_args(["--algo", args.algo])  # another name than sft, grpo, tgrpo ends here
-    root, configs = Path(args.out or toy.root(args.seed)), Path(__file__).parent / "configs"
+    root = Path(args.out or toy.root(args.seed))
     world = root / "world"
     common = ["--eval_data", f"{world}/test.json", "--seed", str(args.seed)]
-    sft = [f"@{configs}/toy_sft.txt", *common, "--data", f"{world}/cot.json"]
-    sft += ["--model", f"{world}/model"]
+    sft = [*common, "--data", f"{world}/cot.json", "--model", f"{world}/model"]
+    last = [*toy_recipe(args.algo, args.lora), *common]
     if args.algo == "sft":
-        return [parse_args([*sft, *argv, "--out", f"{root}/sft"])]
-    rl = [f"@{configs}/toy_{args.algo}.txt", *common, "--data", f"{world}/train.json"]
-    rl += ["--model", f"{root}/sft"]
+        return [parse_args([*last, *sft, *argv, "--out", f"{root}/sft"])]
+    rl = [*last, "--data", f"{world}/train.json", "--model", f"{root}/sft"]
     return [
-        parse_args([*sft, "--out", f"{root}/sft", "--resume"]),
+        parse_args([*toy_recipe("sft"), *sft, "--out", f"{root}/sft", "--resume"]),
         parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"]),
     ]
+
+
+def toy_recipe(algo, lora=0):
+    """The flags of the toy's recipe. With adapters the vision tower, which has none, is frozen."""
+    file = Path(__file__).parent / "configs" / f"toy_{algo}.txt"
+    words = sum(flag_words(file).values(), [])
+    return [word for word in words if not (lora and word == "--train_vision")]
 
 
 def main(argv=None, policy_class=Policy):
@@ -880,7 +914,7 @@ def main(argv=None, policy_class=Policy):
     argv = sys.argv[1:] if argv is None else argv
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    args = peek(argv, model=None, data=None, algo="grpo", out=None, seed=0)
+    args = peek(argv, model=None, data=None, algo="grpo", out=None, seed=0, lora=0)
     embedded = not (args.model or args.data)
     runs = toy_runs(args, argv) if embedded else [parse_args(argv)]
     with ranks(max(map(patience, runs))) as device:

@@ -1,6 +1,7 @@
 """The checkpoints of a run, which survive a kill, a full disk or a power cut at any moment.
 
-`save` writes checkpoint-N: a model folder, with the optimizer's state and state.json beside it.
+`save` writes checkpoint-N: a model folder (with --lora, an adapter's), with the optimizer's state
+and state.json beside it.
 `newest_whole` finds the one to resume from, and `torn` says what is wrong with a damaged one.
 """
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from infra import fsdp
 from infra.errors import ModelError
-from infra.model_folder import checkpoints, weight_files
+from infra.model_folder import checkpoints, config_file, weight_files
 from infra.ranks import RANK
 
 # ---- which one to resume from
@@ -33,7 +34,7 @@ def torn(checkpoint):
         step = json.loads(file.read_bytes())["step"]
         if checkpoint.name != f"checkpoint-{step:06d}":
             return "state.json: of another step"
-        file = checkpoint / "config.json"
+        file = config_file(checkpoint)
         json.loads(file.read_bytes())
         file = checkpoint / "optimizer.pt"
         zipfile.ZipFile(file).close()

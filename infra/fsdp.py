@@ -74,9 +74,9 @@ def full_state(policy, optimizer):
     """What a checkpoint holds -> (weights by name, the optimizer's state), whole on rank 0.
 
     Every rank must ask. Where a checkpoint's weights are rounded to a narrower dtype,
-    state["weights"] are the trained ones, unrounded.
+    state["weights"] are the trained ones, unrounded. An adapter's are not rounded.
     """
-    parameters = policy.net.state_dict(keep_vars=True)
+    parameters = policy.saved_parameters()
     # embeddings and head may be one parameter
     once = {p: full_tensor(p) for p in parameters.values()}
     state = optimizer.state_dict()
@@ -85,7 +85,7 @@ def full_state(policy, optimizer):
         for i, moments in state["state"].items()
     }
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if policy.saved_dtype not in (None, trained[0].dtype):
+    if policy.adapter is None and policy.saved_dtype not in (None, trained[0].dtype):
         state["weights"] = [once[p] for p in trained]
     return {name: once[p] for name, p in parameters.items()}, state
 

@@ -1,6 +1,7 @@
 """A model folder in Hugging Face's form.
 
-Finds it, reads the network with every weight accounted for, and writes it back.
+Finds it, reads the network with every weight accounted for, and writes it back. Where an adapter's
+folder (lora.py) stands for a model, `base_folder` is the model folder under it.
 """
 
 import hashlib
@@ -24,8 +25,10 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+ADAPTER = "adapter_config.json"  # makes a folder an adapter's, and names its base
 # the text files of a model folder that change answers
 TEXTS = (
+    ADAPTER,
     "config.json",
     "generation_config.json",
     "*.index.json",
@@ -61,22 +64,51 @@ def local_folder(name):
     """A model folder, a run folder (its newest checkpoint) or a hub name -> the model folder.
 
     A folder with config.json and weights is the model itself, even if checkpoints of its training
-    are inside. Raises ModelError: none of the three, or a folder without weights.
+    are inside. An adapter's folder has adapter_config.json instead. Raises ModelError: none of the
+    three, or a folder without weights.
     """
     folder = Path(name)
-    if not ((folder / "config.json").exists() and weight_files(folder)):
+    if not (config_file(folder).exists() and weight_files(folder)):
         folder = newest_checkpoint(name) or folder
     if not folder.is_dir():
         if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
             raise ModelError(f"{name}: no such model folder")
         folder = download(str(name))
-    if not (folder / "config.json").exists() and (folder / "config.txt").exists():
+    config = config_file(folder)
+    if not config.exists() and (folder / "config.txt").exists():
         raise ModelError(f"{folder}: a run folder that holds no checkpoint yet")
-    if not (folder / "config.json").exists():
+    if not config.exists():
         raise ModelError(f"{folder}: no config.json, so not a model folder")
     if not weight_files(folder):
-        raise ModelError(f"{folder}: no weights (*.safetensors) beside config.json")
+        raise ModelError(f"{folder}: no weights (*.safetensors) beside {config.name}")
     return folder
+
+
+def config_file(folder):
+    """The file that makes a folder a model's or an adapter's, whether it exists or not."""
+    adapter = Path(folder) / ADAPTER
+    return adapter if adapter.exists() else Path(folder) / "config.json"
+
+
+def base_folder(folder):
+    """The model folder under an adapter's folder. A model folder is its own base.
+
+    Raises ModelError: the base is not named, cannot be found, or is an adapter itself.
+    """
+    file = config_file(folder)
+    if file.name != ADAPTER:
+        return Path(folder)
+    name = read_object(file).get("base_model_name_or_path")
+    expected = "expected the model folder or hub name of its base in 'base_model_name_or_path'"
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{file}: found {name!r}, {expected}")
+    try:
+        base = local_folder(name)
+    except ModelError as e:
+        raise ModelError(f"{file}: the base of this adapter is missing ({e}), {expected}") from e
+    if config_file(base).name == ADAPTER:
+        raise ModelError(f"{file}: the base {name} is an adapter itself, {expected}")
+    return base
 
 
 def download(name):
@@ -278,12 +310,12 @@ def write_network(folder, net, weights, dtype, side_files):
 
 
 def fingerprint(folder):
-    """Hex digits that tell a checkpoint's weights from others.
+    """Hex digits that tell a checkpoint's weights from others; an adapter's with its base's.
 
     Reads 64 blocks of 64 KB, evenly spaced, of every file.
     """
     digest = hashlib.blake2b(digest_size=12)
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in _files_and_base(folder, ("*.safetensors",)):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as f:
@@ -294,10 +326,21 @@ def fingerprint(folder):
 
 
 def text_fingerprint(folder):
-    """Hex digits that tell the TEXTS of a model folder from others, by their whole content."""
+    """Hex digits that tell the TEXTS of a model folder from others, by their whole content.
+
+    An adapter's are its own and its base's.
+    """
     digest = hashlib.blake2b(digest_size=12)
-    matches = {file for pattern in TEXTS for file in Path(folder).glob(pattern)}
-    for file in sorted(file for file in matches if file.is_file()):
+    for file in _files_and_base(folder, TEXTS):
         content = file.read_bytes()
         digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()
+
+
+def _files_and_base(folder, patterns):
+    """The files of a folder that match, and then those of its base, if it is an adapter's."""
+    files = []
+    for part in dict.fromkeys([Path(folder), base_folder(folder)]):
+        matches = {file for pattern in patterns for file in part.glob(pattern)}
+        files += sorted(file for file in matches if file.is_file())
+    return files

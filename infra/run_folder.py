@@ -5,7 +5,8 @@
     samples.jsonl   all responses of two groups a step, with their rewards
     checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json.
                     The weights keep the dtype of the model that the run started from; unless that
-                    is fp32, optimizer.pt also holds the trained ones in fp32, to resume from
+                    is fp32, optimizer.pt also holds the trained ones in fp32, to resume from.
+                    With --lora: an adapter folder in PEFT's form (lora.py)
     lock            locked by the processes that write to the folder
 
 A training run enters `claimed`, then calls `open_run`. Inside `stop_signals` it stops after a step
@@ -120,7 +121,7 @@ def _open_run(args, defaults):
 def _config(args):
     """The lines of config.txt: commit, records and reference model as comments, then the flags."""
     lines = [f"# commit {commit()}", f"# records {digest(args.data)}"]
-    if args.beta and args.algo != "sft":
+    if (args.beta and args.algo != "sft") or args.lora:  # an adapter's base
         lines.append(f"# reference {fingerprint(local_folder(args.model))}")
     return lines + flag_lines(args)
 

@@ -1,11 +1,15 @@
 """One step's gradient in float64, by train.py's own functions, saved to OUT.RANK.
 
-    torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD MODEL OUT [FLAG ...]
+    torchrun --nproc_per_node 2 tests/gradient_worker.py WORLD MODEL OUT [--flag ...] [word ...]
 
 MODEL is a cold start. The temperature is high, so responses to a prompt are right and wrong, long
-and short. FLAG is one of train.py's, or `frozen`: the vision tower is not trained; or `bypass`: the
-loss goes through the module inside DistributedDataParallel instead of through its forward, the
-mistake whose gradients are never averaged.
+and short. Flags are train.py's, words are
+
+    frozen  the vision tower is not trained (nor with --lora R, which trains adapters from a random
+            B; the policy is then its own reference)
+    half    the weights are bf16 and compute in it
+    bypass  the loss goes through the module inside DistributedDataParallel instead of through its
+            forward: the mistake whose gradients are never averaged
 """
 
 import os
@@ -20,6 +24,7 @@ import torch.distributed as dist  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+import lora  # noqa: E402
 import model  # noqa: E402
 import mrsp  # noqa: E402
 import train  # noqa: E402
@@ -34,20 +39,28 @@ if ranks.WORLD > 1:
     dist.init_process_group("gloo")
 flags = "--prompts 5 --group 3 --max_new 15 --temperature 1.3 --row_tokens 300 --beta 0.1".split()
 flags += ["--model", start, "--data", world, "--mask_truncated"]
-flags += [] if "frozen" in extra else ["--train_vision"]
-flags += [x for x in extra if x not in ("bypass", "frozen")]
+flags += [] if {"frozen", "--lora"} & {*extra} else ["--train_vision"]
+flags += [x for x in extra if x not in ("bypass", "frozen", "half")]
 args = train.parse_args(flags)
-policy, reference = (Policy.load(start, dtype=torch.float64) for _ in range(2))
+dtype = torch.bfloat16 if "half" in extra else torch.float64
+policy, reference = (Policy.load(start, dtype=dtype) for _ in range(2))
 with torch.no_grad():
     reference.net.lm_head.weight.mul_(1.01)
 reference.requires_grad_(False)
 if not args.train_vision:
     policy.freeze_vision()
+if args.lora:
+    lora.add(policy, args.lora, 2 * args.lora)
+    random = torch.Generator().manual_seed(1)
+    for layer in lora.adapters(policy).values():
+        layer.lora_B.data.normal_(std=0.02, generator=random)
+    reference = policy
 model.PATCHES_PER_CALL = 40  # of the tower: ranks call it different numbers of times
 wrapped = policy.train()
 if args.fsdp:
     fsdp.shard(policy)
-    fsdp.shard(reference)
+    if reference is not policy:
+        fsdp.shard(reference)
 elif ranks.WORLD > 1:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(policy.folder, min_pixels=784)

@@ -167,6 +167,13 @@ def gradients(tmp_path, world, start, ranks, *extra):
             marks=slow,
         ),
         pytest.param("--algo grpo frozen", ["2", "2 --fsdp"], marks=slow),
+        ("--algo sft --lora 4", ["2 --sp 2 --fsdp"]),
+        pytest.param("--algo grpo --lora 4", ["2", "2 --sp 2", "2 --fsdp"], marks=slow),
+        pytest.param(
+            "--algo tgrpo --group 4 --temporal contrast --correct 0.01 --lora 4",
+            ["2 --fsdp"],
+            marks=slow,
+        ),
         pytest.param(
             "--algo tgrpo --group 4 --temporal advantage --shuffle grid",
             ["4 --sp 2"],
