@@ -518,7 +518,7 @@ def test_from_a_cold_start_to_answers(tmp_path, world, cold_start):
     assert beside == answers(world, tmp_path / "merged", tmp_path / "of merged")
     refused = ["eval.py", "--model", other, "--data", world / "test.json"]
     refused += ["--out", tmp_path / "beside", "--max_new", 16, "--min_pixels", 784]
-    assert "cannot be resumed with other settings: found # weights" in run(*refused, expect=1)
+    assert "cannot be resumed with other settings: # weights" in run(*refused, expect=1)
     # a full run starts from base and adapter, merged; so does its reference
     full = flags(world, tmp_path / "full", model=rl, steps=1, beta=0.1)
     run(*full)
@@ -541,7 +541,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path, world, cold_start):
     start = adapter(whole, 1)
     assert any((expected[name] - start[name]).abs().max() > 1e-4 for name in start)
     changed = command(world, cut, **{**how, "lora": 8})
-    assert "found --lora 8, expected --lora 4" in run(*changed, "--resume", expect=1)
+    assert "--lora 8 now, --lora 4 when it started" in run(*changed, "--resume", expect=1)
 
 
 @slow
