@@ -46,6 +46,7 @@ import toy
 from data import Prompt, Sample, load_media, normalize, patchify
 from infra.embedding_cache import EmbeddingCache
 from infra.flags import Parser
+from infra.model_folder import head_size
 from infra.ranks import RANK, WORLD, ranks, say
 from infra.run_folder import commit
 from infra.video import close_workers
@@ -418,9 +419,10 @@ def cost(policy, P, G, R, dtype):
     layers = sum(p.numel() for p in policy.text.layers.parameters())
     head = c.vocab_size * c.hidden_size
     size = torch.finfo(dtype).bits // 8
-    d = c.hidden_size // c.num_attention_heads
+    d = head_size(c)
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * d * size  # bytes of a token's K and V
-    pair = 4 * c.num_hidden_layers * c.hidden_size  # FLOPs for a query and a key that it sees
+    heads = c.num_attention_heads * d
+    pair = 4 * c.num_hidden_layers * heads  # FLOPs for a query and a key that it sees
     weights = (layers + head) * size
     found = {}
     for way, copies in (("plain", G), ("ours", 1)):  # of the prompt

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, prompt_bounds
 from infra.flash import make_blocks
 from infra.memory import device_memory
+from infra.model_folder import head_size
 from infra.ranks import WORLD, gather, say
 
 # renamed in torch 2.13
@@ -171,7 +172,7 @@ def encode(policy, prompts):
     if cache and policy.sp.rank == 0:
         for key, m in missing.items():
             cache.put(m, embeds[key])
-    none = torch.zeros(0, policy.config.text_config.hidden_size, device=policy.device)
+    none = torch.zeros(0, policy.visual_width, device=policy.device)
     none = none.to(policy.compute_dtype)
     out = []
     for prompt in prompts:
@@ -443,8 +444,9 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     tower, layers = count(policy.net.model.visual), count(policy.text.layers)
     recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
     L, D, own = c.num_hidden_layers, c.hidden_size, row / size
-    kv = 2 * D * c.num_key_value_heads / c.num_attention_heads * number  # a token in one layer
-    activations = own * (6 * D + 3 * c.intermediate_size) * number
+    heads = c.num_attention_heads * head_size(c)  # D in Qwen2.5-VL
+    kv = 2 * head_size(c) * c.num_key_value_heads * number  # a token in one layer
+    activations = own * (4 * D + 2 * heads + 3 * c.intermediate_size) * number
     row_kv = 2 * row * kv  # as gathered, and in blocks
     train = {
         "layer inputs": recomputed * own * D * number,
@@ -465,7 +467,7 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
         "weights, gradients, moments": 16 * trained / shards + 4 * (total - trained),
         "copies in bf16": 2 * trained * (gpu and shards == 1),
         "reference": ((total - tower) / shards + tower) * number * (reference is not None),
-        "embeddings": prompts * D * number,
+        "embeddings": prompts * policy.visual_width * number,
         **max(train, decode, key=lambda terms: sum(terms.values())),  # one after the other
     }
 

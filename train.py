@@ -1,4 +1,4 @@
-"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos and images: sft, or rewards only (grpo, tgrpo).
+"""Trains a Qwen-VL policy on videos and images: sft, or rewards only (grpo, tgrpo).
 
     python train.py                                       a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (nccl, or gloo)
@@ -693,8 +693,11 @@ def resume_step(args, checkpoint, optimizer):
 # ---- the flags
 
 
-def parse_args(argv=None):
-    """The flags, from argv or the command line. @FILE reads more, one a line, # is a comment."""
+def parse_args(argv=None, embedded=False):
+    """The flags, from argv or the command line. @FILE reads more, one a line, # is a comment.
+
+    embedded: of a run of the embedded default, where --family has chosen the --model.
+    """
     p = Parser(__doc__, dropped=("shuffles",))
     g = p.section("run")
     g.value(
@@ -704,6 +707,7 @@ def parse_args(argv=None):
         choices=("sft", "grpo", "tgrpo"),
     )
     g.value("model", None, "model folder, run folder or hub name; without: the toy world's")
+    g.value("family", "qwen2_5_vl", "of the toy's model, without --model", choices=tuple(toy.TINY))
     g.value("data", None, "records to train on, .json or .jsonl")
     g.value("eval_data", None, "held-out records, answered greedily every --eval_every steps")
     g.value("media_root", None, "folder of the records' relative paths; default: the records' own")
@@ -750,7 +754,8 @@ def parse_args(argv=None):
     g.value("save_every", 100, "steps between checkpoints, also at the end", "at least 1")
     g.value("keep", 2, "newest checkpoints to keep", "at least 1")
     args = p.parse_args(argv)
-    refuse_combinations(p, args)
+    refuse_combinations(p, args, embedded)
+    del args.family  # config.txt has --model instead
     return args
 
 
@@ -803,8 +808,12 @@ def loss_flags(p):
     g.switch("mask_truncated", "leave truncated responses out of the loss")
 
 
-def refuse_combinations(p, args):
+def refuse_combinations(p, args, embedded):
     """Ends the program for flags that do not go together."""
+    if "--family" in p.given and not embedded:
+        p.error(
+            f"--family {args.family}: chooses the toy's model, expected without --model and --data"
+        )
     if args.model and not args.data:
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
@@ -839,19 +848,21 @@ def refuse_combinations(p, args):
 
 def toy_runs(args, argv):
     """The embedded default as ordinary runs: a cold start in the toy world, then RL from it."""
-    parse_args(["--algo", args.algo])  # another name than sft, grpo, tgrpo ends here
-    root, configs = Path(args.out or toy.root(args.seed)), Path(__file__).parent / "configs"
+    names = ["--algo", args.algo, "--family", args.family]
+    parse_args(names, embedded=True)  # ends here for a name that is not a choice
+    root = Path(args.out or toy.root(args.seed, args.family))
+    configs = Path(__file__).parent / "configs"
     world = root / "world"
     common = ["--eval_data", f"{world}/test.json", "--seed", str(args.seed)]
     sft = [f"@{configs}/toy_sft.txt", *common, "--data", f"{world}/cot.json"]
     sft += ["--model", f"{world}/model"]
     if args.algo == "sft":
-        return [parse_args([*sft, *argv, "--out", f"{root}/sft"])]
+        return [parse_args([*sft, *argv, "--out", f"{root}/sft"], embedded=True)]
     rl = [f"@{configs}/toy_{args.algo}.txt", *common, "--data", f"{world}/train.json"]
     rl += ["--model", f"{root}/sft"]
     return [
         parse_args([*sft, "--out", f"{root}/sft", "--resume"]),
-        parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"]),
+        parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"], embedded=True),
     ]
 
 
@@ -860,13 +871,14 @@ def main(argv=None, policy_class=Policy):
     argv = sys.argv[1:] if argv is None else argv
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    args = peek(argv, model=None, data=None, algo="grpo", out=None, seed=0)
+    flags = dict(model=None, data=None, algo="grpo", out=None, seed=0, family="qwen2_5_vl")
+    args = peek(argv, **flags)
     embedded = not (args.model or args.data)
     runs = toy_runs(args, argv) if embedded else [parse_args(argv)]
     with ranks(max(map(patience, runs))) as device:
         world = Path(runs[0].data).parent
         if embedded and RANK == 0 and not world.exists():
-            toy.write(world, args.seed)
+            toy.write(world, args.seed, family=args.family)
         gather(None)
         for run in runs:
             run.out = run.out or "out/run"
