@@ -115,7 +115,7 @@ class Policy(nn.Module):
         # a visual token has an embedding, and one more for each layer that sees it again
         self.visual_width = self.config.text_config.hidden_size * (1 + self.family.deepstack)
         eos = net.generation_config.eos_token_id  # an id, which may be 0, a list, or None
-        eos = self.config.text_config.eos_token_id if eos is None else eos
+        eos = getattr(self.config.text_config, "eos_token_id", None) if eos is None else eos
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
         # a response must not contain pixels: these are impossible when sampled and when scored
         ids = {getattr(self.config, name, None) for name in VISION_TOKENS} - {None}
