@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     Qwen3VLForConditionalGeneration,
@@ -24,16 +24,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.video_utils import VideoMetadata
 
 import attention
-import bench
 import data
 import model
-import mrsp
 import rollout
 import tgrpo
 import toy
 import train
-from conftest import ROOT, SHARED, flags, needs_shared, run
+from conftest import SHARED, flags, needs_shared, run
+from experiments.plain import PlainPolicy
 from infra import families, model_folder
+from infra.errors import DataError, ModelError
+from infra.flags import peek
 from test_model import random_responses, weighted
 
 
@@ -510,3 +511,130 @@ def test_the_published_shapes(tmp_path, monkeypatch, size):
         config.text_config, [10], 2, 4, device="meta", dtype=torch.bfloat16
     )
     assert cache.own_kv[0][0].shape == (2, 8, 4, 128)
+
+
+def test_transformers_opens_what_is_saved(tmp_path, policy, net, prompts):
+    """Bit for bit, with a tied head in the file once; and Policy.load opens what transformers
+    saved."""
+    policy.save(tmp_path / "ours")
+    again = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    found = again.state_dict()
+    for name, x in net.state_dict().items():
+        assert torch.equal(found[name], x), name
+    (file,) = (tmp_path / "ours").glob("*.safetensors")
+    with safe_open(file, "pt") as f:
+        assert set(f.keys()) == set(dict(net.named_parameters()))
+    shutil.copytree(policy.folder, tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    net.save_pretrained(tmp_path / "theirs")
+    loaded = model.Policy.load(tmp_path / "theirs", dtype=torch.float64)
+    responses = random_responses(prompts, LENGTHS)
+    assert torch.equal(loaded(prompts, responses)[0], policy(prompts, responses)[0])
+
+
+def test_numbers_of_the_checkpoint_count(tmp_path, world):
+    """The patch size in config.json; mean and std in preprocessor_config.json, if there is one."""
+    config = json.loads((world / "model" / "config.json").read_text())
+    read = families.read_family(world / "model", config)
+    assert (read.patch, read.mean, read.std, read.deepstack) == (16, (0.5,) * 3, (0.5,) * 3, 3)
+    assert families.read_family(tmp_path, config) == read  # the table's, without the file
+    own = dict(image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    config["vision_config"] |= dict(patch_size=12, deepstack_visual_indexes=[0])
+    read = families.read_family(tmp_path, config)
+    assert (read.patch, read.mean, read.std, read.deepstack) == (12, (0.1, 0.2, 0.3), (1, 2, 3), 1)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5"])
+def test_other_families_are_refused_by_name(world, tmp_path, model_type):
+    shutil.copytree(world / "model", tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(model_type=model_type)))
+    for load in (model.Policy.load, data.PromptBuilder):
+        with pytest.raises(ModelError, match=f"model type '{model_type}', expected one of .*qwen3"):
+            load(tmp_path / "m")
+
+
+def test_a_thinking_checkpoint_is_refused(world, tmp_path):
+    """Its template ends with <think>: no response would have one."""
+    shutil.copytree(world / "model", tmp_path / "m")
+    template = tmp_path / "m" / "chat_template.jinja"
+    opened = template.read_text().replace("assistant\n{%", "assistant\n<think>\n{%")
+    template.write_text(opened)
+    with pytest.raises(
+        DataError, match="m: a Thinking checkpoint: its chat template opens <think>"
+    ):
+        data.PromptBuilder(tmp_path / "m")
+
+
+# ---- whole runs
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_sft_tgrpo_and_evaluation_run(world, tmp_path):
+    """Each goes on from the run before; frames, grids and contrast; a frozen tower with a cache."""
+    sft, tgrpo_run, contrast = tmp_path / "sft", tmp_path / "tgrpo", tmp_path / "contrast"
+    run(*flags(world, sft, "sft", steps=2))
+    how = dict(model=sft, steps=2, beta=0.04, max_frames=8)
+    run(*flags(world, tgrpo_run, "tgrpo", **how))
+    how = dict(model=tgrpo_run, steps=1, temporal="contrast", embedding_cache=tmp_path / "cache")
+    command = flags(world, contrast, "tgrpo", shuffle="grid", **how)
+    run(*(x for x in command if x != "--train_vision"))
+    for out, steps in ((sft, 2), (tgrpo_run, 2), (contrast, 1)):
+        entries = log(out)
+        assert len(entries) == steps and entries[0]["skipped_samples"] == 0
+        assert entries[0]["pixels"] == 32 * 32
+    assert log(sft)[1]["loss"] < log(sft)[0]["loss"] and log(sft)[1]["updates"] == 1
+    assert log(tgrpo_run)[0]["updates"] == 1 and log(tgrpo_run)[0]["mismatch"] < 1e-4
+    assert 0 < log(contrast)[0]["probability_drop"] < 1
+    assert any((tmp_path / "cache").iterdir())
+    command = ["eval.py", "--model", contrast, "--data", world / "test.json", "--tts"]
+    command += ["--out", tmp_path / "eval", "--min_pixels", "784"]
+    run(*command, *"--start 4 --cap 8 --m 2 --max_new 8".split())
+    (answers,) = (tmp_path / "eval").glob("s2d-*.jsonl")
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert {r["frames"] for line in lines for r in line["rounds"]} >= {4, 8}
+
+
+def test_the_plain_way_gives_the_same(world, policy, prompts):
+    """transformers' forward and cache with our sampler, as bench.py has it."""
+    plain = PlainPolicy.load(world / "model", dtype=torch.float64)
+    how = dict(max_new=5, seeds=[0, 1, 2])
+    ours, theirs = (rollout.generate(x, prompts[:3], 2, **how) for x in (policy, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses]
+        for x, y in zip(a.logps, b.logps, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=0, check_dtype=False)
+
+
+def test_the_toy_of_this_family_has_its_own_folder(capsys):
+    argv = ["--family", "qwen3_vl", "--algo", "tgrpo", "--seed", "1"]
+    given = dict(model=None, data=None, algo="grpo", out=None, seed=0, family="qwen2_5_vl")
+    sft, rl = train.toy_runs(peek(argv, **given), argv)
+    assert sft.model == "out/toy_qwen3_vl-seed1/world/model"
+    assert (sft.out, rl.out) == ("out/toy_qwen3_vl-seed1/sft", "out/toy_qwen3_vl-seed1/tgrpo")
+    assert toy.root(0) == toy.root(0, "qwen2_5_vl") != toy.root(0, "qwen3_vl")
+    assert "family" not in vars(rl)  # config.txt names the model
+    for argv in (["--family", "qwen3_vl", "--model", "x", "--data", "y"], ["--family", "qwen3"]):
+        with pytest.raises(SystemExit):
+            train.parse_args(argv)
+    printed = capsys.readouterr().err
+    assert "--family qwen3_vl: chooses the toy's model, expected without --model" in printed
+
+
+@needs_shared
+def test_a_small_model_like_a_real_one(tmp_path):
+    """toy.py --like: the configuration and files of a checkpoint, at a small size."""
+    (tmp_path / "real").mkdir()
+    real_folder(tmp_path / "real")
+    content, _ = SHAPES["4B"]
+    (tmp_path / "real" / "config.json").write_text(json.dumps(content))
+    toy.main(["--like", str(tmp_path / "real"), str(tmp_path / "small")])
+    small = model.Policy.load(tmp_path / "small")
+    text = small.config.text_config
+    assert (text.vocab_size, text.head_dim, text.rope_parameters["rope_theta"]) == (151936, 40, 5e6)
+    assert small.family.deepstack == 3
+    assert sum(p.numel() for p in small.text.layers.parameters()) < 2e6
