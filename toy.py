@@ -1,4 +1,4 @@
-"""The embedded default: a tiny video world and a tiny Qwen2.5-VL, written as real files.
+"""The embedded default: a tiny video world and a tiny Qwen2.5-VL or Qwen3-VL, as real files.
 
     python toy.py out/world                     writes clips (Y4M), images, records as Video-R1's
                                                 (train.json; cot.json and test.json with reasoning)
