@@ -65,7 +65,12 @@ def read_family(folder, config):
         )
     file = Path(folder) / "preprocessor_config.json"
     found = read_object(file) if file.exists() else {}
-    mean = tuple(found.get("image_mean", family.mean))
-    std = tuple(found.get("image_std", family.std))
+    mean = found.get("image_mean", family.mean)
+    std = found.get("image_std", family.std)
+    for numbers in (mean, std):
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != 3:
+            raise ModelError(
+                f"{file}: expected three numbers as 'image_mean' and 'image_std', found {numbers!r}"
+            )
     deepstack = len(vision.get("deepstack_visual_indexes", ()))
-    return replace(family, patch=patch, mean=mean, std=std, deepstack=deepstack)
+    return replace(family, patch=patch, mean=tuple(mean), std=tuple(std), deepstack=deepstack)

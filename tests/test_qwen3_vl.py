@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.video_utils import VideoMetadata
 
 import attention
+import bench
 import data
 import model
 import rollout
@@ -239,6 +240,7 @@ def test_the_segments_of_the_tower_are_its_grids(policy, prompts):
 # ---- ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_that_share_rows_compute_what_one_computes(world, tmp_path):
     """Deepstack of a rank's own tokens, in the prefill as in the scored row."""
     results = []
@@ -254,6 +256,7 @@ def test_two_ranks_that_share_rows_compute_what_one_computes(world, tmp_path):
                 assert [x.tolist() for x in g] == [x.tolist() for x in h]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", ["--sp 2", "--fsdp"])
 def test_two_ranks_have_the_gradient_of_one(world, tmp_path, many, gradient_of_one):
     """The tower is trained: the gradient of deepstack's features flows back to who encoded them."""
@@ -357,6 +360,7 @@ def test_prompts_are_the_processors(world):
     assert f"{start}{first}{second}{end}{sample.question}" in text
 
 
+@pytest.mark.slow
 @needs_shared
 def test_prompts_are_the_processors_with_the_real_tokenizer(world, tmp_path):
     """Qwen2.5-VL's: Qwen3-VL's has the same vision tokens."""
@@ -491,6 +495,20 @@ def published_names(config):
     return names if text["tie_word_embeddings"] else names | {"lm_head.weight"}
 
 
+def test_bench_times_the_shape_of_the_4b():
+    """bench.py --model qwen3-4b: deepstack from layers 5, 11 and 17, as published."""
+    policy = bench.random_policy("qwen3-4b", torch.device("meta"), torch.bfloat16)
+    assert sum(p.numel() for p in policy.parameters()) == SHAPES["4B"][1]
+    vision, text = policy.config.vision_config, policy.config.text_config
+    assert vision.deepstack_visual_indexes == DEPTH_24["deepstack_visual_indexes"]
+    assert text.rope_parameters["mrope_section"] == [24, 20, 20] and text.head_dim == 128
+    # a query and a key meet in 32 heads of 128, not in 2,560 numbers
+    flops, _ = bench.cost(policy, 1000, 1, 1, torch.bfloat16)["ours"]
+    attention_only = 3 * 4 * 36 * 32 * 128 * (1000 * 1000 / 2 + 1000.5)
+    layers = sum(p.numel() for p in policy.text.layers.parameters())
+    assert flops == 3 * 2 * (layers * 1001 + 151936 * 2560) + attention_only
+
+
 @pytest.mark.parametrize("size", SHAPES)
 def test_the_published_shapes(tmp_path, monkeypatch, size):
     """The true configuration on the meta device: every published weight has its place, and no
@@ -543,6 +561,13 @@ def test_numbers_of_the_checkpoint_count(tmp_path, world):
     config["vision_config"] |= dict(patch_size=12, deepstack_visual_indexes=[0])
     read = families.read_family(tmp_path, config)
     assert (read.patch, read.mean, read.std, read.deepstack) == (12, (0.1, 0.2, 0.3), (1, 2, 3), 1)
+    config["vision_config"]["patch_size"] = [16, 16]
+    with pytest.raises(ModelError, match="expected a 'vision_config' with a 'patch_size'"):
+        families.read_family(tmp_path, config)
+    config["vision_config"]["patch_size"] = 16
+    (tmp_path / "preprocessor_config.json").write_text('{"image_std": 0.5}')
+    with pytest.raises(ModelError, match="preprocessor_config.json: expected three numbers"):
+        families.read_family(tmp_path, config)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5"])
@@ -577,7 +602,9 @@ def log(out):
 def test_sft_tgrpo_and_evaluation_run(world, tmp_path):
     """Each goes on from the run before; frames, grids and contrast; a frozen tower with a cache."""
     sft, tgrpo_run, contrast = tmp_path / "sft", tmp_path / "tgrpo", tmp_path / "contrast"
-    run(*flags(world, sft, "sft", steps=2))
+    run(*flags(world, sft, "sft", steps=2, fsdp=True), ranks=2)
+    saved = AutoModelForImageTextToText.from_pretrained(model_folder.newest_checkpoint(sft))
+    assert saved.lm_head.weight is saved.model.language_model.embed_tokens.weight
     how = dict(model=sft, steps=2, beta=0.04, max_frames=8)
     run(*flags(world, tgrpo_run, "tgrpo", **how))
     how = dict(model=tgrpo_run, steps=1, temporal="contrast", embedding_cache=tmp_path / "cache")
@@ -625,6 +652,7 @@ def test_the_toy_of_this_family_has_its_own_folder(capsys):
     assert "--family qwen3_vl: chooses the toy's model, expected without --model" in printed
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_small_model_like_a_real_one(tmp_path):
     """toy.py --like: the configuration and files of a checkpoint, at a small size."""
