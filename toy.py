@@ -246,6 +246,9 @@ def write_tokenizer(folder, texts):
     return tokenizer
 
 
+INIT_STD = 0.08  # with the usual 0.02 so small a model makes no progress for hundreds of steps
+
+
 def tiny_config(
     tokenizer, *, hidden=128, layers=4, heads=4, kv_heads=2, vision_hidden=64, vision_layers=2
 ):
@@ -263,13 +266,13 @@ def tiny_config(
         out_hidden_size=hidden,
         fullatt_block_indexes=[vision_layers - 1],
         tokens_per_second=2,
-        initializer_range=STD,
+        initializer_range=INIT_STD,
     )
     return Qwen2_5_VLConfig(
         text_config=_text_config(tokenizer, hidden, layers, heads, kv_heads, rotary),
         vision_config=vision,
         tie_word_embeddings=True,
-        initializer_range=STD,
+        initializer_range=INIT_STD,
         **_vision_tokens(tokenizer),
     )
 
@@ -291,7 +294,7 @@ def tiny_qwen3_config(
         out_hidden_size=hidden,
         num_position_embeddings=64,  # learned on a grid of 8 x 8 patches, interpolated
         deepstack_visual_indexes=list(range(vision_layers - 1))[-3:],
-        initializer_range=STD,
+        initializer_range=INIT_STD,
     )
     return Qwen3VLConfig(
         text_config=text | dict(head_dim=d),
@@ -299,9 +302,6 @@ def tiny_qwen3_config(
         tie_word_embeddings=True,
         **_vision_tokens(tokenizer),
     )
-
-
-STD = 0.08  # of weights; with the usual 0.02 so small a model learns nothing for hundreds of steps
 
 
 def _text_config(tokenizer, hidden, layers, heads, kv_heads, rotary):
@@ -316,7 +316,7 @@ def _text_config(tokenizer, hidden, layers, heads, kv_heads, rotary):
         max_position_embeddings=32768,
         rms_norm_eps=1e-6,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0, **rotary),
-        initializer_range=STD,
+        initializer_range=INIT_STD,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
@@ -388,6 +388,16 @@ def write(folder, seed=0, clips=CLIPS, scenes=scenes, family="qwen2_5_vl", **siz
     write_model(partial / "model", TINY[family](tokenizer, **size), tokenizer, seed)
     partial.rename(folder)
     return folder
+
+
+def check_family(world, family):
+    """Raises ModelError if the model of a world is of another family."""
+    file = Path(world) / "model" / "config.json"
+    found = json.loads(file.read_text())["model_type"]
+    if found != family:
+        raise ModelError(
+            f"{file}: a {found}, expected --family's {family}: give each family its own --out"
+        )
 
 
 def _texts(samples):

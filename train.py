@@ -880,6 +880,8 @@ def main(argv=None, policy_class=Policy):
         if embedded and RANK == 0 and not world.exists():
             toy.write(world, args.seed, family=args.family)
         gather(None)
+        if embedded:
+            toy.check_family(world, args.family)
         for run in runs:
             run.out = run.out or "out/run"
             with ExitStack() as at_end:

@@ -2,7 +2,7 @@
 
                   Qwen2-VL           Qwen2.5-VL          Qwen3-VL (dense, Instruct)
     patch         14 x 14 pixels     14 x 14             16 x 16
-    temporal id   counts the grids   counts time         of a grid: that of text, as in an image
+    temporal id   counts the grids   counts time         where its grid starts in the prompt
     time as text  none               none                "<12.5 seconds>" before each grid
     deepstack     no                 no                  early layers see visual features again
 

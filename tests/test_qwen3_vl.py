@@ -637,7 +637,7 @@ def test_the_plain_way_gives_the_same(world, policy, prompts):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=0, check_dtype=False)
 
 
-def test_the_toy_of_this_family_has_its_own_folder(capsys):
+def test_the_toy_of_this_family_has_its_own_folder(world, capsys):
     argv = ["--family", "qwen3_vl", "--algo", "tgrpo", "--seed", "1"]
     given = dict(model=None, data=None, algo="grpo", out=None, seed=0, family="qwen2_5_vl")
     sft, rl = train.toy_runs(peek(argv, **given), argv)
@@ -648,6 +648,9 @@ def test_the_toy_of_this_family_has_its_own_folder(capsys):
     for argv in (["--family", "qwen3_vl", "--model", "x", "--data", "y"], ["--family", "qwen3"]):
         with pytest.raises(SystemExit):
             train.parse_args(argv)
+    toy.check_family(world, "qwen3_vl")
+    with pytest.raises(ModelError, match="a qwen3_vl, expected --family's qwen2_5_vl: give each"):
+        toy.check_family(world, "qwen2_5_vl")
     printed = capsys.readouterr().err
     assert "--family qwen3_vl: chooses the toy's model, expected without --model" in printed
 
