@@ -39,8 +39,8 @@ def visible(lengths):
     group, owner, n = torch.tensor(parts).T
     group, owner = group.repeat_interleave(n), owner.repeat_interleave(n)  # (S,): 0 is the prompt
     same_group = group[:, None] == group
-    prompt_or_own = (owner == 0) | (owner == owner[:, None])
-    return (same_group & prompt_or_own).tril()  # causal
+    prompt_or_itself = (owner == 0) | (owner == owner[:, None])
+    return (same_group & prompt_or_itself).tril()  # causal
 
 
 # ---- training
@@ -62,15 +62,16 @@ class PackedRow:
     cache: a DecodeCache that keeps the prompts' keys and values. The row's first prompt is its
     prompt number `first_prompt`.
 
-    `own`, `find` and `collect` matter where ranks share a row (mrsp.ShardedRow). Here this rank
-    holds every token.
+    `held`, `find` and `from_all_ranks` matter where ranks share a row (mrsp.ShardedRow). Here
+    this rank holds every token.
     """
 
-    own = slice(None)  # which tokens of the row this rank holds
+    held = slice(None)  # which tokens of the row this rank holds
 
     def __init__(self, lengths, device, cache=None, first_prompt=0):
         self.cache, self.first_prompt, self.prompts = cache, first_prompt, prompt_bounds(lengths)
-        causal, full = [], []  # spans: (first query, queries, first key, keys)
+        # spans: (first query, number of queries, first key, number of keys)
+        causal, full = [], []
         for (start, _), (P, responses) in zip(self.prompts, lengths):
             n = P + sum(responses[:1])
             causal.append((start, n, start, n))
@@ -90,21 +91,26 @@ class PackedRow:
     def attend_row(self, layer, q, k, v, scale):
         """q (n, Hq, d) of this rank, k and v (S, Hkv, d) of the whole row -> (1, n, Hq, d)."""
         if self.cache is not None:
-            for prompt, (first, last) in enumerate(self.prompts, self.first_prompt):
-                self.cache.store_prompt(layer, prompt, k[first:last], v[first:last])
+            for prompt, (start, end) in enumerate(self.prompts, self.first_prompt):
+                self.cache.store_prompt(layer, prompt, k[start:end], v[start:end])
         return BlockAttention.apply(q, k, v, self.blocks, scale)[None]
 
-    def find(self, tokens):
-        """Of these tokens of the row: which this rank holds, and where among its hidden states."""
-        return slice(None), tokens
+    def find(self, indices):
+        """Which of some tokens this rank holds, and where.
 
-    def collect(self, x, tokens):
-        """x (n, ...) of what `find` found -> (len(tokens), ...) of all tokens, on every rank."""
+        indices: of tokens in the row. Returns (which, where): indices[which] are held by this rank,
+        and their hidden states are hidden[where].
+        """
+        return slice(None), indices
+
+    def from_all_ranks(self, x, indices):
+        """x: a value for each token that `find(indices)` found on this rank -> the values for all
+        of `indices`, in order, on every rank."""
         return x
 
 
 def prompt_bounds(lengths):
-    """Where each prompt of a packed row begins and ends: [(first, last), ...]."""
+    """Where the prompts of a packed row are: [(start, end), ...], end exclusive."""
     bounds, start = [], 0
     for P, responses in lengths:
         bounds.append((start, start + P))
@@ -122,8 +128,8 @@ def predictors(lengths):
     tensor([1, 1, 3, 4])
     """
     parts = []
-    for (_, start), (_, responses) in zip(prompt_bounds(lengths), lengths):
-        last_of_prompt = torch.tensor([start - 1])
+    for (_, end), (_, responses) in zip(prompt_bounds(lengths), lengths):
+        last_of_prompt, start = torch.tensor([end - 1]), end
         for R in responses:
             parts += [last_of_prompt, torch.arange(start, start + R - 1)]
             start += R
@@ -136,7 +142,7 @@ def predictors(lengths):
 class DecodeCache:
     """Keys and values of B prompts, once each, and of the G responses to each prompt.
 
-                    prompt_kv[layer][i]: (n, Hkv, P, d)      own_kv[layer]: (B * G, Hkv, max_new, d)
+                    prompt_kv[layer][i]: (n, Hkv, P, d) response_kv[layer]: (B * G, Hkv, max_new, d)
                     the n prompts of length P
                                                           /  o_1  [ k k k . . ]
         prompt 0    [ k k k k k k k ]  <-- is read by ---+   o_2  [ k k k . . ]
@@ -144,9 +150,9 @@ class DecodeCache:
         prompt 1    [ k k k k k k k k k k ]  <-----------+   o_2  [ k k k . . ]
                                                                         ^ t = 3 tokens
 
-    Rows are laid out [B, G]: row b * G + g decodes response g to prompt b. All step together, by
+    Responses are laid out [B, G]: number b * G + g is response g to prompt b. All step together, by
     one token. Prompts of equal length are attended to together; none is padded. `keep` drops
-    finished rows. No shape in a step depends on t, so that a step can be a CUDA graph: a response
+    finished ones. No shape in a step depends on t, so that a step can be a CUDA graph: a response
     sees its first `width` slots, with those not written yet masked. Buffers start as zeros, because
     a masked NaN would still be a NaN.
 
@@ -167,10 +173,10 @@ class DecodeCache:
                 torch.zeros(n, Hkv, tokens, d, device=device, dtype=dtype) for _ in range(2)
             )
 
-        self.prompt_kv, self.own_kv = [], []
+        self.prompt_kv, self.response_kv = [], []
         for _ in range(config.num_hidden_layers):
             self.prompt_kv.append([keys_and_values(n, P) for P, n in self.sizes])
-            self.own_kv.append(keys_and_values(len(lengths) * G, max_new))
+            self.response_kv.append(keys_and_values(len(lengths) * G, max_new))
 
     def _number_prompts(self):
         """places: for each prompt, which buffer of a layer holds it, and where in that buffer."""
@@ -183,24 +189,24 @@ class DecodeCache:
         k_buffer[j], v_buffer[j] = k.transpose(0, 1), v.transpose(0, 1)
 
     def attend(self, layer, q, k, v, scale):
-        """One token of every row: q (N, Hq, 1, d), k and v (N, Hkv, 1, d) -> (N, 1, Hq, d)."""
+        """One token of every response: q (N, Hq, 1, d), k and v (N, Hkv, 1, d) -> (N, 1, Hq, d)."""
         N, Hkv, _, d = k.shape
-        k_own, v_own = self.own_kv[layer]
-        k_own.index_copy_(2, self.t, k)
-        v_own.index_copy_(2, self.t, v)
+        k_all, v_all = self.response_kv[layer]
+        k_all.index_copy_(2, self.t, k)
+        v_all.index_copy_(2, self.t, v)
         q = q.view(N, Hkv, -1, d)  # query heads beside the K/V head they share: (N, Hkv, r, d)
         with torch.autocast(q.device.type, enabled=False):
             of_prompt = self.attend_to_prompt(layer, q, scale)
-            of_own = self.attend_to_own(layer, q, scale)
-            out, _ = merge(*of_prompt, *of_own)
+            of_response = self.attend_to_responses(layer, q, scale)
+            out, _ = merge(*of_prompt, *of_response)
         return out.to(v.dtype).flatten(1, 2)[:, None]
 
     def attend_to_prompt(self, layer, q, scale):
-        """A prompt's rows and query heads read it together.
+        """All responses to a prompt, and all their query heads, read it together.
 
         q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
         """
-        exact = torch.promote_types(q.dtype, torch.float32)
+        at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
         outs, lses = [], []
         of_length = q.split([n * self.G for _, n in self.sizes])
         for q_n, (k, v) in zip(of_length, self.prompt_kv[layer]):
@@ -208,27 +214,29 @@ class DecodeCache:
             out, lse, _ = flash(q_n.flatten(2, 3), k, v, False, scale)  # (n, Hkv, G * r, d)
             outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
             lses.append(lse.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).to(exact), torch.cat(lses).to(exact)
+        return torch.cat(outs).to(at_least_fp32), torch.cat(lses).to(at_least_fp32)
 
-    def attend_to_own(self, layer, q, scale):
-        """Each row reads its own tokens.
+    def attend_to_responses(self, layer, q, scale):
+        """Each response reads itself.
 
         q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
         """
-        k, v = (x[:, :, : self.width] for x in self.own_kv[layer])  # (N, Hkv, width, d)
-        exact = torch.promote_types(q.dtype, torch.float32)  # a bf16 score of 50 is off by 0.1
-        scores = (q.to(exact) * scale) @ k.to(exact).mT  # (N, Hkv, r, width)
+        k, v = (x[:, :, : self.width] for x in self.response_kv[layer])  # (N, Hkv, width, d)
+        at_least_fp32 = torch.promote_types(
+            q.dtype, torch.float32
+        )  # a bf16 score of 50 is off by 0.1
+        scores = (q.to(at_least_fp32) * scale) @ k.to(at_least_fp32).mT  # (N, Hkv, r, width)
         unwritten = self.slot_numbers[: self.width] > self.t
         scores = scores.masked_fill(unwritten, float("-inf"))
         lse = scores.logsumexp(-1)
         probabilities = (scores - lse[..., None]).exp().to(v.dtype)
-        return (probabilities @ v).to(exact), lse
+        return (probabilities @ v).to(at_least_fp32), lse
 
-    def keep(self, prompts, rows, G, t):
-        """Keeps some prompts and rows, and of these rows the first t tokens.
+    def keep(self, prompts, responses, G, t):
+        """Keeps some prompts and responses, and of these responses the first t tokens.
 
-        prompts: indices into B, ascending.  rows: indices into B * G, G for each kept prompt in
-        order.
+        prompts: indices into B, ascending.  responses: indices into B * G, G for each kept prompt
+        in order.
         """
         kept = [self.places[p] for p in prompts.tolist()]
         if len(kept) < len(self.places):
@@ -239,8 +247,11 @@ class DecodeCache:
                 ]
             self.sizes = [(P, len(w)) for (P, _), w in zip(self.sizes, which) if w]
             self._number_prompts()
-        for layer, (k, v) in enumerate(self.own_kv):
-            self.own_kv[layer] = copy_rows(k, rows, t), copy_rows(v, rows, t)
+        for layer, (k, v) in enumerate(self.response_kv):
+            self.response_kv[layer] = (
+                copy_responses(k, responses, t),
+                copy_responses(v, responses, t),
+            )
         self.G = G
 
 
@@ -249,10 +260,10 @@ def select(x, indices):
     return x if len(indices) == len(x) else x[indices]
 
 
-def copy_rows(x, rows, t):
-    """The rows of a response buffer (N, Hkv, max_new, d); only their first t tokens are copied."""
-    out = x.new_zeros(len(rows), *x.shape[1:])
-    out[:, :, :t] = x[rows, :, :t]
+def copy_responses(x, indices, t):
+    """Some responses of a buffer (N, Hkv, max_new, d); only their first t tokens are copied."""
+    out = x.new_zeros(len(indices), *x.shape[1:])
+    out[:, :, :t] = x[indices, :, :t]
     return out
 
 
@@ -272,11 +283,9 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, 
     `plan` is required: without one, transformers would silently attend across the sequences of a
     row.
     """
-    query, key = (
-        query.to(value.dtype),
-        key.to(value.dtype),
-    )  # RoPE leaves them in fp32 under autocast
-    return plan.attend(module.layer_idx, query, key, value, scaling), None
+    dtype = value.dtype  # under autocast, RoPE leaves query and key in fp32
+    out = plan.attend(module.layer_idx, query.to(dtype), key.to(dtype), value, scaling)
+    return out, None
 
 
 def segment_attention(
@@ -291,14 +300,13 @@ def segment_attention(
     if cu_seq_lens_q is None:
         out = F.scaled_dot_product_attention(query, key, value, scale=scaling)
         return out.transpose(1, 2), None
-    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor: leave the GPU once
+    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor: one copy to the CPU
         cu_seq_lens_q.segments = segments_by_length(cu_seq_lens_q)
     q, k, v = query[0], key[0], value[0]  # (H, S, d)
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])  # (S, H, d)
     for tokens in cu_seq_lens_q.segments:  # (segments, length)
-        q_s, k_s, v_s = (
-            x[:, tokens].transpose(0, 1) for x in (q, k, v)
-        )  # (segments, H, length, d)
+        # each (segments, H, length, d)
+        q_s, k_s, v_s = (x[:, tokens].transpose(0, 1) for x in (q, k, v))
         attended = F.scaled_dot_product_attention(q_s, k_s, v_s, scale=scaling)
         out = out.index_put((tokens,), attended.transpose(1, 2))
     return out[None], None

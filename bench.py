@@ -195,7 +195,7 @@ class Ours:
         return self.policy([self.prompt], [self.responses], self.visual_embeds)[0]
 
 
-def switch(policy, *, plain=False, embedding_cache=None, cuda_graph=False, sp=mrsp.UNSHARDED):
+def switch(policy, *, plain=False, embedding_cache=None, cuda_graph=False, sp=mrsp.ONE_RANK):
     """Sets the policy up for one way: transformers' attention or ours, and what ours adds -> the
     way's class."""
     text, vision = ("sdpa", "sdpa") if plain else (attention.NAME, attention.SEGMENTS)
@@ -307,10 +307,10 @@ def video_prompt(policy, file, args):
     vocabulary, half = policy.config.text_config.vocab_size, args.text // 2
     before = torch.randint(8, vocabulary, (half,))
     after = torch.randint(8, vocabulary, (args.text - half,))
-    spans = policy.family.spans(media)
+    shown = policy.family.shown_as(media)
     parts = [before]
-    for t, h, w in spans:
-        if len(spans) > 1:
+    for t, h, w in shown:
+        if len(shown) > 1:
             parts.append(torch.randint(8, vocabulary, (TIME_TOKENS,)))
         n = t * h * w // policy.merge**2
         parts.append(torch.full((n,), policy.config.video_token_id))

@@ -1,7 +1,7 @@
 """Records -> Sample -> Media -> Prompt: what the policy is asked, and what it sees.
 
     load_samples    a file of records -> Samples. Files as Video-R1 (260k, COT-165k, evaluation),
-                    Video-RTS (CG-Bench) and LongVideo-Reason publish them
+                    Video-RTS (CG-Bench), LongVideo-Reason and GSM8K publish them
     load_media      a Sample's video, image or folder of frames -> Media: uint8 frames at the
                     model's size, and their time
     PromptBuilder   Sample + Media -> Prompt, by the checkpoint's own tokenizer and chat template.
@@ -45,14 +45,14 @@ FOLDER_FPS = 3.0  # of a folder whose record has no "fps"; as MVBench's TVQA, th
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one medium."""
+    """One question, about one medium or, with the data type text, about none."""
 
     id: str  # the record's own, else its position in the file, from 0
     question: str
     options: list[str]  # with their letters, in order: "A. x", "A) x", "(A) x" or "A: x"; or []
     problem_type: str  # one of rewards.PROBLEM_TYPES
     data_type: str  # one of records.DATA_TYPES
-    path: str
+    path: str  # of the medium; "" for text
     answer: str  # the text inside <answer>
     reasoning: str = ""  # the text inside <think>, "" if none
     source: str = ""
@@ -99,6 +99,7 @@ def _sample(record, position, where, root, stem):
         raise DataError(
             f"{where}: a {type(record).__name__}, expected an object with {records.FIELDS}"
         )
+    record = records.from_gsm8k(record)
     name, where = records.name_and_place(record, where)
     question = records.question(record, where)
     medium, data_type = records.medium(record, where)
@@ -114,7 +115,7 @@ def _sample(record, position, where, root, stem):
         options=options,
         problem_type=kind,
         data_type=data_type,
-        path=str(root / medium),
+        path=str(root / medium) if medium else "",
         answer=answer,
         source=source,
         fps=FOLDER_FPS if fps is None else fps,
@@ -131,11 +132,11 @@ def _sample(record, position, where, root, stem):
 
 
 def problem_type(record):
-    """The one of rewards.PROBLEM_TYPES that a record names; multiple choice if it names none; None
-    for anything else."""
+    """The one of rewards.PROBLEM_TYPES that a record names; if it names none, multiple choice, or
+    numerical for GSM8K; None for anything else."""
     if not isinstance(record, dict):
         return None
-    _, kind = records.first(record, "problem_type")
+    _, kind = records.first(records.from_gsm8k(record), "problem_type")
     if kind is None:
         return "multiple choice"
     if not isinstance(kind, str):
@@ -168,7 +169,8 @@ def _options(record, question, kind, where):
 
 
 def _answer(record, kind, options, where):
-    """The text of the answer, with or without <answer> </answer> in the record."""
+    """The text of the answer, with or without <answer> </answer> in the record. Raises DataError if
+    it does not fit the problem type."""
     solution = records.solution(record, where)
     answer = rewards.extract_answer(solution)
     if answer is None:
@@ -325,20 +327,27 @@ class Prompt:
 
     sample: Sample
     ids: torch.Tensor  # (P,) token ids, one video or image token per visual token of `media`
-    media: list[Media] = field(default_factory=list)
+    media: list[Media] = field(default_factory=list)  # [] for text
     target: torch.Tensor | None = None  # (R,) the response to learn (PromptBuilder.target)
 
     @property
     def frames_x_pixels(self):
-        """(frames, pixels of a frame) of the first medium. Scores are comparable only if both are
-        the same."""
+        """(frames, pixels of a frame) of the first medium, (0, 0) without one. Scores are
+        comparable only if both are the same."""
+        if not self.media:
+            return 0, 0
         T, _, H, W = self.media[0].frames.shape
         return T, H * W
+
+    @property
+    def visual_tokens(self):
+        """How many, of all media."""
+        return sum(m.tokens for m in self.media)
 
 
 class PromptBuilder:
     """Sample -> Prompt with a checkpoint's own tokenizer and chat template: one user turn, the
-    medium first, then the text.
+    medium first, if there is one, then the text.
 
     folder: the checkpoint.  max_prompt: tokens; a longer prompt is refused, never cut.
     media: load_media's keywords.
@@ -372,11 +381,13 @@ class PromptBuilder:
     def __call__(self, sample, **media):
         """Loads the medium and builds the prompt; `media` overrides the builder's keywords. Raises
         DataError."""
+        if sample.data_type == "text":
+            return self.build(sample, [])
         return self.build(sample, [load_media(sample, **{**self.media, **media})])
 
     def build(self, sample, media):
-        """The prompt of loaded media. Raises DataError: too long, or a text that contains a special
-        token."""
+        """The prompt of loaded media, [] for text. Raises DataError: too long, or a text that
+        contains a special token."""
         text = self.text(sample)
         self._refuse_special(sample, "question, options or solution", f"{text}\n{sample.answer}")
         chat = self._chat([m.kind for m in media], text)
@@ -391,12 +402,13 @@ class PromptBuilder:
             chat = write_times(chat, [m.grid_times for m in shown["video"]])
         ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
         for kind, pad in self.pad.items():
-            spans = [span for m in shown[kind] for span in self.family.spans(m)]
-            ids = _repeat(ids, pad, [t * h * w // MERGE**2 for t, h, w in spans])
+            grids = [grid for m in shown[kind] for grid in self.family.shown_as(m)]
+            ids = _repeat(ids, pad, [t * h * w // MERGE**2 for t, h, w in grids])
         if len(ids) > self.max_prompt:
             visual = sum(m.tokens for m in media)
+            place = f"{sample.name}: {sample.path}" if sample.path else sample.name
             raise DataError(
-                f"{sample.name}: {sample.path}: a prompt of {len(ids)} tokens "
+                f"{place}: a prompt of {len(ids)} tokens "
                 f"({visual} visual), more than --max_prompt {self.max_prompt}"
             )
         return Prompt(sample, torch.tensor(ids), media)

@@ -110,7 +110,8 @@ class Question:
         """Waits for the prompt of the next round. A question that cannot be loaded has failed."""
         try:
             self.prompt = self.loading.result()
-            self.search.clamp(self.prompt.media[0].available)
+            available = [m.available for m in self.prompt.media]
+            self.search.clamp(sum(available))  # 0 for text, 1 for an image: a single round
         except DataError as e:
             self.failure = str(e)
         self.loading = None
@@ -127,7 +128,7 @@ class Question:
             {
                 "frames": frames,
                 "pixels": pixels,
-                "visual_tokens": self.prompt.media[0].tokens,
+                "visual_tokens": self.prompt.visual_tokens,
                 "votes": answers,
                 "logps": logps,
                 "responses": texts,
@@ -327,7 +328,9 @@ def constant_answer(samples):
     for kind in {s.problem_type for s in samples}:
         group = [s for s in samples if s.problem_type == kind]
         golds = Counter(rewards.normalize_answer(s.answer, s) for s in group)
-        tried = 50 if kind == "regression" else 5  # letters and words are right or wrong; few recur
+        tried = (
+            50 if kind == "regression" else 5
+        )  # graded, so an answer that is not frequent may win
         right += max(sum(score(gold, s) for s in group) for gold, _ in golds.most_common(tried))
     return right / len(samples)
 
@@ -378,24 +381,23 @@ def vsi_bench(lines):
 
 
 def summarize(lines, method):
-    """The scores and costs of a method, by name, from its lines. Failures count as 0. The means
-    over what was shown are None if no medium could be read."""
-    n, shown = len(lines), [r for r in lines if r["rounds"]]
+    """The scores and costs of a method, by name, from its lines. Failures count as 0. Frames,
+    pixels and visual tokens are means over the questions that showed a medium, rounds over those
+    that were asked; None without any."""
+    n, asked = len(lines), [r for r in lines if r["rounds"]]
+    shown = [r for r in asked if r["frames"]]
     accuracy = mean(r["score"] for r in lines)
-    means = {
-        "mean_frames": mean(r["frames"] for r in shown),
-        "pixels": mean(r["pixels"] for r in shown),
-        "mean_visual_tokens": mean(r["visual_tokens"] for r in shown),
-        "mean_rounds": mean(len(r["rounds"]) for r in shown),
-    }
     return {
         "method": method,
         "questions": n,
         "accuracy": accuracy,
         "interval": interval(accuracy, n),
         "failures": sum(r["failure"] is not None for r in lines),
-        "unreadable": n - len(shown),
-        **(means if shown else dict.fromkeys(means)),
+        "unreadable": n - len(asked),
+        "mean_frames": mean(r["frames"] for r in shown) if shown else None,
+        "pixels": mean(r["pixels"] for r in shown) if shown else None,
+        "mean_visual_tokens": mean(r["visual_tokens"] for r in shown) if shown else None,
+        "mean_rounds": mean(len(r["rounds"]) for r in asked) if asked else None,
         "seconds": sum(r.get("seconds", 0.0) for r in lines),
         "by": by_group(lines),
         **vsi_bench(lines),

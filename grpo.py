@@ -37,9 +37,8 @@ def group_advantages(rewards, norm="std", eps=1e-4):
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}, expected one of {NORMS}")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    centred = torch.where(
-        zero_std(rewards)[:, None], 0.0, centred
-    )  # equal rewards: exactly 0, not the rounding of a mean
+    # equal rewards: exactly 0, not the rounding of a mean
+    centred = torch.where(zero_std(rewards)[:, None], 0.0, centred)
     if norm == "none" or rewards.shape[1] == 1 or not len(rewards):
         return centred
     std = rewards.std(dim=1, keepdim=True) if norm == "std" else centred.square().mean().sqrt()

@@ -4,7 +4,7 @@ transformers' classes are the network. Around them, in the order of a training s
 
     Policy.load       a folder or hub name -> the policy;  Policy.save writes the same form back
     Policy.positions  the three rotary position ids of every token (mrope_positions)
-    Policy.encode     frames -> visual embeddings, once per step, shared by everything after it
+    Policy.encode     frames -> visual embeddings; those of a frozen tower serve the whole step
     Policy.forward    packed rows [prompt | o_1 ... o_G | prompt' ...] -> log-probs of the responses
 
 A loss needs only `forward`; DistributedDataParallel averages the gradients of that call only.
@@ -101,7 +101,7 @@ class Policy(nn.Module):
         super().__init__()
         self.net, self.folder, self.config = net, Path(folder), net.config
         self.text = net.model.language_model
-        self.sp, self.embedding_cache, self.cuda_graph = mrsp.UNSHARDED, None, False
+        self.sp, self.embedding_cache, self.cuda_graph = mrsp.ONE_RANK, None, False
         self.saved_dtype = None
         self.side_files = side_files(folder)  # read now: an old checkpoint may be deleted later
         implementations = {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
@@ -213,10 +213,12 @@ class Policy(nn.Module):
 
     def positions(self, prompt):
         """M-RoPE ids (3, P) of a prompt, and the id of its first response token."""
-        spans = [(s, m.seconds_per_grid) for m in prompt.media for s in self.family.spans(m)]
+        media = []
+        for m in prompt.media:
+            media += [(grid, m.seconds_per_grid) for grid in self.family.shown_as(m)]
         return mrope_positions(
             prompt.ids,
-            spans,
+            media,
             merge=self.merge,
             video_token=self.config.video_token_id,
             image_token=self.config.image_token_id,
@@ -280,7 +282,7 @@ class Policy(nn.Module):
             position_ids=positions.to(self.device),
             attention_mask=None,
             use_cache=False,
-            plan=plan,
+            plan=plan,  # reaches attention.shared_prefix_attention in every layer
             **deepstack,
         )
         return out.last_hidden_state
@@ -328,15 +330,15 @@ class Policy(nn.Module):
         positions = torch.cat(positions, dim=1).to(self.device)  # (3, S)
         visual = torch.cat(visual).to(self.device)  # (S,)
         number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
-        visual, number = visual[plan.own], number[plan.own]
-        x = self.embed(ids[plan.own])  # (n, D)
+        visual, number = visual[plan.held], number[plan.held]
+        x = self.embed(ids[plan.held])  # (n, D)
         embeds = torch.cat(visual_embeds)[number[visual]].to(x.dtype)  # (n visual, visual_width)
         embeds, *again = embeds.split(x.shape[1], dim=1)  # (n visual, D) each
         x = x.masked_scatter(visual[:, None], embeds)
         deepstack = {}
         if again:
             deepstack = dict(visual_pos_masks=visual[None], deepstack_visual_embeds=again)
-        hidden = self.run_text(x[None], positions[:, None, plan.own], plan, **deepstack)[0]
+        hidden = self.run_text(x[None], positions[:, None, plan.held], plan, **deepstack)[0]
         return hidden, plan, following
 
     def _is_visual(self, ids):
@@ -345,7 +347,7 @@ class Policy(nn.Module):
     # ---- log-probs
 
     def forward(self, prompts, responses, visual_embeds=None, temperature=1.0):
-        """Log-probs of all response tokens of B groups; each prompt runs once.
+        """Log-probs of all response tokens of B groups, each prompt once for its G responses.
 
         prompts: B.  responses: B lists of token ids (R_i,).  visual_embeds: what `encode` gave;
         None: encode here, with gradient.
@@ -355,7 +357,7 @@ class Policy(nn.Module):
         Every trained parameter gets a gradient, zero where it had no part, and every layer runs,
         even without groups: all ranks must gather and reduce the same.
         """
-        if not prompts:  # one token stands in, and is not returned
+        if not prompts:  # one token runs instead; its log-prob is not returned
             token = torch.tensor(self.eos_ids[:1])
             logp, entropy = self.forward([Prompt(None, token)], [[token]])
             return logp[:0].clone(), entropy[:0].clone()
@@ -384,7 +386,8 @@ class Policy(nn.Module):
             )
             logps.append(logp)
             entropies.append(entropy)
-        return plan.collect(torch.cat(logps), sources), plan.collect(torch.cat(entropies), sources)
+        logp, entropy = torch.cat(logps), torch.cat(entropies)  # (T,) each, of this rank's tokens
+        return plan.from_all_ranks(logp, sources), plan.from_all_ranks(entropy, sources)
 
     def _score_chunk(self, hidden, targets, head, temperature):
         """Hidden states (n, D) and the tokens they predict (n,) -> log-probs, entropies (n,)."""

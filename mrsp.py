@@ -5,25 +5,26 @@ LongVILA-R1, arXiv 2507.07966, section 4.
     torchrun --nproc_per_node 8 train.py --sp 4 ...     4 ranks share each row
     torchrun --nproc_per_node 8 train.py --sp auto ...  as few as memory allows
 
-`sp.size` neighbouring ranks work on the same prompts; WORLD / sp.size such groups of ranks work
-side by side.
+`sp.size` neighbouring ranks, a team, work on the same prompts; WORLD / sp.size teams work side by
+side.
 
-    load      each rank decodes some videos; the ranks exchange the prompts
+    load      each rank decodes some videos; the ranks of a team share the prompts
     stage 1   each rank encodes its share of all 2-frame grids (encode). The embeddings are
               gathered, and serve every rollout and (frozen tower) every log-prob pass of the step
     stage 2   each rank computes its share of the packed row's tokens (ShardedRow). Layer by layer,
-              they attend to the gathered keys and values of the whole row
+              they attend to the gathered keys and values of the whole row. The backward pass
+              gathers them again for each layer that it recomputes
     rollout   prefill, as in stage 2, leaves the prompts' keys and values on every rank; then each
               rank decodes its share of the responses (rollout.generate)
 
-Who holds what in stage 2, on 2 ranks. Later blocks of a prompt cost more, because they see more.
-So a prompt has 2 * size blocks, and rank r holds blocks r and 2 * size - 1 - r.
+Who holds what in stage 2, on 2 ranks. Later pieces of a prompt cost more, because they see more.
+So a prompt has 2 * size pieces, and rank r holds pieces r and 2 * size - 1 - r.
 
-    the row        [ block 0 | block 1 | block 2 | block 3 | o_1 ... o_G               ]
-    rank 0         [ block 0 |         |         | block 3 | first half |              ]
-    rank 1         [         | block 1 | block 2 |         |            | second half  ]
+    the row        [ piece 0 | piece 1 | piece 2 | piece 3 | o_1 ... o_G               ]
+    rank 0         [ piece 0 |         |         | piece 3 | first half |              ]
+    rank 1         [         | piece 1 | piece 2 |         |            | second half  ]
 
-So rank 1's hidden states are [ block 1 | block 2 | second half ]. The half begins anywhere, also
+So rank 1's hidden states are [ piece 1 | piece 2 | second half ]. The half begins anywhere, also
 within a response. The rank that scores a token need not be the one that sampled it.
 
 Gathering K and V, instead of exchanging heads (Ulysses), does not limit the ranks to the number of
@@ -63,7 +64,7 @@ class SequenceParallel:
         self.size, self.rank = size, rank
         self._tensors, self._objects = tensors, objects  # process groups
 
-    def gather(self, x, reduce=True):
+    def all_gather(self, x, reduce=True):
         """x (n, ...) of every rank -> (size, n, ...).
 
         reduce: what x gets in the backward pass. True, for keys and values: the sum of all ranks'
@@ -71,15 +72,15 @@ class SequenceParallel:
         gradient, because every rank computes the same loss from all of them, and a sum would count
         it `size` times.
         """
-        return x[None] if self.size == 1 else Gather.apply(x, self, reduce)
+        return x[None] if self.size == 1 else AllGather.apply(x, self, reduce)
 
     def concatenate(self, x, counts, reduce=True):
-        """x (counts[rank], ...) of every rank -> (sum(counts), ...). reduce: as in gather."""
+        """x (counts[rank], ...) of every rank -> (sum(counts), ...). reduce: as in all_gather."""
         padding = (0, 0) * (x.ndim - 1) + (0, max(counts) - len(x))
-        gathered = self.gather(F.pad(x, padding), reduce)
+        gathered = self.all_gather(F.pad(x, padding), reduce)
         return torch.cat([part[:n] for part, n in zip(gathered, counts)])
 
-    def exchange(self, x):
+    def all_gather_objects(self, x):
         """An object of every rank -> the list of them.
 
         Sent one by one, so that large ones are in memory once.
@@ -93,8 +94,8 @@ class SequenceParallel:
         return out
 
 
-class Gather(torch.autograd.Function):
-    """All-gather. Its backward is a reduce-scatter, or takes this rank's part of the gradient."""
+class AllGather(torch.autograd.Function):
+    """Its backward is a reduce-scatter, or takes this rank's part of the gradient."""
 
     @staticmethod
     def forward(ctx, x, sp, reduce):
@@ -112,7 +113,7 @@ class Gather(torch.autograd.Function):
         return out, None, None
 
 
-UNSHARDED = SequenceParallel()
+ONE_RANK = SequenceParallel()
 
 
 @lru_cache
@@ -123,7 +124,7 @@ def sequence_parallel(size, timeout=None):
     number of ranks.
     """
     if size == 1:
-        return UNSHARDED
+        return ONE_RANK
     world, me = dist.get_world_size(), dist.get_rank()
     if world % size:
         raise ValueError(f"{world} ranks cannot be split into groups of {size}")
@@ -138,7 +139,7 @@ def sequence_parallel(size, timeout=None):
 
 @contextlib.contextmanager
 def share_rows(sp, *policies):
-    """Inside, the ranks of `sp` share each row of these policies; afterwards they are UNSHARDED.
+    """Inside, the ranks of `sp` share each row of these policies; afterwards they are ONE_RANK.
 
     None is ignored.
     """
@@ -149,7 +150,7 @@ def share_rows(sp, *policies):
         yield
     finally:
         for policy in policies:
-            policy.sp = UNSHARDED
+            policy.sp = ONE_RANK
 
 
 # ---- stage 1: encode
@@ -195,7 +196,9 @@ def known_embeds(policy, cache, media):
         return {}
     found = {key: cache.get(m) for key, m in media.items()}
     hits = {key for key, x in found.items() if x is not None}
-    on_all_ranks = set.intersection(*policy.sp.exchange(hits))  # one may be evicted in between
+    on_all_ranks = set.intersection(
+        *policy.sp.all_gather_objects(hits)
+    )  # one may be evicted in between
     return {key: x.to(policy.device) for key, x in found.items() if key in on_all_ranks}
 
 
@@ -209,11 +212,11 @@ def encode_together(policy, media):
         return {}
     patches = [m.grid[1] * m.grid[2] for m, _ in grids]
     owners = share_out(patches, policy.sp.size)
-    own = policy.encode_grids([g for g, owner in zip(grids, owners) if owner == policy.sp.rank])
+    mine = [g for g, owner in zip(grids, owners) if owner == policy.sp.rank]
     counts = [0] * policy.sp.size  # visual tokens that each rank has encoded
     for n, owner in zip(patches, owners):
         counts[owner] += n // policy.merge**2
-    everything = policy.sp.concatenate(own, counts)  # (V, D) of all media
+    everything = policy.sp.concatenate(policy.encode_grids(mine), counts)  # (V, D) of all media
     return dict(zip(media, everything.split([m.tokens for m in media.values()])))
 
 
@@ -233,27 +236,28 @@ def share_out(costs, size):
 # ---- stage 2: share the row
 
 
-def deal(lengths, size):
-    """Deals a packed row to ranks -> for each rank, for each group, (block, block, responses).
+def shares_of_row(lengths, size):
+    """Shares of a packed row -> for each rank, for each group, (piece, piece, responses).
 
-    lengths: [(P, [R_1, ..., R_G]), ...]. Each is a span (first, last) of the row. Of 2 * size
-    blocks of a prompt, rank r has r and 2 * size - 1 - r; the responses, laid end to end, are split
-    into `size` parts. Every token has one owner, and ranks differ by 3 tokens a group at most.
+    lengths: [(P, [R_1, ..., R_G]), ...]. Each is an interval (start, end) of the row. Of 2 *
+    size pieces of a prompt, rank r has r and 2 * size - 1 - r; the responses, laid end to end, are
+    split into `size` parts. Every token has one owner, and ranks differ by 3 tokens a group at
+    most. (The tokens that they score can differ more: a prompt's last token predicts G of them.)
 
-    >>> deal([(8, [3, 1])], 2)
+    >>> shares_of_row([(8, [3, 1])], 2)
     [[((0, 2), (6, 8), (8, 10))], [((2, 4), (4, 6), (10, 12))]]
     """
     shares = [[] for _ in range(size)]
     for (start, end), (_, responses) in zip(prompt_bounds(lengths), lengths):
-        blocks = split(start, end, 2 * size)
+        pieces = split(start, end, 2 * size)
         parts = split(end, end + sum(responses), size)
         for r in range(size):
-            shares[r].append((blocks[r], blocks[2 * size - 1 - r], parts[r]))
+            shares[r].append((pieces[r], pieces[2 * size - 1 - r], parts[r]))
     return shares
 
 
 def split(start, end, parts):
-    """Splits start ... end into spans [(first, last), ...] of nearly equal length."""
+    """Splits an interval into [(start, end), ...] of nearly equal length."""
     edges = [start + (end - start) * i // parts for i in range(parts + 1)]
     return list(zip(edges, edges[1:]))
 
@@ -261,13 +265,14 @@ def split(start, end, parts):
 def spans_of_share(lengths, share):
     """What one rank's tokens see -> (causal, to_prompt, to_response), spans as in infra/flash.py.
 
-    Queries count this rank's tokens in order, keys the row's. share: this rank's of `deal`.
+    Queries count this rank's tokens in order, keys the row's.
+    share: this rank's of `shares_of_row`.
     """
     causal, to_prompt, to_response = [], [], []
     query = 0
-    for (start, end), (_, responses), spans in zip(prompt_bounds(lengths), lengths, share):
-        *blocks, part = spans
-        for first, last in blocks:  # sees itself, and all of the prompt before it
+    for (start, end), (_, responses), intervals in zip(prompt_bounds(lengths), lengths, share):
+        *pieces, part = intervals
+        for first, last in pieces:  # sees itself, and all of the prompt before it
             causal.append((query, last - first, first, last - first))
             to_prompt.append((query, last - first, start, first - start))
             query += last - first
@@ -288,50 +293,51 @@ def spans_of_share(lengths, share):
 class ShardedRow(PackedRow):
     """One rank's tokens of a PackedRow; they attend to the keys and values of the whole row.
 
-    own: (n,) the tokens of the row that this rank holds, in the order of its hidden states. n is
+    held: (n,) the tokens of the row that this rank holds, in the order of its hidden states. n is
     the same on all ranks: shorter shares end with a copy of token 0, whose output nobody reads.
     """
 
     def __init__(self, lengths, device, sp, cache=None, first_prompt=0):
         self.sp, self.cache, self.first_prompt = sp, cache, first_prompt
         self.prompts = prompt_bounds(lengths)
-        shares = deal(lengths, sp.size)
+        shares = shares_of_row(lengths, sp.size)
         tokens = [tokens_of_share(share) for share in shares]  # of each rank
         self.n = max(len(t) for t in tokens)
+        # (S,): where each token of the row is among the (size, n) that are gathered
         gathered_at = torch.empty(sum(len(t) for t in tokens), dtype=torch.long)
         for r, t in enumerate(tokens):
             gathered_at[t] = r * self.n + torch.arange(len(t))
-        self.gathered_at = gathered_at.to(
-            device
-        )  # (S,): where each token of the row is in (size, n) gathered
-        own = tokens[sp.rank]
-        self.own = F.pad(own, (0, self.n - len(own))).to(device)
+        self.gathered_at = gathered_at.to(device)
+        held = tokens[sp.rank]
+        self.held = F.pad(held, (0, self.n - len(held))).to(device)
         causal, *full = spans_of_share(lengths, shares[sp.rank])
         self.blocks = make_blocks(causal, full, device)
 
     def attend(self, layer, q, k, v, scale):
         """q (1, Hq, n, d), k and v (1, Hkv, n, d) of this rank's tokens -> (1, n, Hq, d)."""
         kv = torch.cat([k, v])  # (2, Hkv, n, d)
-        kv = self.sp.gather(kv)  # (size, 2, Hkv, n, d)
+        kv = self.sp.all_gather(kv)  # (size, 2, Hkv, n, d)
         kv = kv.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (2, size * n, Hkv, d)
         k, v = kv.index_select(1, self.gathered_at)  # (S, Hkv, d) each, in the row's order
         return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
 
-    def find(self, tokens):
-        owner, place = self.gathered_at[tokens] // self.n, self.gathered_at[tokens] % self.n
-        here = (owner == self.sp.rank).nonzero()[:, 0]
-        return here, place[here]
+    def find(self, indices):
+        owner, place = self.gathered_at[indices] // self.n, self.gathered_at[indices] % self.n
+        which = (owner == self.sp.rank).nonzero()[:, 0]
+        return which, place[which]
 
-    def collect(self, x, tokens):
-        owner = self.gathered_at[tokens] // self.n
+    def from_all_ranks(self, x, indices):
+        owner = self.gathered_at[indices] // self.n
         counts = owner.bincount(minlength=self.sp.size).tolist()
         by_rank = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
-        return self.sp.concatenate(x, counts, reduce=False)[by_rank.argsort()]
+        back = by_rank.argsort()  # the inverse permutation
+        return self.sp.concatenate(x, counts, reduce=False)[back]
 
 
 def tokens_of_share(share):
-    """One rank's spans -> the tokens of the row that it holds, in order."""
-    return torch.cat([torch.arange(*span) for spans in share for span in spans])
+    """One rank's share -> the tokens of the row that it holds, in order."""
+    intervals = [interval for of_group in share for interval in of_group]
+    return torch.cat([torch.arange(start, end) for start, end in intervals])
 
 
 # ---- how many ranks share a row
@@ -342,7 +348,7 @@ class RowSharing:
 
     def __init__(self, policy, reference, patience, args):
         self.policy, self.reference, self.patience, self.args = policy, reference, patience, args
-        self.sp, self.shown = UNSHARDED, None
+        self.sp, self.shown = ONE_RANK, None
         self.memory = min(gather(device_memory(policy.device, WORLD)))  # the same on all ranks
 
     def choose(self, prompts):
@@ -361,9 +367,9 @@ class RowSharing:
         """A context: inside, the policy and the reference share their rows over `sp`."""
         return share_rows(self.sp, self.policy, self.reference)
 
-    def exchange(self, prompts):
+    def share_prompts(self, prompts):
         """The prompts of all ranks that share rows, by position; each rank loaded some of them."""
-        return sorted(sum(self.sp.exchange(prompts), []), key=lambda p: p[0])
+        return sorted(sum(self.sp.all_gather_objects(prompts), []), key=lambda p: p[0])
 
 
 def turn(rank, world, sp):
@@ -443,13 +449,13 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     total, trained = count(policy), count(policy, trained=True)
     tower, layers = count(policy.net.model.visual), count(policy.text.layers)
     recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
-    L, D, own = c.num_hidden_layers, c.hidden_size, row / size
+    L, D, held = c.num_hidden_layers, c.hidden_size, row / size
     heads = c.num_attention_heads * head_size(c)  # D in Qwen2.5-VL
     kv = 2 * head_size(c) * c.num_key_value_heads * number  # a token in one layer
-    activations = own * (4 * D + 2 * heads + 3 * c.intermediate_size) * number
+    activations = held * (4 * D + 2 * heads + 3 * c.intermediate_size) * number
     row_kv = 2 * row * kv  # as gathered, and in blocks
     train = {
-        "layer inputs": recomputed * own * D * number,
+        "layer inputs": recomputed * held * D * number,
         "kept activations": (L - recomputed) * (activations + row_kv),
         "one layer's activations": 2 * activations,
         "one layer's K/V": 2 * row_kv,  # with their gradients

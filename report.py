@@ -50,9 +50,8 @@ SHEETS = (  # number of frames, height, JPEG quality
     (8, 48, 35),
     (4, 40, 30),
 )
-# keys of samples.jsonl: the same in all responses to one prompt; shown with each response
+# keys of samples.jsonl that are the same in all responses to one prompt
 SAME = ("step", "position", "id", "path", "question")
-PARTS = ("reward", "accuracy", "format", "length_bonus", "temporal_bonus", "advantage")
 # keys of log.jsonl that are computed with the gradient, so a step without one does not have them
 GRADIENT = ("loss", "kl", "entropy", "clipped", "ratio", "mismatch", "grad_norm")
 # flags that determine which frames were shown
@@ -192,7 +191,9 @@ class Frames:
 
     def want(self, r, counts):
         """Asks for frames of an entry's medium, as load_media picks them for counts = (fps,
-        min_frames, max_frames) -> the number of their sheet."""
+        min_frames, max_frames) -> the number of their sheet; None for text."""
+        if r["data_type"] == "text":
+            return None
         segment = r.get("segment") and tuple(r["segment"])
         sheets = self.media.setdefault((r["path"], r["data_type"], r["fps"], segment), {})
         if counts not in sheets:
@@ -322,9 +323,7 @@ def group_card(group):
     """The lines of samples.jsonl of one prompt -> its card: the prompt, the responses, and the
     rewards of each."""
     first = group[0]
-    numbers = [
-        {key: s[key] for key in PARTS if isinstance(s.get(key), (int, float))} for s in group
-    ]
+    numbers = [numbers_of(line) for line in group]
     right = sum(n.get("accuracy", 0) > 0.5 for n in numbers)
     kept = ("step", "position", "orders", "probability_drops", "shuffled_accuracies")
     return {
@@ -335,6 +334,14 @@ def group_card(group):
         "kind": "wrong" if right == 0 else "right" if right == len(group) else "mixed",
         "responses": [s["response"] for s in group],
         "numbers": numbers,
+    }
+
+
+def numbers_of(line):
+    """What a line says of its response in numbers: reward, its parts, bonus, advantage."""
+    about_prompt = (*SAME, "fps")
+    return {
+        key: x for key, x in line.items() if isinstance(x, (int, float)) and key not in about_prompt
     }
 
 

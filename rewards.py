@@ -10,12 +10,13 @@
 
 Pure functions of strings: every response gets a number in range, never an exception.
 
-To add a reward: write a function of the response, like length_reward. Add its value in train.py
-(score_group and ScoredGroup, a flag in parse_args) and its name wherever `length_bonus` stands:
-infra/step_log.py, report.py, docs/log.md.
+To add a reward: write a function of the response, like format_reward (a reward may be negative). In
+train.py, add its value and its weight to score_group, a flag for the weight to parse_args, and the
+flag to `warn`. Logs and report then show it; add its name by hand to the chart "parts of the
+reward" in report.html and to the tables of docs/log.md.
 To add a problem type: name it in PROBLEM_TYPES, say how its answers are read (normalize_answer) and
-graded (grade). In data.py, say what the prompt asks for (CLOSING) and which answers of records are
-refused (_answer).
+graded (grade; in evaluation, eval.score and constant_answer). In data.py, say what the prompt asks
+for (CLOSING) and which answers of records are refused (_answer).
 
     >>> extract_answer("<think>It turns.</think><answer>(b)</answer>")
     '(b)'

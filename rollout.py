@@ -10,7 +10,7 @@ The u of (prompt, response, token) come from the prompt's own random seed, so a 
 depend on the rank or the batch that it ran in. With sequence parallelism (policy.sp, mrsp.py) every
 rank holds the prompts' keys and values and decodes its share of the responses.
 
-Shapes: B prompts, G responses, N = B * G rows, R tokens of a response, D hidden.
+Shapes: B prompts, G responses, N = B * G responses, R tokens of a response, D hidden.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from infra.packing import pack
 
 PREFILL_TOKENS = 16384  # prompt tokens of one packed row of a prefill
 COMPACT_EVERY = 4  # decode steps between two checks of who has finished; each is a host sync
-WINDOW = 64  # a CUDA graph is recorded anew after this many tokens; it masks unwritten ones
+WINDOW = 64  # tokens that one CUDA graph serves; it masks those that are not yet written
 
 
 @dataclass(eq=False)
@@ -76,14 +76,14 @@ def generate(
         embeds = [visual_embeds[i] for i in part]
         of_part = [seeds[i] for i in part]
         decoded = decode(policy, batch, embeds, of_part, G, max_new, temperature, top_p)
-        decoded = policy.sp.exchange(decoded)  # of every rank: three tensors (B, G / ranks, R)
+        decoded = policy.sp.all_gather_objects(decoded)  # three (B, G / ranks, max_new)
         for b, i in enumerate(part):
-            groups[i] = collect(policy, prompts[i], decoded, b, G)
+            groups[i] = make_group(policy, prompts[i], decoded, b, G)
     policy.train(training)
     return [groups[i] for i in range(len(prompts))]
 
 
-def collect(policy, prompt, decoded, b, G):
+def make_group(policy, prompt, decoded, b, G):
     """Prompt b's responses from what the ranks decoded -> Group. Rank r decoded every response i
     with i mod ranks = r."""
     group = Group(prompt)
@@ -131,8 +131,8 @@ def decode(policy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p
     if G:  # the last prompt token predicts the first token of every response
         decoding.sample(hidden.repeat_interleave(G, dim=0))
         decoding.run(max_new)
-    rows = (decoding.tokens, decoding.logps, decoding.entropies)
-    return tuple(x.cpu().view(B, G, max_new) for x in rows)
+    out = (decoding.tokens, decoding.logps, decoding.entropies)
+    return tuple(x.cpu().view(B, G, max_new) for x in out)
 
 
 def prefill(policy, prompts, visual_embeds, cache):
@@ -148,7 +148,7 @@ def prefill(policy, prompts, visual_embeds, cache):
         )
         ends = torch.tensor(lengths[in_row], device=policy.device).cumsum(0) - 1
         _, places = plan.find(ends)
-        last.append(plan.collect(hidden[places], ends))
+        last.append(plan.from_all_ranks(hidden[places], ends))
         following += nexts
     return torch.cat(last), torch.tensor(following, device=policy.device)
 
@@ -158,8 +158,8 @@ class Decoding:
 
     tokens, logps, entropies (N, max_new): after a response's end -1, 0 and 0.
     A step reads nothing back from the device and makes no tensor that outlives it, so it can be a
-    CUDA graph (policy.cuda_graph): recorded once for each number of rows and each WINDOW of tokens,
-    then replayed.
+    CUDA graph (policy.cuda_graph): recorded once for each number of responses and each WINDOW of
+    tokens, then replayed.
     """
 
     def __init__(self, policy, cache, following, uniform, temperature, top_p):
@@ -171,21 +171,21 @@ class Decoding:
         self.tokens = torch.full((N, max_new), -1, device=device)
         figures = torch.zeros(2, N, max_new, dtype=self.head.dtype, device=device)
         self.logps, self.entropies = figures
-        # one entry for each row that still decodes:
-        self.rows = torch.arange(N, device=device)  # its response
+        # one entry for each of the n responses that still decode:
+        self.alive = torch.arange(N, device=device)  # its number
         self.position = following.repeat_interleave(cache.G)  # M-RoPE id of the first token
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
         self.token = torch.zeros(N, dtype=torch.long, device=device)  # the last token drawn
 
     def sample(self, hidden):
-        """Draws token t = cache.t of every row from hidden states (N, D)."""
+        """Draws token t = cache.t of every response from hidden states (n, D)."""
         t = self.cache.t
         logits = self.policy.logits(hidden, self.head)
-        uniform = self.uniform[self.rows, t]
+        uniform = self.uniform[self.alive, t]
         token, logp, entropy = sample(logits, uniform, self.temperature, self.top_p)
-        self.tokens[self.rows, t] = torch.where(self.done, -1, token)
-        self.logps[self.rows, t] = torch.where(self.done, 0.0, logp)
-        self.entropies[self.rows, t] = torch.where(self.done, 0.0, entropy)
+        self.tokens[self.alive, t] = torch.where(self.done, -1, token)
+        self.logps[self.alive, t] = torch.where(self.done, 0.0, logp)
+        self.entropies[self.alive, t] = torch.where(self.done, 0.0, entropy)
         self.token.copy_(token)
         self.done |= torch.isin(token, self.eos)
 
@@ -201,14 +201,14 @@ class Decoding:
         """Steps until every response has ended or has max_new tokens."""
         window = WINDOW if self.policy.cuda_graph else 1
         recorded = replay = None
-        # drawn: tokens sampled so far for every row; drawn - 1 of them are in the cache
+        # drawn: tokens sampled so far for every response; the last enters the cache in `step`
         for drawn in range(1, max_new):
             if drawn % COMPACT_EVERY == 0:
                 if self.done.all():
                     break
                 self.compact(drawn)
             self.cache.width = min(max_new, -(-drawn // window) * window)
-            shape = (len(self.rows), self.cache.width)
+            shape = (len(self.alive), self.cache.width)
             if not self.policy.cuda_graph:
                 self.step()
             elif recorded != shape:
@@ -219,20 +219,20 @@ class Decoding:
                 replay()
 
     def compact(self, drawn):
-        """Drops finished rows and finished prompts if that saves at least a quarter of the rows.
+        """Drops finished responses and prompts if that saves at least a quarter of the responses.
 
-        Every remaining prompt keeps as many rows as the one with most unfinished responses.
+        Every remaining prompt keeps as many responses as the one with most unfinished ones.
         """
         G = self.cache.G
-        alive = (~self.done).view(-1, G).sum(1)  # (B,)
-        prompts, most = alive.nonzero()[:, 0], int(alive.max())
-        if len(prompts) * most > 0.75 * len(self.rows):
+        unfinished = (~self.done).view(-1, G).sum(1)  # (B,)
+        prompts, most = unfinished.nonzero()[:, 0], int(unfinished.max())
+        if len(prompts) * most > 0.75 * len(self.alive):
             return
         unfinished_first = self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)
         order = unfinished_first[prompts, :most]
         kept = (prompts[:, None] * G + order).flatten()
         self.cache.keep(prompts, kept, most, drawn - 1)
-        self.rows, self.position = self.rows[kept], self.position[kept]
+        self.alive, self.position = self.alive[kept], self.position[kept]
         self.done, self.token = self.done[kept], self.token[kept]
 
 
@@ -245,7 +245,7 @@ def record(step):
 
 
 def sample(logits, uniform, temperature, top_p):
-    """One token for each row of logits (N, vocabulary) -> tokens, log-probs, entropies, each (N,).
+    """Logits (N, vocabulary) -> one token of each, its log-prob, the entropy: each (N,).
 
     uniform: (N,) in [0, 1). Log-probs and entropies are those of the whole distribution at
     `temperature` (at 1 where that is 0), whatever top_p is.

@@ -8,11 +8,11 @@ every right response of the ordered group gets a bonus:
     r_t   = alpha if p >= mu * p~, else 0        (paper: mu = 1, alpha = 0.3; release: mu = 0.8)
     R_i   = r_i + r_t for every right response o_i
 
-The shuffled responses are only counted; they never enter the loss. Images, and videos of one grid
-where grids are shuffled, have no order, so the test does not apply to them.
+The shuffled responses are only counted; they never enter the loss. Text, images, and videos of one
+frame or (where grids are shuffled) of one grid, have no order, so the test does not apply to them.
 
-**When the bonus cancels.** Advantages are (R - mean) / std, which sees no shift and no scale. So
-(up to the 1e-4 beside the std) the bonus changes no advantage of a group
+**When the bonus cancels.** Advantages are (R - mean) / std of a response's own group, which sees no
+shift and no scale. So (up to the 1e-4 beside the std) the bonus changes no advantage of a group
 
   - if no response is right, or the group failed the test: there is no bonus;
   - if all responses are right: the bonus is a shift;
@@ -20,9 +20,10 @@ where grids are shuffled, have no order, so the test does not apply to them.
     a scale. This is the common case: accuracies are 0 or 1, and all else in the reward is constant.
 
 It acts where other parts of the reward (format, length, graded accuracy) vary among responses that
-are equally right, and in mixed groups whose advantages are not divided by their own std (`--norm
-none`, `--norm batch`). The paper remarks that the term could be added to the advantages directly;
-`--temporal advantage` does that: A_i + r_t for every right response. That never cancels.
+are equally right. It also acts in mixed groups whose advantages are not divided by their own std
+(`--norm none`; `--norm batch`, where a bonus changes the std of all groups). The paper remarks that
+the term could be added to the advantages directly; `--temporal advantage` does that: A_i + r_t for
+every right response. That never cancels.
 
 **A bonus per response.** The published test is about the group: within it, a right guess from one
 still frame gets the same bonus as a right answer from motion. `--temporal contrast`, ours and not
@@ -32,11 +33,11 @@ with the frames shuffled, in one more packed forward pass:
     c_i   = max(0, 1 - pi(o_i | shuffled) / pi(o_i | ordered))      the probability drop of o_i
     R_i   = r_i + alpha * c_i for every right response o_i
 
-c varies among right responses, so the normalisation does not cancel it (unless only one is right),
-and it also teaches where all responses are right. The probability is that of the whole response:
-its reasoning is where a look at the frames shows; its answer often only repeats the reasoning.
-Almost any shuffle takes nearly all of a long response's probability, so the longer responses are,
-the less c tells.
+Where c varies among right responses, the normalisation does not cancel it, and it also teaches
+where all responses are right. It cancels where c is the same for all of them: if only one is right,
+or if every c is about 1. The probability is that of the whole response: its reasoning is where a
+look at the frames shows; its answer often only repeats the reasoning. Almost any shuffle takes
+nearly all of a long response's probability, so the longer responses are, the less c tells.
 
 The first half of this file is pure; the second half shuffles videos and runs the policy on them.
 Shapes: B prompts, G ordered and G' shuffled responses, T frames, V visual tokens, D hidden.
@@ -60,7 +61,8 @@ def temporal_test(ordered_acc, shuffled_acc, *, mu=1.0, correct=0.5):
     """Is the ordered group right at least mu times as often as the shuffled one?
 
     ordered_acc (B, G), shuffled_acc (B, G'): accuracies in [0, 1]; above `correct`, a response
-    counts as right. A tie passes, also up to rounding: 8/12 passes against 0.8 * 5/6.
+    counts as right. A tie passes, whatever rounding does: 8/12 = 0.8 * 5/6, but not in
+    floating point.
     Returns (passed, vacuous), each (B,) bool. vacuous: passed with no right response on either
     side, so the test says nothing, and no response gets a bonus.
     """
@@ -112,7 +114,7 @@ def reorder(x, order):
 
 
 @dataclass
-class Shuffled:
+class ShuffleEffect:
     """What shuffling a video's frames did. Either accuracies or drops are set."""
 
     order: list[int]  # of the frames, or grids
@@ -131,7 +133,8 @@ class ShuffledPrompt:
 
 
 def shuffle_prompts(prompts, visual_embeds, step, args):
-    """The videos of a step, each in one other order -> [ShuffledPrompt]. Images are left out.
+    """The videos of a step, each in one other order -> [ShuffledPrompt]. Images and text are left
+    out.
 
     Only pixels move. The times that a Qwen3-VL's prompt names stay in order, so that it reads as
     the prompt of an ordinary video.
@@ -140,21 +143,24 @@ def shuffle_prompts(prompts, visual_embeds, step, args):
     """
     shuffled = []
     for (position, prompt), embeds in zip(prompts, visual_embeds):
+        if not prompt.media:
+            continue
         (media,) = prompt.media
         units = media.grid[0] if args.shuffle == "grid" else len(media.frames)
         if media.kind == "image" or units < 2:
             continue
         order = permutation(units, seed(args.seed, step, position, "order 0"))
         frames = reorder(media.frames, order)
-        shuffled_media = replace(media, frames=frames, key=None)  # no entry of the embedding cache
+        # key=None keeps the shuffled video out of the embedding cache
+        shuffled_media = replace(media, frames=frames, key=None)
         embeds = reorder(embeds, order) if args.shuffle == "grid" else None
         other = replace(prompt, media=[shuffled_media])
         shuffled.append(ShuffledPrompt(position, order.tolist(), other, embeds))
     return shuffled
 
 
-def compare_with_shuffled(policy, prompts, groups, visual_embeds, builder, step, args):
-    """Runs the policy on this rank's shuffled videos -> {position: Shuffled}.
+def run_on_shuffled(policy, prompts, groups, visual_embeds, builder, step, args):
+    """Runs the policy on this rank's shuffled videos -> {position: ShuffleEffect}.
 
     groups: the ordered responses to each prompt, as rollout.generate returned them.
     """
@@ -166,7 +172,8 @@ def compare_with_shuffled(policy, prompts, groups, visual_embeds, builder, step,
 
 
 def respond_to_shuffled(policy, shuffled, builder, step, args):
-    """Samples G // 2 responses to each shuffled video and judges them -> {position: Shuffled}."""
+    """Samples G // 2 responses to each shuffled video, and judges them -> {position:
+    ShuffleEffect}."""
     groups = generate(
         policy,
         [s.prompt for s in shuffled],
@@ -181,13 +188,13 @@ def respond_to_shuffled(policy, shuffled, builder, step, args):
     for s, group in zip(shuffled, groups):
         texts = [builder.decode(r) for r in group.responses]
         accuracies = [accuracy_reward(text, s.prompt.sample) for text in texts]
-        found[s.position] = Shuffled(s.order, accuracies=accuracies)
+        found[s.position] = ShuffleEffect(s.order, accuracies=accuracies)
     return found
 
 
 @torch.no_grad()
 def rescore(policy, shuffled, groups, args):
-    """Scores the ordered responses again on the shuffled videos -> {position: Shuffled}.
+    """Scores the ordered responses again on the shuffled videos -> {position: ShuffleEffect}.
 
     groups: {position: rollout.Group} of the ordered responses.
     """
@@ -202,12 +209,12 @@ def rescore(policy, shuffled, groups, args):
         for s, of_group in zip(row, shuffled_logp):
             ordered_logp = [x.double().sum() for x in groups[s.position].logps]
             drops = probability_drop(torch.stack(ordered_logp), of_group).tolist()  # (G,)
-            found[s.position] = Shuffled(s.order, drops=drops)
+            found[s.position] = ShuffleEffect(s.order, drops=drops)
     return found
 
 
 def known_embeds(shuffled):
-    """The embeddings of all, or None if the videos have to be encoded."""
+    """The embeddings of all these prompts, or None if their videos have to be encoded."""
     embeds = [s.visual_embeds for s in shuffled]
     return None if any(x is None for x in embeds) else embeds
 
@@ -218,7 +225,8 @@ def known_embeds(shuffled):
 def step_bonus(groups, args):
     """The bonus of every response of a step -> (B, G); 0 where nothing was shuffled.
 
-    groups: train.ScoredGroup of all ranks, with .accuracy (G,) and .shuffled (None for images).
+    groups: train.ScoredGroup of all ranks, with .accuracy (G,) and .shuffled (None where nothing
+    was shuffled).
     """
     accuracy = torch.tensor([g.accuracy for g in groups], dtype=torch.float64)  # (B, G)
     bonus = torch.zeros_like(accuracy)
@@ -228,9 +236,9 @@ def step_bonus(groups, args):
         how = dict(alpha=args.alpha, correct=args.correct)
         bonus[tested] = contrast_bonus(accuracy[tested], drop, **how)
     elif tested:
-        shuffled = shuffled_accuracies(groups)
+        shuffled_acc = shuffled_accuracies(groups)  # (videos, G')
         how = dict(alpha=args.alpha, mu=args.mu, correct=args.correct)
-        bonus[tested] = temporal_bonus(accuracy[tested], shuffled, **how)
+        bonus[tested] = temporal_bonus(accuracy[tested], shuffled_acc, **how)
     return bonus
 
 
@@ -247,11 +255,11 @@ def step_metrics(groups, bonus, args):
     metrics |= {"temporal_passed": 0.0, "temporal_vacuous": 0.0}
     if tested:
         accuracy = torch.tensor([g.accuracy for g in tested], dtype=torch.float64)
-        shuffled = shuffled_accuracies(groups)
-        passed, vacuous = temporal_test(accuracy, shuffled, mu=args.mu, correct=args.correct)
+        shuffled_acc = shuffled_accuracies(groups)  # (videos, G')
+        passed, vacuous = temporal_test(accuracy, shuffled_acc, mu=args.mu, correct=args.correct)
         metrics["temporal_passed"] = int(passed.sum()) / len(groups)
         metrics["temporal_vacuous"] = int(vacuous.sum()) / len(groups)
-        metrics["shuffled_accuracy"] = float(shuffled.mean())
+        metrics["shuffled_accuracy"] = float(shuffled_acc.mean())
     return metrics
 
 

@@ -406,7 +406,7 @@ def _texts(samples):
     for sample in samples:
         response = data.supervised_response(sample.reasoning, sample.answer)
         texts += [sample.question, *sample.options, sample.reasoning, response]
-    # a fixed list: another text here would change the tokenizer, and with it the random model
+    # fixed: a new problem type here would change the tokenizer, and with it the random model
     kinds = ("multiple choice", "numerical", "OCR", "free-form", "regression")
     instructions = [data.INSTRUCTION + data.CLOSING[kind] for kind in kinds]
     return texts + ["system\nuser\nassistant\nOptions:\n", *instructions] * 50

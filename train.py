@@ -1,4 +1,4 @@
-"""Trains a Qwen-VL policy on videos and images: sft, or rewards only (grpo, tgrpo).
+"""Trains a Qwen-VL policy on videos, images and text: sft, or rewards only (grpo, tgrpo).
 
     python train.py                                       a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (nccl, or gloo)
@@ -7,14 +7,18 @@
 The algorithm, GRPO (arXiv 2402.03300) with Video-R1's temporal bonus (arXiv 2503.21776), is
 `grpo_step`. For every question q of the step's B:
 
-    1. sample    G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
-    2. reward    rules judge each response: r_i                   rewards.py
-    3. bonus     R_i = r_i + r_t if o_i is right and p >= p~      tgrpo.py, --algo tgrpo only
-    4. advantage A_i = (R_i - mean R) / std R                     grpo.group_advantages
-    5. loss      -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
-    6. update    clip the gradient, AdamW                         infra/optimizer.py
+    1. encode     the video, once for all responses                Policy.encode
+    2. prefill    the prompt's keys and values, once               rollout.prefill
+    3. sample     G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
+                  tgrpo: G // 2 more, to shuffled frames           tgrpo.run_on_shuffled
+    4. reward     rules judge each response: r_i                   rewards.py
+    5. advantage  A_i = (R_i - mean R) / std R                     grpo.group_advantages
+                  R_i = r_i; tgrpo: R_i = r_i + bonus_i            tgrpo.step_bonus
+    6. log-probs  log pi(o_i | q) of all responses in one row      Policy.forward
+    7. update     -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
+                  backward, clip the gradient, AdamW               infra/optimizer.py
 
-rho = pi / pi_old, of the tokens. Missing on purpose: a value network, a reward model, a trainer
+rho = pi / pi_old, of the tokens. Left out on purpose: a value network, a reward model, a trainer
 class, an inference server.
 
 Rewards are gathered from all ranks before advantages are taken, and every loss is divided by a
@@ -64,6 +68,7 @@ from infra.step_log import (
     column,
     sample_lines,
     sampled_metrics,
+    shown_metrics,
     trained_metrics,
     update_metrics,
 )
@@ -108,6 +113,7 @@ def grpo_step(run, prompts, step):
     if args.drop_zero_std:  # DAPO
         kept = kept[teaching][: args.prompts]
     trained = [groups[b] for b in kept.tolist()]
+    # again, because --norm batch divides by a std over the groups that are kept
     A = advantages(reward[kept], bonus[kept], args)  # (R - mean R) / std R
 
     totals, updates = [], []
@@ -142,13 +148,16 @@ class ScoredGroup:
     lengths: list[int]  # (G,) tokens
     truncated: list[bool]  # (G,)
     entropy: list[float]  # (G,) summed over a response's tokens
-    reward: list[float]  # (G,) the weighted sum of the parts below, without T-GRPO's bonus
-    accuracy: list[float]  # (G,)
-    format: list[float]  # (G,)
-    length_bonus: list[float]  # (G,)
-    frames: int  # that the prompt shows
+    reward: list[float]  # (G,) the weighted sum of its parts, without T-GRPO's bonus
+    parts: dict[str, list[float]]  # accuracy, format, length_bonus: (G,) each
+    frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
-    shuffled: tgrpo.Shuffled | None = None  # T-GRPO, videos only
+    shuffled: tgrpo.ShuffleEffect | None = None  # T-GRPO; None where nothing can be shuffled
+
+    @property
+    def accuracy(self):
+        """(G,)"""
+        return self.parts["accuracy"]
 
 
 @dataclass
@@ -192,7 +201,7 @@ def sample_groups(run, prompts, step):
 def rollout_and_reward(policy, prompts, builder, step, args):
     """Encodes, samples and scores -> ({position: LocalGroup} of this rank, [ScoredGroup] of all
     ranks, by position)."""
-    with fsdp.gathered(policy):
+    with fsdp.unsharded(policy):  # inside, ranks may call the policy different numbers of times
         with timed("encode"), torch.no_grad():
             visual_embeds = policy.encode([p for _, p in prompts])
         with timed("rollout"):
@@ -209,7 +218,7 @@ def rollout_and_reward(policy, prompts, builder, step, args):
         compared = {}
         if args.algo == "tgrpo":
             with timed("shuffled"):
-                compared = tgrpo.compare_with_shuffled(
+                compared = tgrpo.run_on_shuffled(
                     policy, prompts, groups, visual_embeds, builder, step, args
                 )
     with timed("reward"):
@@ -218,7 +227,7 @@ def rollout_and_reward(policy, prompts, builder, step, args):
             texts = [builder.decode(r) for r in group.responses]
             scored = score_group(position, group, texts, compared.get(position), args)
             local[position] = LocalGroup(group, embeds, texts, scored)
-        everywhere = gather([x.scored for x in local.values()], policy.sp.size)
+        everywhere = gather([x.scored for x in local.values()], every=policy.sp.size)
         return local, sorted(sum(everywhere, []), key=lambda g: g.position)
 
 
@@ -228,19 +237,22 @@ def score_group(position, group, texts, shuffled, args):
     sample = group.prompt.sample
     lengths = [len(r) for r in group.responses]
     accuracy = [accuracy_reward(text, sample) for text in texts]
-    formats = [format_reward(text) for text in texts]
     rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
-    length_bonuses = [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)]
-    parts = zip(accuracy, formats, length_bonuses)
+    parts = {
+        "accuracy": accuracy,
+        "format": [format_reward(text) for text in texts],
+        "length_bonus": [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)],
+    }
+    # the size of the length bonus is --len_bonus
+    weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
+    reward = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(texts))]
     return ScoredGroup(
         position=position,
         lengths=lengths,
         truncated=group.truncated,
         entropy=[float(x.double().sum()) for x in group.entropies],
-        reward=[args.w_accuracy * a + args.w_format * f + b for a, f, b in parts],
-        accuracy=accuracy,
-        format=formats,
-        length_bonus=length_bonuses,
+        reward=reward,
+        parts=parts,
         frames=frames,
         pixels=pixels,
         shuffled=shuffled,
@@ -260,7 +272,7 @@ def count_teaching(groups, args):
     return int(advantages(column(groups, "reward"), bonus, args).any(dim=1).sum())
 
 
-def used(group, args):
+def response_weights(group, args):
     """(G,): 1 for the responses that are trained, 0 for those that --mask_truncated leaves out."""
     kept = [not (args.mask_truncated and cut) for cut in group.truncated]
     return torch.tensor(kept, dtype=torch.float64)
@@ -268,36 +280,36 @@ def used(group, args):
 
 def has_gradient(group, A, args):
     """Whether a group has a gradient: from its advantages A (G,), or from the KL penalty."""
-    return bool(used(group, args).any()) and bool(args.beta or A.any())
+    return bool(response_weights(group, args).any()) and bool(args.beta or A.any())
 
 
 def minibatches(groups, A, args):
     """The groups of each optimizer step -> [[(ScoredGroup, advantages (G,)), ...], ...]."""
     pairs = list(zip(groups, A))
     learnable = [has_gradient(group, a, args) for group, a in pairs]
-    return [[pairs[i] for i in part] for part in deal(learnable, args.minibatches)]
+    return [[pairs[i] for i in part] for part in split_evenly(learnable, args.minibatches)]
 
 
-def deal(learnable, parts):
-    """Deals groups into at most `parts` minibatches -> the indices of each, the same on all ranks.
+def split_evenly(learnable, parts):
+    """Splits groups into at most `parts` minibatches -> the indices of each, the same on all ranks.
 
     learnable: whether each group has a gradient. Every minibatch gets about as many that have one,
     and about as many that have none; none is without a gradient unless all are. Neighbours stay
     together, because they are on different ranks.
 
-    >>> deal([True] * 8, 5)
+    >>> split_evenly([True] * 8, 5)
     [[0, 1], [2, 3], [4], [5, 6], [7]]
-    >>> deal([False, False, True, True], 3)
+    >>> split_evenly([False, False, True, True], 3)
     [[0, 2], [1, 3]]
     """
     n = max(1, min(parts, sum(learnable)))
-    dealt = [[] for _ in range(n)]
+    split = [[] for _ in range(n)]
     for kind in (True, False):
         of_kind = [i for i, x in enumerate(learnable) if x == kind]
         bounds = [-(-k * len(of_kind) // n) for k in range(n + 1)]  # rounded up
-        for k, part in enumerate(dealt):
+        for k, part in enumerate(split):
             part += of_kind[bounds[k] : bounds[k + 1]]
-    return [sorted(part) for part in dealt]
+    return [sorted(part) for part in split]
 
 
 def policy_gradient(run, batch, local):
@@ -305,6 +317,10 @@ def policy_gradient(run, batch, local):
 
     batch: [(ScoredGroup, A (G,)), ...] of all ranks. This rank packs those that are `local` into
     rows. Groups without a gradient get no pass.
+
+    Reused from the rollout: tokens, pi_old's log-probs, the embeddings of a frozen tower. Run
+    again, with gradient: prompt and responses (the rollout's keys and values are gone). Recomputed
+    in the backward pass: logits, and every n-th layer (--grad_checkpointing n).
     """
     args = run.args
     denominator = loss_denominator([group for group, _ in batch], args)
@@ -316,11 +332,12 @@ def policy_gradient(run, batch, local):
     lengths = [group.tokens for group, _ in mine]
     for row in passes(run.policy, pack(mine, lengths, args.row_tokens)):
         loss, of_row = row_loss(run, row, denominator)
-        # DDP divides by WORLD. With --sp all ranks have this loss, but each passes back through
-        # its own tokens only. So both ways the gradients of the ranks add up.
+        # The gradient is the sum over ranks, but DDP and FSDP take the mean. Without --sp each rank
+        # has other groups. With --sp all have the same loss, but each rank's gradient is only the
+        # part that flows through the tokens that it holds.
         (loss * WORLD).backward()
         total += of_row
-    return sum(gather(total, unwrap(run.policy).sp.size), LossTotals())
+    return sum(gather(total, every=unwrap(run.policy).sp.size), LossTotals())
 
 
 def loss_denominator(groups, args):
@@ -329,7 +346,7 @@ def loss_denominator(groups, args):
         return float(max(1, len(groups) * args.group * args.max_new))
     total = 0.0
     for group in groups:
-        weight = used(group, args)
+        weight = response_weights(group, args)
         if args.average == "token":
             weight = weight * torch.tensor(group.lengths)
         total += float(weight.sum())
@@ -339,9 +356,9 @@ def loss_denominator(groups, args):
 def row_loss(run, row, denominator):
     """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, LossTotals).
 
-    N responses of all its groups, R tokens of the longest. pi_old's log-probs come from sampling,
+    The row has N responses; the longest has R tokens. pi_old's log-probs come from sampling,
     without another pass: rho of a first update is 1 up to rounding, logged as `mismatch`. An empty
-    row has a loss of 0 that touches every parameter.
+    row gives a loss of 0 with a gradient of 0 for every parameter.
     """
     args = run.args
     prompts = [x.group.prompt for x, _ in row]
@@ -357,7 +374,8 @@ def row_loss(run, row, denominator):
     old_logps, masks = [], []
     for x, _ in row:
         old_logps += x.group.logps
-        masks += [torch.ones(n) * w for n, w in zip(x.scored.lengths, used(x.scored, args))]
+        weights = response_weights(x.scored, args)
+        masks += [torch.ones(n) * w for n, w in zip(x.scored.lengths, weights)]
     old_logp = pad_sequence(old_logps, batch_first=True).to(logp)  # (N, R)
     mask = pad_sequence(masks, batch_first=True).to(logp)  # (N, R)
     loss, sums = grpo.grpo_loss(
@@ -391,7 +409,7 @@ def sft_step(run, prompts, step):
     args, policy = run.args, unwrap(run.policy)
     prompts = [p for _, p in prompts]
     lengths = [len(p.ids) + len(p.target) for p in prompts]
-    tokens = sum(gather(sum(len(p.target) for p in prompts), policy.sp.size))
+    tokens = sum(gather(sum(len(p.target) for p in prompts), every=policy.sp.size))
     visual_embeds = [None] * len(prompts)
     if not args.train_vision:  # a tower that is trained encodes with gradient, row by row
         with timed("encode"), torch.no_grad():
@@ -407,13 +425,11 @@ def sft_step(run, prompts, step):
             total += float(-logp.detach().sum()) / tokens
     with timed("optimizer"):
         made = run.optimize(step)
-    shown = sum(gather([p.frames_x_pixels for p in prompts], policy.sp.size), [])
-    shown = torch.tensor(shown, dtype=torch.float64)  # (B, 2)
+    shown = sum(gather([p.frames_x_pixels for p in prompts], every=policy.sp.size), [])
     entry = {
-        "loss": sum(gather(total, policy.sp.size)),
+        "loss": sum(gather(total, every=policy.sp.size)),
         "response_length": tokens / len(shown),
-        "frames": float(shown[:, 0].mean()),
-        "pixels": float(shown[:, 1].mean()),
+        **shown_metrics(shown),
         **update_metrics([made]),
     }
     return entry, [], tokens
@@ -430,7 +446,7 @@ def evaluate(run, samples):
     Raises DataError if no sample can be loaded.
     """
     policy = unwrap(run.policy)
-    with bf16_on_gpu(policy.device), timed("evaluate"), fsdp.gathered(policy):
+    with bf16_on_gpu(policy.device), timed("evaluate"), fsdp.unsharded(policy):
         answered, supervised = answer_held_out(run, samples)
         nll, tokens = validation_loss(policy, supervised, run.args)
     answered = sum(gather(answered), [])
@@ -544,7 +560,7 @@ def open_training(args, samples, device, at_end, policy_class):
     sharing = mrsp.RowSharing(policy, reference, patience(args), args)
 
     def refill(step, k):
-        return sharing.exchange(errors.usable(loader.refill(step, k)))
+        return sharing.share_prompts(errors.usable(loader.refill(step, k)))
 
     def optimize(step):
         return update(policy, optimizer, step, args)
@@ -565,7 +581,7 @@ def train_step(run, step):
         prompts = run.errors.usable(run.loader.load(step))
         run.errors.check()
         run.sharing.choose(prompts)
-        prompts = run.sharing.exchange(prompts)
+        prompts = run.sharing.share_prompts(prompts)
     if len(run.errors.in_step) == run.args.prompts:  # nothing could be loaded, on any rank
         return {"updates": 0, "skipped_updates": 1, "skipped_update": True}, [], 0
     run.policy.train()
@@ -847,7 +863,11 @@ def refuse_combinations(p, args, embedded):
 
 
 def toy_runs(args, argv):
-    """The embedded default as ordinary runs: a cold start in the toy world, then RL from it."""
+    """The embedded default as ordinary runs: a cold start in the toy world, then RL from it.
+
+    The flags of the command (argv) go to the RL run; the cold start has its own, and its 600 steps,
+    unless the command asks for nothing else (--algo sft).
+    """
     names = ["--algo", args.algo, "--family", args.family]
     parse_args(names, embedded=True)  # ends here for a name that is not a choice
     root = Path(args.out or toy.root(args.seed, args.family))

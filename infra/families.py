@@ -31,9 +31,9 @@ class Family:
     time_text: bool = False  # each grid of a video is a medium of its own, after its time as text
     deepstack: int = 0  # layers of the language model after which visual features are added
 
-    def spans(self, media):
-        """The unbroken spans of visual tokens that a data.Media has in a prompt -> [(t, h, w) in
-        patches, ...]."""
+    def shown_as(self, media):
+        """The media that a prompt shows for a data.Media: itself, or each of its grids -> [(t, h,
+        w) in patches, ...]. Each is an unbroken run of visual tokens."""
         t, h, w = media.grid
         return [(1, h, w)] * t if self.time_text and media.kind == "video" else [(t, h, w)]
 

@@ -311,7 +311,7 @@ def refuse_changes(config, lines, names, defaults=()):
         new_comment = name.startswith("#") and not (found and expected)
         dropped = DROPPED.get(name) and expected and expected != f"--{name} {DROPPED[name]}"
         if dropped or (name in names and found != expected and not new_comment):
-            changes.append(f"found {found or 'none'}, expected {expected or 'none'}")
+            changes.append(f"{found or 'none'} now, {expected or 'none'} when it started")
     if changes:
         raise SystemExit(
             f"error: {config.parent} cannot be resumed with other settings: {'; '.join(changes)}. "

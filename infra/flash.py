@@ -1,6 +1,6 @@
 """Flash attention on blocks of the attention matrix, joined exactly: any mask, without building it.
 
-The caller describes the mask as spans, (first query, queries, first key, keys):
+The caller describes the mask as spans, (first query, number of queries, first key, number of keys):
 
     causal span   the diagonal: query j of the span sees its keys 0 ... j; as many keys as queries
     full span     a rectangle: every query sees every key
@@ -19,14 +19,14 @@ class Blocks(NamedTuple):
     """n spans that run in one kernel call, padded to a queries and b keys each.
 
     q (n, a), k (n, b): the tokens of each.  causal: all of them are causal spans (a = b), or all
-    are full ones. padding (n, a): True for a padded query.  real (m,): indices into n * a of the
-    others; tokens (m,): their tokens.
+    are full ones. padding (n, a): True for a padded query.  unpadded (m,): indices into n * a of
+    the others; tokens (m,): their tokens.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     causal: bool
-    real: torch.Tensor
+    unpadded: torch.Tensor
     tokens: torch.Tensor
     padding: torch.Tensor
 
@@ -57,11 +57,12 @@ def batch_spans(spans, causal, device):
         together = [s for s in spans if (causal or s[3] == b) and 4 * s[1] >= 3 * a]
         spans = spans[: -len(together)]
         first_q, queries, first_k, keys = torch.tensor(together).T[..., None]  # (n, 1) each
-        real = torch.arange(a) < queries  # (n, a)
-        q = (first_q + torch.arange(a)).where(real, first_q)  # (n, a), padded by the first query
+        unpadded = torch.arange(a) < queries  # (n, a)
+        # (n, a), padded by the first query
+        q = (first_q + torch.arange(a)).where(unpadded, first_q)
         k = first_k + torch.arange(b).clamp(max=keys - 1)  # (n, b), padded by the last key
-        real_index = real.flatten().nonzero()[:, 0]
-        tensors = (x.to(device) for x in (real_index, q[real], ~real))
+        unpadded_indices = unpadded.flatten().nonzero()[:, 0]
+        tensors = (x.to(device) for x in (unpadded_indices, q[unpadded], ~unpadded))
         out.append(Blocks(q.to(device), k.to(device), causal, *tensors))
     return out
 
@@ -90,38 +91,40 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, blocks, scale):
-        exact = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros_like(q, dtype=exact)  # (S, Hq, d)
-        total = q.new_full(q.shape[:2], float("-inf"), dtype=exact)  # log-sum-exp so far: (S, Hq)
+        at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
+        out = torch.zeros_like(q, dtype=at_least_fp32)  # (S, Hq, d)
+        # (S, Hq): log-sum-exp so far
+        row_lse = q.new_full(q.shape[:2], float("-inf"), dtype=at_least_fp32)
         ctx.states = []
         for b in blocks:
             q_b, k_b, v_b = (x.transpose(1, 2) for x in (q[b.q], k[b.k], v[b.k]))
             o, lse, state = flash(q_b, k_b, v_b, b.causal, scale)
             ctx.states.append(state)
-            o, lse = (x.transpose(1, 2).flatten(0, 1)[b.real].to(exact) for x in (o, lse))
+            o, lse = (x.transpose(1, 2).flatten(0, 1)[b.unpadded] for x in (o, lse))
+            o, lse = o.to(at_least_fp32), lse.to(at_least_fp32)
             if not b.causal:  # causal blocks come first, so they have nothing to be merged with
-                o, lse = merge(o, lse, out[b.tokens], total[b.tokens])
-            out[b.tokens], total[b.tokens] = o, lse
+                o, lse = merge(o, lse, out[b.tokens], row_lse[b.tokens])
+            out[b.tokens], row_lse[b.tokens] = o, lse
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, total)
+        ctx.save_for_backward(q, k, v, out, row_lse)
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, total = ctx.saved_tensors
+        q, k, v, out, row_lse = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for b, state in zip(ctx.blocks, ctx.states):
             # a padded query has no gradient, and exp(score - inf) = 0
             g = grad[b.q].masked_fill(b.padding[..., None, None], 0)
-            lse = total[b.q].masked_fill(b.padding[..., None], float("inf"))
+            lse = row_lse[b.q].masked_fill(b.padding[..., None], float("inf"))
             parts = (g, q[b.q], k[b.k], v[b.k], out[b.q], lse)
             g, q_b, k_b, v_b, o, lse = (x.transpose(1, 2) for x in parts)
             gradients = flash_backward(
                 g, q_b, k_b, v_b, o, lse.contiguous(), b.causal, ctx.scale, state
             )
             dq_b, dk_b, dv_b = (x.transpose(1, 2).flatten(0, 1) for x in gradients)
-            dq.index_add_(0, b.tokens, dq_b[b.real])
+            dq.index_add_(0, b.tokens, dq_b[b.unpadded])
             dk.index_add_(0, b.k.flatten(), dk_b)
             dv.index_add_(0, b.k.flatten(), dv_b)
         return dq, dk, dv, None, None

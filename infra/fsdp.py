@@ -3,7 +3,7 @@
     shard           shards parameters, and with them gradients and Adam's moments, over all ranks.
                     A training pass gathers one layer of the language model at a time; embeddings,
                     last norm, head and a trained vision tower for the whole pass
-    gathered        gathers everything once, for a rollout or an evaluation: no rank waits inside
+    unsharded       gathers everything once, for a rollout or an evaluation: no rank waits inside
     full_state      shards -> the checkpoint that one process would write
     load_optimizer  reads it back, sharded or whole
 
@@ -46,7 +46,7 @@ def shard(policy):
 
 
 @contextlib.contextmanager
-def gathered(policy):
+def unsharded(policy):
     """Inside, all parameters are whole, however often a rank calls the policy.
 
     So ranks may decode different numbers of tokens. Every rank must enter. Does nothing to a policy
@@ -77,10 +77,11 @@ def full_state(policy, optimizer):
     state["weights"] are the trained ones, unrounded.
     """
     parameters = policy.net.state_dict(keep_vars=True)
-    once = {p: unshard(p) for p in parameters.values()}  # embeddings and head may be one parameter
+    # embeddings and head may be one parameter
+    once = {p: full_tensor(p) for p in parameters.values()}
     state = optimizer.state_dict()
     state["state"] = {
-        i: {name: unshard(x) for name, x in moments.items()}
+        i: {name: full_tensor(x) for name, x in moments.items()}
         for i, moments in state["state"].items()
     }
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -89,7 +90,7 @@ def full_state(policy, optimizer):
     return {name: once[p] for name, p in parameters.items()}, state
 
 
-def unshard(x):
+def full_tensor(x):
     """A tensor, or the whole of a sharded one on rank 0 and None on the others."""
     if not isinstance(x, DTensor):
         return x.detach()

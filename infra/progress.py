@@ -48,7 +48,7 @@ class Progress:
         self.bar.set_postfix(figures)
         if step:
             self.bar.update()
-            if step % self.args.log_every == 0:
+            if step % self.args.log_every == 0 or step == self.args.steps:
                 self._show_step(step, entry, figures)
         if "eval_accuracy" in entry:
             by_source = entry["eval_by_source"].items()

@@ -3,6 +3,7 @@
     read_records    the records of a file, each with the words that errors call it by
     text, number    a field of one type
     question, medium, solution, segment, ...    what a record has, whatever its data set calls it
+    from_gsm8k      a record of GSM8K -> a record with the fields of this file
     missing_media   which of the files do not exist
 
 Every error names file, record, found and expected.
@@ -20,7 +21,8 @@ from reprlib import repr as short_repr  # of any value: short, on one line, prin
 from infra.errors import DataError
 
 FIELDS = "problem, options, problem_type, data_type, solution, path"
-DATA_TYPES = ("video", "image", "frame")  # frame: a folder of frames
+DATA_TYPES = ("video", "image", "frame", "text")  # frame: a folder of frames; text: no medium
+MEDIA = ("path", "video", "videos", "image")  # fields that name a medium
 FORM = f"a list of objects with {FIELDS}"
 ABOUT = tuple(  # what evaluation counts by
     "data_source original_question_type task_type category duration domain sub_category".split()
@@ -156,6 +158,32 @@ def is_unicode(text):
 # ---- what a record has
 
 
+def from_gsm8k(record):
+    """A record of GSM8K (arXiv 2110.14168) -> one with `solution` and `process`; any other record
+    as it is.
+
+    GSM8K's `answer` holds the reasoning and, as its last line, the number: "#### 72". A record with
+    such an answer is GSM8K's if it names neither a medium nor a `solution` nor other reasoning. Its
+    data type is then text; its problem type is numerical, unless it names one. The calculator's
+    annotations are left out of the reasoning: "48/2 = <<48/2=24>>24" becomes "48/2 = 24".
+    """
+    others = (*MEDIA, "images", "solution", "process", "reasoning")
+    _, data_type = first(record, "data_type")
+    answer = record.get("answer")
+    if not isinstance(answer, str) or data_type not in (None, "text") or _named(record, others):
+        return record
+    *reasoning, last = answer.strip().split("\n")
+    if not last.startswith("####"):
+        return record
+    _, kind = first(record, "problem_type")
+    return record | {
+        "data_type": "text",
+        "problem_type": "numerical" if kind is None else kind,
+        "process": re.sub("<<[^<>]*>>", "", "\n".join(reasoning)),
+        "solution": last.removeprefix("####").strip(),
+    }
+
+
 def name_and_place(record, where):
     """(the record's id as text, None without one; `where`, which now names the id too)."""
     _, name = first(record, "problem_id", "qid", "question_id", "id")
@@ -177,29 +205,43 @@ def question(record, where):
 
 
 def medium(record, where):
-    """(path, data type) of a record's medium.
+    """(path, data type) of a record's medium; ("", "text") for a question of text alone.
 
     `path` comes first: MVBench's records also name their source's file in `video`. But a video and
     an image are two media, and so are two videos.
     """
-    keys = "path", "video", "videos", "image"
-    key, _ = first(record, *keys)
-    path = text(record, where, *keys)
-    data_type = text(record, where, "data_type") or ("image" if key == "image" else "video")
-    named = {k: record[k] for k in keys if first(record, k)[0]}
+    data_type = text(record, where, "data_type")
+    if data_type == "text":
+        named = _named(record, (*MEDIA, "images"))
+        if named:
+            raise DataError(f"{where}: data type text with {_listed(named)}, expected no medium")
+        return "", "text"
+    named = _named(record, MEDIA)
+    key, _ = first(record, *MEDIA)
+    path = text(record, where, *MEDIA)
+    data_type = data_type or ("image" if key == "image" else "video")
     both = "image" in named and data_type != "image"
     if not both:
         named.pop("path", None)
     if any(value != next(iter(named.values())) for value in named.values()):
-        media = ", ".join(f"{k!r} {short_repr(v)}" for k, v in named.items())
-        raise DataError(f"{where}: several media, {media}, expected one")
+        raise DataError(f"{where}: several media, {_listed(named)}, expected one")
     if not path:
-        raise _missing("medium ('path', 'video', 'videos' or 'image')", record, where)
+        what = "medium ('path', 'video', 'videos' or 'image'), and no data_type: text"
+        raise _missing(what, record, where)
     if data_type not in DATA_TYPES:
         raise DataError(
-            f"{where}: data type {short_repr(data_type)}, expected video, image or frame"
+            f"{where}: data type {short_repr(data_type)}, expected video, image, frame or text"
         )
     return path, data_type
+
+
+def _named(record, keys):
+    """{key: value} of those of these fields that have a value."""
+    return {key: record[key] for key in keys if record.get(key) not in (None, "", [])}
+
+
+def _listed(fields):
+    return ", ".join(f"{key!r} {short_repr(value)}" for key, value in fields.items())
 
 
 def solution(record, where):
@@ -249,11 +291,12 @@ def _missing(what, record, where):
 
 
 def missing_media(samples, data, media_root):
-    """Looks for the file or folder of every sample -> (a line that counts the missing ones by
-    folder, "" if there are none; whether more than half are missing).
+    """Looks for the file or folder of every sample that has one -> (a line that counts the missing
+    ones by folder, "" if there are none; whether more than half are missing).
 
     data, media_root: as given to load_samples, for the line.
     """
+    samples = [s for s in samples if s.path]  # not those of text alone
     exists = {path: os.path.exists(path) for path in {s.path for s in samples}}
     missing = [s for s in samples if not exists[s.path]]
     if not missing:

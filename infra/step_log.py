@@ -36,13 +36,27 @@ def column(groups, name):
 
 def sampled_metrics(groups, teaching):
     """Means over everything that was sampled. teaching: (B,) groups with an advantage."""
-    names = ("reward", "accuracy", "format", "length_bonus", "truncated", "frames", "pixels")
-    metrics = {name: float(column(groups, name).mean()) for name in names}
+    metrics = {"reward": float(column(groups, "reward").mean())}
+    for name in groups[0].parts:
+        part = torch.tensor([g.parts[name] for g in groups], dtype=torch.float64)  # (B, G)
+        metrics[name] = float(part.mean())
+    metrics["truncated"] = float(column(groups, "truncated").mean())
+    metrics |= shown_metrics([(g.frames, g.pixels) for g in groups])
     lengths = column(groups, "lengths")  # (B, G)
     metrics["response_length"] = float(lengths.mean())
     metrics["entropy"] = float(column(groups, "entropy").sum() / lengths.sum())
     metrics["zero_std_groups"] = int((~teaching).sum()) / len(groups)
     return metrics
+
+
+def shown_metrics(shown):
+    """Means of [(frames, pixels of a frame), ...] over the prompts that have a medium; {} if none
+    has."""
+    shown = [x for x in shown if x != (0, 0)]  # text
+    if not shown:
+        return {}
+    frames, pixels = torch.tensor(shown, dtype=torch.float64).mean(dim=0).tolist()
+    return {"frames": frames, "pixels": pixels}
 
 
 def trained_metrics(totals, updates):
@@ -90,14 +104,12 @@ def sample_lines(local, groups, bonus, A, step, sp_size):
             figures = {
                 "response": text,
                 "reward": scored.reward[i],
-                "accuracy": scored.accuracy[i],
-                "format": scored.format[i],
-                "length_bonus": scored.length_bonus[i],
+                **{name: values[i] for name, values in scored.parts.items()},
                 "temporal_bonus": float(bonus[b, i]),
                 "advantage": float(A[b, i]),
             }
             lines.append(about | figures)
-    lines = sum(gather(lines, sp_size), [])
+    lines = sum(gather(lines, every=sp_size), [])
     return sorted(lines, key=lambda line: line["position"])
 
 

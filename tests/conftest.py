@@ -91,6 +91,24 @@ def prompts(world, builder):
     ]
 
 
+@pytest.fixture(scope="session")
+def text_prompts(builder):
+    """Two prompts of unequal length without a medium."""
+    questions = ["How many are 3 and 4?", "A lamp flashes twice a minute. How often in an hour?"]
+    about = dict(options=[], problem_type="numerical", data_type="text", path="", answer="7")
+    return [builder(data.Sample(f"text {i}", q, **about)) for i, q in enumerate(questions)]
+
+
+def pixel_inputs(prompt):
+    """What transformers' forward takes of a prompt's medium: pixels and grid; {} for text."""
+    inputs = {}
+    for media in prompt.media:  # one, or none
+        pixels = data.patchify(data.normalize(media.frames, torch.float64))[0]
+        name = "pixel_values_videos" if media.kind == "video" else "pixel_values"
+        inputs = {name: pixels, f"{media.kind}_grid_thw": torch.tensor([media.grid])}
+    return inputs
+
+
 @pytest.fixture()
 def policy(world):
     """The toy's checkpoint in float64, checkpointing off."""

@@ -9,6 +9,7 @@ averaged.
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -64,14 +65,16 @@ sp = mrsp.sequence_parallel(int(args.sp))
 
 
 def prompt_of(i):
-    """Videos of two shapes and 4 to 16 frames, and images."""
+    """Videos of two shapes and 4 to 16 frames, images, and a text in every five prompts."""
+    if i % 5 == 2:
+        return builder(replace(samples[i], data_type="text", path=""))
     return builder(samples[i], min_pixels=784 if i % 2 else 56 * 84)
 
 
 def deal(first):
     """The prompts of this rank, from five."""
     mine = [first + i for i in range(ranks.RANK, 5, ranks.WORLD)]
-    exchanged = sp.exchange([(i, prompt_of(i)) for i in mine])
+    exchanged = sp.all_gather_objects([(i, prompt_of(i)) for i in mine])
     return sorted(sum(exchanged, []), key=lambda p: p[0])
 
 

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import mrsp  # noqa: E402
-from data import PromptBuilder, load_samples  # noqa: E402
+from data import PromptBuilder, Sample, load_samples  # noqa: E402
 from infra import ranks  # noqa: E402
 from model import Policy  # noqa: E402
 from rollout import generate  # noqa: E402
@@ -28,7 +28,7 @@ builder = PromptBuilder(f"{world}/model")
 samples = load_samples(f"{world}/train.json")
 images = [s for s in samples if s.data_type == "image"]
 videos = [s for s in samples if s.data_type == "video"]
-# 8, 4, 1, 3 * 6 and 3 * 6 visual tokens, and the first video again for another question
+# 8, 4, 1, 3 * 6 and 3 * 6 visual tokens, the first video again for another question, and text
 prompts = [
     builder(videos[0], min_pixels=784),
     builder(videos[5], max_frames=8, min_pixels=784),
@@ -36,6 +36,7 @@ prompts = [
     builder(videos[2], max_frames=6, min_pixels=56 * 84),
     builder(videos[1], max_frames=6, min_pixels=5000),
     builder(next(s for s in videos[1:] if s.path == videos[0].path), min_pixels=784),
+    builder(Sample("text", "How many are 3 and 4?", [], "numerical", "text", "", "7")),
 ]
 result, patches = {}, []
 policy.net.model.visual.register_forward_pre_hook(
@@ -54,7 +55,8 @@ def tokens(n):
 
 
 responses = [
-    [tokens(n) for n in lengths] for lengths in ([5], [1, 7, 2], [3, 3], [11], [4, 1, 1, 6], [2])
+    [tokens(n) for n in lengths]
+    for lengths in ([5], [1, 7, 2], [3, 3], [11], [4, 1, 1, 6], [2], [3, 2])
 ]
 policy.train()
 result["logp"], result["entropy"] = policy(
@@ -68,7 +70,7 @@ result["alone"] = [
 ]
 for name, how in (
     ("greedy", dict(temperature=0)),
-    ("sampled", dict(seeds=[11, 12, 13, 14, 15, 16])),
+    ("sampled", dict(seeds=range(11, 18))),
 ):
     groups = generate(policy, prompts, 5, max_new=20, visual_embeds=result["visual_embeds"], **how)
     result[name] = [g.responses for g in groups]

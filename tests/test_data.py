@@ -13,7 +13,7 @@ from PIL import Image
 import data
 import rewards
 import toy
-from conftest import SHARED, needs_shared
+from conftest import ROOT, SHARED, needs_shared
 from data import DataError, Sample
 from infra.frames import resize
 
@@ -130,6 +130,120 @@ def test_a_longvideo_reason_record(tmp_path):
         "because",
         ["A. so", "B. thus"],
     )
+
+
+def test_a_question_of_text_alone(tmp_path):
+    """It has no medium, so no path, whatever --media_root is."""
+    text = dict(problem="What is 3 times 4?", data_type="text", problem_type="numerical")
+    (sample,) = load(
+        tmp_path,
+        text | {"solution": r"\boxed{12}", "process": "three fours", "path": "", "images": []},
+        media_root="/videos",
+    )
+    assert sample == Sample(
+        "0", text["problem"], [], "numerical", "text", "", r"\boxed{12}", "three fours", "r"
+    )
+    assert rewards.accuracy_reward("<think></think><answer>12</answer>", sample) == 1
+    (choice,) = load(tmp_path, RECORD | {"data_type": "text", "path": None})
+    assert (choice.path, choice.options, choice.answer) == ("", ["A. left", "B. right"], "B")
+
+
+GSM8K = dict(
+    question="Natalia sold 48 clips in April, and half as many in May. How many in all?",
+    answer="In May she sold 48/2 = <<48/2=24>>24 clips.\n"
+    "In all she sold 48+24 = <<48+24=72>>72 clips.\n#### 72",
+)
+
+
+def test_a_gsm8k_record(tmp_path):
+    """As published: neither data type nor problem type, and the number behind the reasoning."""
+    (sample,) = load(tmp_path, GSM8K, name="gsm8k.jsonl")
+    assert sample == Sample(
+        "0",
+        GSM8K["question"],
+        [],
+        "numerical",
+        "text",
+        "",
+        "72",
+        "In May she sold 48/2 = 24 clips.\nIn all she sold 48+24 = 72 clips.",
+        "gsm8k",
+    )
+    assert data.problem_type(GSM8K) == "numerical"
+
+
+@pytest.mark.parametrize(
+    "change, field, value",
+    [
+        ({"data_type": "text"}, "data_type", "text"),
+        ({"answer": "so\r\n#### 1,000\r\n"}, "answer", "1,000"),
+        ({"answer": "#### 72"}, "reasoning", ""),
+        ({"answer": "#### Step 1\nhalf\n#### 24"}, "reasoning", "#### Step 1\nhalf"),
+        ({"answer": "by its shape\n#### a kite", "problem_type": "OCR"}, "answer", "a kite"),
+        # not GSM8K's: there the answer is read as it is
+        (
+            {"answer": "so\n#### 72", "solution": "7", "data_type": "text", "problem_type": "OCR"},
+            "answer",
+            "7",
+        ),
+        ({"path": "x.mp4", "problem_type": "OCR"}, "answer", GSM8K["answer"]),
+        (
+            {"process": "half", "data_type": "text", "problem_type": "OCR"},
+            "answer",
+            GSM8K["answer"],
+        ),
+    ],
+)
+def test_what_is_read_as_gsm8k_and_what_is_not(tmp_path, change, field, value):
+    (sample,) = load(tmp_path, GSM8K | change)
+    assert getattr(sample, field) == value
+
+
+def test_the_records_of_the_recipe(tmp_path):
+    """Video and text in one file, as docs/recipes.md shows them."""
+    recipe = (ROOT / "docs" / "recipes.md").read_text().split("### Text beside video")[1]
+    (tmp_path / "r.json").write_text(re.search("```json\n(.*?)```", recipe, re.DOTALL)[1])
+    samples = data.load_samples(tmp_path / "r.json")
+    assert [s.data_type for s in samples] == ["video", "text", "text"]
+    assert [s.answer for s in samples] == ["B", "84", "12"]
+    assert [s.reasoning for s in samples] == ["", "", "3*4 = 12"]
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (GSM8K | {"answer": "72 clips"}, "no medium .*, and no data_type: text; it has 'question'"),
+        (GSM8K | {"answer": "so 72\n####"}, "'so 72.*' of a numerical question is not a number"),
+        (GSM8K | {"answer": "so\n#### 72 clips"}, "the answer '72 clips' of a numerical question"),
+        (GSM8K | {"data_type": "video"}, "no medium"),
+        (GSM8K | {"images": ["x.png"]}, "no medium"),
+        (GSM8K | {"question": " "}, "no question"),
+        (
+            {"problem": "6 / 2?", "solution": "So it is 3.", "data_type": "text"},
+            "multiple choice without options",
+        ),
+        (
+            GSM8K
+            | {"answer": None, "solution": r"So $\boxed{72}$.", "data_type": "text"}
+            | {"problem_type": "numerical"},
+            "'So .*' of a numerical question is not a number",
+        ),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(tmp_path, record, message):
+    with pytest.raises(DataError, match=f"r.json, record 1: .*{message}"):
+        load(tmp_path, GSM8K, record)
+
+
+@pytest.mark.parametrize("field", ["path", "video", "videos", "image", "images"])
+def test_a_text_with_a_medium_is_refused(tmp_path, field):
+    """Which of the two is wrong, its author knows."""
+    record = RECORD | {"path": None, "data_type": "text"}
+    with pytest.raises(
+        DataError,
+        match=rf"record 0 \(id 3\): data type text with '{field}' 'x.png', expected no medium",
+    ):
+        load(tmp_path, record | {field: "x.png"})
 
 
 def test_errors_after_loading_name_the_record_as_those_before(tmp_path, builder):
@@ -439,6 +553,9 @@ def test_missing_media_are_counted_by_folder(tmp_path):
         f"3 in {tmp_path}/v, 1 in {tmp_path}/w; the first: record 1, {tmp_path}/v/y.mp4; "
         f"--media_root was not set, so paths start from {tmp_path}"
     )
+    text = replace(samples[0], data_type="text", path="")
+    assert data.missing_media([text] * 9 + samples, tmp_path / "r.json", None) == (message, most)
+    assert data.missing_media([text], tmp_path / "r.json", None) == ("", False)
     message, most = data.missing_media(samples[:2], tmp_path / "r.json", tmp_path)
     assert (
         not most
@@ -677,6 +794,20 @@ def test_prompt_layout(world, builder):
         < text.index("<think>")
     )
     assert prompt.frames_x_pixels == (16, 784)
+
+
+def test_layout_of_a_prompt_of_text_alone(builder):
+    """The turn of the user without a medium: as with one, less its tokens."""
+    sample = Sample("0", "What is 3 times 4?", [], "numerical", "text", "", "12")
+    prompt = builder(sample)
+    assert prompt.media == [] and prompt.visual_tokens == 0 and prompt.frames_x_pixels == (0, 0)
+    assert builder.tokenizer.decode(prompt.ids) == (
+        f"<|im_start|>user\nWhat is 3 times 4?\n{data.INSTRUCTION}with one number.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    tight = replace(sample, question="What? " * 9000)
+    with pytest.raises(DataError, match=r"^record 0: a prompt of \d+ tokens \(0 visual\), more"):
+        builder(tight)
 
 
 def test_target_is_what_the_rewards_ask_for(world, builder):

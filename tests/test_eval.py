@@ -299,6 +299,43 @@ def test_most_media_missing_or_all_unreadable_is_an_error(tmp_path, world, cold_
     assert summary(tmp_path / "broken")[0]["unreadable"] == 3
 
 
+def test_text_beside_videos_and_images(tmp_path, world, cold_start, evaluate):
+    """A text takes one round, as an image does: more frames could not help. It has no part in the
+    means over frames, pixels and visual tokens."""
+    records = json.loads((world / "test.json").read_text())
+    video = next(r for r in records if r["data_type"] == "video")
+    image = next(r for r in records if r["data_type"] == "image")
+    text = {k: v for k, v in image.items() if k != "path"} | {"data_type": "text"}
+    gsm8k = {"question": "3 and 4?", "answer": "3+4 = 7\n#### 7"}
+    of_text = [text, gsm8k, gsm8k | {"answer": "7\n#### seven"}]
+    (tmp_path / "r.json").write_text(json.dumps([video, image, *of_text]))
+    out = tmp_path / "out"
+    where = ["--media_root", world]
+    evaluate(*flags(tmp_path, cold_start, out, *TTS, *where, records="r.json"))
+    answered = {r["record"]: r for r in lines(out, "s2d-8-16")}
+    rounds = [len(answered[i]["rounds"]) for i in range(5)]
+    assert rounds == [rounds[0], 1, 1, 1, 0] and rounds[0] > 0
+    for i in (2, 3):
+        r = answered[i]
+        assert (r["frames"], r["pixels"], r["visual_tokens"], r["path"]) == (0, 0, 0, "")
+        assert r["failure"] in (None, "no valid answer") and len(r["rounds"][0]["votes"]) == 3
+    assert "'seven' of a numerical question" in answered[4]["failure"]
+    assert answered[4]["problem_type"] == "numerical" and answered[4]["score"] == 0
+    for method in summary(out):
+        shown = [r for r in lines(out, method["method"]) if r["record"] in (0, 1)]
+        assert method["mean_frames"] == (shown[0]["frames"] + shown[1]["frames"]) / 2
+        assert method["pixels"] == 784 and (method["questions"], method["unreadable"]) == (5, 1)
+        assert method["by"]["data_type"].keys() == {"video", "image", "text", "none"}
+    sheets = report.page(out).count('"sheet":null')
+    assert sheets == 2 * len(summary(out))  # the rounds of the two texts have no picture
+
+    (tmp_path / "text.jsonl").write_text(json.dumps(gsm8k))
+    printed = evaluate(*flags(tmp_path, cold_start, tmp_path / "text", records="text.jsonl"))
+    (method,) = summary(tmp_path / "text")
+    assert method["mean_frames"] is method["mean_visual_tokens"] is None
+    assert method["mean_rounds"] == 1 and " - x - " in printed
+
+
 def test_frames_of_an_earlier_round_are_not_decoded_again(world, builder):
     sample = next(s for s in data.load_samples(world / "train.json") if s.source == "flash")
     seen = {}

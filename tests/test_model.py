@@ -22,7 +22,7 @@ import model
 import mrsp
 import rollout
 import toy
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, pixel_inputs
 from infra import model_folder
 
 VIDEO, IMAGE, TEXT = 9, 8, 1
@@ -114,14 +114,7 @@ def plain_log_probs(net, policy, prompts, responses):
     out = []
     for prompt, group in zip(prompts, responses):
         where, following = policy.positions(prompt)
-        (media,) = prompt.media
-        pixels = data.patchify(data.normalize(media.frames, torch.float64))[0]
-        grid = torch.tensor([media.grid])
-        inputs = (
-            dict(pixel_values_videos=pixels, video_grid_thw=grid)
-            if media.kind == "video"
-            else dict(pixel_values=pixels, image_grid_thw=grid)
-        )
+        inputs = pixel_inputs(prompt)
         for r in group:
             position_ids = torch.cat(
                 [where, (following + torch.arange(len(r))).expand(3, -1)], dim=1
@@ -153,26 +146,45 @@ def assert_equals_plain(policy, net, prompts, responses):
     weighted(packed_list).backward()
     slow = dict(net.named_parameters())
     for name, p in policy.net.named_parameters():
-        scale = slow[name].grad.abs().max() + 1e-12
-        assert (p.grad - slow[name].grad).abs().max() / scale < 1e-5, (
+        expected = slow[name].grad
+        if expected is None:  # the tower, where no prompt has a medium
+            expected = torch.zeros_like(p)
+        scale = expected.abs().max() + 1e-12
+        assert (p.grad - expected).abs().max() / scale < 1e-5, (
             name
         )  # fp32 inside RMSNorm and RoPE bounds it
-    assert any(
-        "visual" in name and p.grad.abs().max() > 0 for name, p in policy.net.named_parameters()
-    )
+    tower = [p for name, p in policy.net.named_parameters() if "visual" in name]
+    assert any(p.grad.any() for p in tower) == any(prompt.media for prompt in prompts)
 
 
 @pytest.mark.parametrize(
     "checkpointing",
     [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)],
 )
-def test_packed_groups_equal_separate_rows(world, prompts, checkpointing):
-    """Unequal prompts, several sizes of video, images, groups of 1 to 4."""
+def test_packed_groups_equal_separate_rows(world, prompts, text_prompts, checkpointing):
+    """Unequal prompts, several sizes of video, images, text alone, groups of 1 to 4."""
     policy = model.Policy.load(
         world / "model", dtype=torch.float64, grad_checkpointing=checkpointing
     ).train()
     net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
-    assert_equals_plain(policy, net, prompts, random_responses(prompts, LENGTHS))
+    mixed = [text_prompts[0], *prompts[:3], text_prompts[1], *prompts[3:]]
+    lengths = ([2, 5], *LENGTHS[:3], [4], *LENGTHS[3:])
+    assert_equals_plain(policy, net, mixed, random_responses(mixed, lengths))
+
+
+def test_a_row_of_text_alone(world, policy, text_prompts):
+    """No visual token: the tower's gradient is there, and zero. transformers' own positions."""
+    net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
+    responses = random_responses(text_prompts, ([3, 1], [6]))
+    assert_equals_plain(policy, net, text_prompts, responses)
+    for prompt, group in zip(text_prompts, responses):
+        P, response = len(prompt.ids), group[0]
+        assert policy.positions(prompt)[0].tolist() == [list(range(P))] * 3
+        logits = net(input_ids=torch.cat([prompt.ids, response])[None]).logits[0, P - 1 : -1]
+        expected = logits.index_fill(-1, policy.banned, -1e30).log_softmax(-1)
+        expected = expected.gather(-1, response[:, None])[:, 0]
+        found = policy([prompt], [[response]])[0][0]
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.slow
@@ -275,12 +287,12 @@ def test_ranks_that_share_a_row_attend_as_one(lengths, size):
     plain = masked_attention(q, k, v, mask, 8**-0.5)[0]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     seen = []
-    for rank, share in enumerate(mrsp.deal(lengths, size)):
+    for rank, share in enumerate(mrsp.shares_of_row(lengths, size)):
         row = mrsp.ShardedRow(lengths, "cpu", mrsp.SequenceParallel(size, rank))
         held = len(mrsp.tokens_of_share(share))  # after these, padding
-        out = row.attend_row(0, q[row.own], k, v, 8**-0.5)[0]
-        torch.testing.assert_close(out[:held], plain[row.own][:held], rtol=0, atol=1e-12)
-        seen += row.own[:held].tolist()
+        out = row.attend_row(0, q[row.held], k, v, 8**-0.5)[0]
+        torch.testing.assert_close(out[:held], plain[row.held][:held], rtol=0, atol=1e-12)
+        seen += row.held[:held].tolist()
     assert sorted(seen) == list(range(len(mask)))
 
 

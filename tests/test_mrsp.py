@@ -53,7 +53,7 @@ def assert_close(a, b, atol=2e-6):  # RMSNorm and RoPE are fp32 in transformers
 @slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_group_computes_what_one_rank_computes(results, ranks):
-    """Videos of several shapes and images in one row, groups of unequal size.
+    """Videos of several shapes, images and text in one row, groups of unequal size.
 
     No number of ranks divides the visual tokens.
     """
@@ -72,7 +72,7 @@ def test_a_group_computes_what_one_rank_computes(results, ranks):
         ):
             assert_close(many[name], one[name])
         for name in ("greedy", "sampled"):
-            assert [len(g) for g in many[name]] == [5] * 6
+            assert [len(g) for g in many[name]] == [5] * 7
             assert many[f"{name} truncated"] == one[f"{name} truncated"]
             for g, h in zip(many[name], one[name]):
                 assert [x.tolist() for x in g] == [x.tolist() for x in h]
@@ -97,7 +97,9 @@ def test_mistakes_of_the_release(results, ranks):
 
 @slow
 def test_a_row_is_the_rows_of_its_groups(results):
-    """A group's log-probs do not depend on what else is in the row, whoever has its tokens."""
+    """A group's log-probs do not depend on what else is in the row, whoever has its tokens.
+
+    The last group's row is text alone."""
     for ranks in (1, 2, 3, 4):
         r, i = results[ranks][0], 0
         for alone in r["alone"]:
@@ -127,7 +129,7 @@ def test_every_token_is_dealt_once_for_any_lengths_and_any_size():
             (int(random.integers(1, 60)), random.integers(0, 9, random.integers(0, 5)).tolist())
             for _ in range(3)
         ]
-        held = [mrsp.tokens_of_share(share).tolist() for share in mrsp.deal(lengths, size)]
+        held = [mrsp.tokens_of_share(share).tolist() for share in mrsp.shares_of_row(lengths, size)]
         assert sorted(sum(held, [])) == list(range(sum(P + sum(R) for P, R in lengths)))
         counts = [len(tokens) for tokens in held]
         assert max(counts) - min(counts) <= 3 * len(lengths)
@@ -140,7 +142,7 @@ def test_the_work_is_balanced():
     """
     P, size = 4001, 4
     fair = P * (P + 1) / 2 / size  # pairs of a query and a key
-    for share in mrsp.deal([(P, [])], size):
+    for share in mrsp.shares_of_row([(P, [])], size):
         pairs = int((mrsp.tokens_of_share(share) + 1).sum())
         assert 0.98 < pairs / fair < 1.02
 
@@ -285,8 +287,9 @@ print(hits)
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prompts):
-    grids = []
+def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prompts, text_prompts):
+    """Also of text, which has none and no entry."""
+    grids, prompts = [], [*prompts, text_prompts[0]]
     policy.net.model.visual.register_forward_pre_hook(
         lambda module, args, kwargs: grids.append(int(kwargs["grid_thw"][:, 0].sum())),
         with_kwargs=True,
@@ -299,6 +302,8 @@ def test_features_with_and_without_the_cache_are_the_same(tmp_path, policy, prom
     assert sum(grids) == count  # nothing was encoded again
     for a, b, c in zip(plain, cold, warm, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+    assert plain[-1].shape == (0, policy.config.text_config.hidden_size)
+    assert len(entries(tmp_path)) == 6
     policy.encode(prompts[:1])  # with gradient, for a tower that is trained: not from the cache
     assert sum(grids) > count
 
@@ -326,11 +331,11 @@ def test_a_policy_makes_its_cache_by_its_tower(tmp_path, world, prompts):
 
 
 def test_policies_share_rows_only_inside():
-    reference, sp = SimpleNamespace(sp=mrsp.UNSHARDED), mrsp.SequenceParallel(2, 1)
+    reference, sp = SimpleNamespace(sp=mrsp.ONE_RANK), mrsp.SequenceParallel(2, 1)
     with pytest.raises(KeyError), mrsp.share_rows(sp, None, reference):
         assert reference.sp is sp
         raise KeyError
-    assert reference.sp is mrsp.UNSHARDED
+    assert reference.sp is mrsp.ONE_RANK
 
 
 def test_auto_takes_as_few_ranks_as_fit_and_leaves_none_idle(world):

@@ -528,7 +528,7 @@ def test_the_published_shapes(tmp_path, monkeypatch, size):
     cache = attention.DecodeCache(
         config.text_config, [10], 2, 4, device="meta", dtype=torch.bfloat16
     )
-    assert cache.own_kv[0][0].shape == (2, 8, 4, 128)
+    assert cache.response_kv[0][0].shape == (2, 8, 4, 128)
 
 
 def test_transformers_opens_what_is_saved(tmp_path, policy, net, prompts):

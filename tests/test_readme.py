@@ -49,7 +49,7 @@ def test_links_and_counts_are_those_of_the_code():
     """`python tests/test_readme.py` mends them."""
     text = README.read_text()
     for now, then in zip(refreshed(text).splitlines(), text.splitlines(), strict=True):
-        assert then == now
+        assert then == now, "run `python tests/test_readme.py` to refresh links and counts"
     assert len(text.splitlines()) <= 180
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -739,6 +740,27 @@ def test_right_is_what_scores_and_equals_the_normalised_gold(browse, tmp_path):
             assert mark["right"] == [right] and bool(chip) == (given == "B"), (answer, given)
         else:
             assert ["".join(x) for x in chip] == [right] * bool(right), (answer, gold, given)
+
+
+@needs_chromium
+def test_the_card_of_a_text_has_no_picture(browse, tmp_path, samples):
+    """In an evaluation as in a training run; that of a video beside it has one."""
+    text = replace(samples[0], data_type="text", path="", question="3 and 4?")
+    answered = [line(0, text, "A", draw(0, "A")), line(1, samples[1], "A", draw(4, "A"))]
+    write_lines(tmp_path / "greedy-4.rank0.jsonl", answered)
+    write_lines(tmp_path / "log.jsonl", [dict(step=1, accuracy=0.5)])
+    write_lines(
+        tmp_path / "samples.jsonl", group(1, text, (1.0, 0.0)) + group(1, samples[1], (1.0, 0.0))
+    )
+    (tmp_path / "config.txt").write_text("--fps 2.0\n--min_frames 4\n--max_frames 8\n")
+    report.main([str(tmp_path)])
+    assert len(blob((tmp_path / "report.html").read_text())["sheets"]) == 2
+    dom = browse(tmp_path / "report.html")
+    cards = re.findall(r"<article.*?</article>", dom, re.DOTALL)
+    assert len(cards) == 4
+    for card in cards:
+        assert ("<figure>" in card) == ("3 and 4?" not in card)
+        assert "frames not readable" not in card
 
 
 @needs_chromium

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import data
 import model
 import rollout
+from conftest import pixel_inputs
 
 
 @pytest.fixture()
@@ -18,22 +18,13 @@ def talkative(policy):
     return policy
 
 
-def test_greedy_equals_transformers_generate(world, policy, prompts):
+def test_greedy_equals_transformers_generate(world, policy, prompts, text_prompts):
     """transformers' cached greedy decoding with our positions is the oracle; several prompts of
-    unequal length at once."""
+    unequal length at once, with a video, an image or only text."""
     net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
-    groups = rollout.generate(policy, prompts, 1, max_new=24, temperature=0)
-    for prompt, group in zip(prompts, groups):
-        (media,) = prompt.media
-        pixels, grid = (
-            data.patchify(data.normalize(media.frames, torch.float64))[0],
-            torch.tensor([media.grid]),
-        )
-        inputs = (
-            dict(pixel_values_videos=pixels, video_grid_thw=grid)
-            if media.kind == "video"
-            else dict(pixel_values=pixels, image_grid_thw=grid)
-        )
+    mixed = [text_prompts[1], *prompts, text_prompts[0]]
+    groups = rollout.generate(policy, mixed, 1, max_new=24, temperature=0)
+    for prompt, group in zip(mixed, groups, strict=True):
         where = torch.cat([torch.arange(len(prompt.ids))[None], policy.positions(prompt)[0]])[
             :, None
         ]  # text row, then M-RoPE
@@ -41,11 +32,22 @@ def test_greedy_equals_transformers_generate(world, policy, prompts):
             input_ids=prompt.ids[None],
             attention_mask=torch.ones_like(prompt.ids)[None],
             position_ids=where,
-            **inputs,
+            **pixel_inputs(prompt),
             do_sample=False,
             max_new_tokens=24,
             suppress_tokens=policy.banned.tolist(),
         )
+        assert group.responses[0].tolist() == out[0, len(prompt.ids) :].tolist()
+
+
+def test_greedy_on_text_alone_equals_transformers_generate(world, policy, text_prompts):
+    """A batch without any visual token, against transformers' own positions."""
+    net = Qwen2_5_VLForConditionalGeneration.from_pretrained(world / "model", dtype=torch.float64)
+    groups = rollout.generate(policy, text_prompts, 1, max_new=24, temperature=0)
+    for prompt, group in zip(text_prompts, groups, strict=True):
+        how = dict(do_sample=False, max_new_tokens=24, suppress_tokens=policy.banned.tolist())
+        attended = torch.ones_like(prompt.ids)[None]
+        out = net.generate(input_ids=prompt.ids[None], attention_mask=attended, **how)
         assert group.responses[0].tolist() == out[0, len(prompt.ids) :].tolist()
 
 
@@ -114,7 +116,7 @@ def test_a_step_that_could_be_a_cuda_graph(talkative, prompts, monkeypatch):
     shapes = []
     monkeypatch.setattr(rollout, "WINDOW", 16)
     monkeypatch.setattr(
-        rollout, "record", lambda step: shapes.append(len(step.__self__.rows)) or step
+        rollout, "record", lambda step: shapes.append(len(step.__self__.alive)) or step
     )
     plain = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
     talkative.cuda_graph = True

@@ -187,11 +187,11 @@ def gradients(tmp_path, world, ranks, *extra):
 def test_gradients_are_the_same_on_one_and_on_many_ranks(tmp_path, world, flags, many):
     """The same global batch gives the same gradient and the same log entry.
 
-    It has 5 prompts: videos of several shapes and images, groups of unequal length, several rows
-    a rank, truncated responses masked, a KL term, the tower trained or frozen and called a
-    different number of times on each rank. `many` lists what is compared with one rank: the number
-    of ranks and how they share the work. Each prompt is on one rank, or on a group of `sp` ranks;
-    the policy and the reference are whole on each rank, or sharded.
+    It has 5 prompts: videos of several shapes, images and a text, groups of unequal length, several
+    rows a rank, truncated responses masked, a KL term, the tower trained or frozen and called a
+    different number of times on each rank, or not at all. `many` lists what is compared with one
+    rank: the number of ranks and how they share the work. Each prompt is on one rank, or on a group
+    of `sp` ranks; the policy and the reference are whole on each rank, or sharded.
 
     In float64, but transformers computes RMSNorm and RoPE in fp32: hence 1e-5.
     """
@@ -367,11 +367,13 @@ def test_a_run_is_not_written_over_nor_resumed_as_another(tmp_path, world, cold_
         if was is None:
             assert message is None, flag
         else:
-            start = f"error: {out} cannot be resumed with other settings: found --{flag} {now}, "
-            assert message.startswith(f"{start}expected {was}. "), flag
-    assert "found --drop_zero_std, expected none. " in here(*command, "--drop_zero_std", "--resume")
+            start = f"error: {out} cannot be resumed with other settings: --{flag} {now} now, "
+            assert message.startswith(f"{start}{was} when it started. "), flag
+    assert "--drop_zero_std now, none when it started. " in here(
+        *command, "--drop_zero_std", "--resume"
+    )
     records.write_text(content.replace("red", "RED", 1))
-    assert ", expected # records " in here(*command, "--resume")
+    assert " now, # records " in here(*command, "--resume")
     (tmp_path / "moved.json").write_text(content)
     assert here(*command, "--resume", "--data", tmp_path / "moved.json") is None
     config = [
@@ -976,6 +978,60 @@ def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
     )  # the ordered rollouts are those of GRPO
 
 
+def test_tgrpo_on_text_beside_images_and_videos(tmp_path, world, cold_start, builder):
+    """Two of each, three a step, with a reference; on two ranks as on one. Text has no order to
+    shuffle, and no part in the means over frames and pixels."""
+    records = json.loads((world / "train.json").read_text())
+    mixed = [r for r in records if r["data_type"] == "video"][:2]
+    mixed += [r for r in records if r["data_type"] == "image"][:2]
+    about = dict(data_type="text", problem_type="numerical", solution="<answer>7</answer>")
+    mixed += [about | {"problem": question} for question in ("3 and 4?", "9 less 2?")]
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed))
+    extra = dict(model=cold_start, prompts=3, steps=2, beta=0.1, lr=1e-4)
+    extra |= dict(data=tmp_path / "mixed.json", media_root=world)
+    for ranks in (1, 2):
+        run(*flags(world, tmp_path / f"{ranks}", "tgrpo", **extra), ranks=ranks)
+    one, two = log(tmp_path / "1"), log(tmp_path / "2")
+    samples = data.load_samples(tmp_path / "mixed.json", media_root=world)
+    loader = data.Loader(samples, None, prompts=3)
+    for step, (a, b) in enumerate(zip(one, two, strict=True)):
+        drawn = [loader.sample(step, i) for i in range(3)]
+        shown = [builder(s).frames_x_pixels for s in drawn if s.data_type != "text"]
+        assert a["frames"] == sum(frames for frames, _ in shown) / len(shown)
+        assert a["pixels"] == sum(pixels for _, pixels in shown) / len(shown)
+        still = sum(s.data_type != "video" for s in drawn)
+        assert a["temporal_not_applicable"] == pytest.approx(still / 3)
+        assert a["skipped_samples"] == 0 and a["grad_norm"] > 0 and a["mismatch"] < 1e-5
+        for key in a.keys() - {"seconds", "tokens_per_second"}:
+            assert b[key] == pytest.approx(a[key], abs=1e-4), key
+    assert_same_steps(weights(tmp_path / "1", 2), weights(tmp_path / "2", 2))
+    lines = [json.loads(x) for x in (tmp_path / "1" / "samples.jsonl").read_text().splitlines()]
+    text = [x for x in lines if x["data_type"] == "text"]
+    assert text and all(x["temporal_bonus"] == 0 and "orders" not in x for x in text)
+    assert '"sheet":null' in report.page(tmp_path / "1")  # the card of a text has no picture
+
+
+def test_a_file_of_text_alone(tmp_path, world):
+    """GSM8K's form, on two ranks: a cold start, then T-GRPO. Nothing was shown."""
+    sums = [(3, 4), (5, 2), (8, 1), (6, 6)]
+    lines = [f"{a}+{b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}" for a, b in sums]
+    records = [{"question": f"{a} and {b}?", "answer": x} for (a, b), x in zip(sums, lines)]
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    extra = dict(data=file, eval_data=file)
+    run(*flags(world, tmp_path / "sft", "sft", steps=2, **extra), ranks=2)
+    start, first, second = log(tmp_path / "sft")
+    assert start["eval_questions"] == 4 and start["eval_failures"] == 0
+    assert second["loss"] < first["loss"] and second["eval_loss"] < start["eval_loss"]
+    extra |= dict(model=tmp_path / "sft", temporal="advantage")
+    run(*flags(world, tmp_path / "rl", "tgrpo", steps=1, **extra), ranks=2)
+    (_, entry) = log(tmp_path / "rl")
+    assert entry["temporal_not_applicable"] == 1 and entry["temporal_bonus"] == 0
+    assert entry["response_length"] > 0 and entry["skipped_samples"] == 0
+    for key in ("frames", "pixels", "shuffled_accuracy"):
+        assert key not in first and key not in entry
+
+
 def sorted_frames(media):
     return sorted(frame.numpy().tobytes() for frame in media.frames)
 
@@ -993,7 +1049,7 @@ def test_shuffled_prompts_differ_in_their_pixels_only(world, builder, prompts, p
         assert sorted_frames(after) == sorted_frames(before)
         assert not torch.equal(after.frames, before.frames)
         assert torch.equal(after.frames, before.frames[s.order])
-    found = tgrpo.compare_with_shuffled(policy, placed, None, [None] * 6, builder, 0, args)
+    found = tgrpo.run_on_shuffled(policy, placed, None, [None] * 6, builder, 0, args)
     assert sorted(found) == [0, 1, 3, 4]
     assert all(len(x.accuracies) == 2 and x.drops is None for x in found.values())
 
@@ -1062,7 +1118,7 @@ def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
     ],
 )
 def test_groups_are_shared_out_to_the_updates(learnable, updates, expected):
-    assert train.deal([x == "1" for x in learnable], updates) == expected
+    assert train.split_evenly([x == "1" for x in learnable], updates) == expected
 
 
 @pytest.mark.parametrize(
@@ -1452,19 +1508,27 @@ def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path)
         path="./video_r1_example.mp4",
     )
     (tmp_path / "r.json").write_text(
-        json.dumps([record, record | {"path": "./image_10095.png", "data_type": "image"}])
+        json.dumps(
+            [
+                record,
+                record | {"path": "./image_10095.png", "data_type": "image"},
+                record | {"path": "", "data_type": "text"},
+            ]
+        )
     )
-    prompt = data.PromptBuilder(folder)(
-        data.load_samples(tmp_path / "r.json", media_root=SHARED / "media")[0]
-    )
+    video, _, text = data.load_samples(tmp_path / "r.json", media_root=SHARED / "media")
+    builder = data.PromptBuilder(folder)
+    without = tokenizer.decode(builder(text).ids)
+    prompt = builder(video)
     text = tokenizer.decode(prompt.ids)
     start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     assert text.startswith(f"{start}<|vision_start|><|video_pad|>")
+    assert without == start + text.split("<|vision_end|>")[1]
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert prompt.media[0].tokens == 8 * 8 * 15 == text.count("<|video_pad|>")
     command = ["train.py", "--model", folder, "--data", tmp_path / "r.json"]
     command += ["--media_root", SHARED / "media", "--out", tmp_path / "run"]
-    command += "--steps 1 --prompts 2 --group 2 --max_new 8 --beta 0.04 --train_vision".split()
+    command += "--steps 1 --prompts 3 --group 2 --max_new 8 --beta 0.04 --train_vision".split()
     run(*command)
     (entry,) = log(tmp_path / "run")
     assert entry["frames"] == 8.5 and entry["response_length"] == 8 and entry["mismatch"] < 1e-4
