@@ -142,7 +142,7 @@ def test_packed_groups_equal_transformers_row_by_row(policy, net, prompts, check
         expected = slow[name].grad
         assert expected.abs().max() > 0, name
         error = (p.grad - expected).abs().max() / expected.abs().max()
-        assert error < 1e-5, (name, error)
+        assert error < 1e-6, (name, error)  # fp32 inside RMSNorm and RoPE bounds it
 
 
 def test_positions_are_those_of_get_rope_index(policy, net, prompts):
