@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from infra.flash import BlockAttention, flash, make_blocks, merge
+from infra.model_folder import head_size
 
 CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 28 GB for a 7B in bf16
 LOGITS_PER_CHUNK = 2**27  # fp32 logits computed at a time: 512 MB
@@ -160,7 +161,7 @@ class DecodeCache:
     """
 
     def __init__(self, config, lengths, G, max_new, *, device, dtype):
-        Hkv, d = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        Hkv, d = config.num_key_value_heads, head_size(config)
         self.G, self.width = G, max_new
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.slot_numbers = torch.arange(max_new, device=device)

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
 import attention
 import mrsp
@@ -46,6 +46,7 @@ import toy
 from data import Prompt, Sample, load_media, normalize, patchify
 from infra.embedding_cache import EmbeddingCache
 from infra.flags import Parser
+from infra.model_folder import head_size
 from infra.ranks import RANK, WORLD, ranks, say
 from infra.run_folder import commit
 from infra.video import close_workers
@@ -58,7 +59,9 @@ SHAPES = {
     "tiny": (384, 1024, 8, 6, 2, 4096, 192, 384, 4, 4),
     "3b": (2048, 11008, 36, 16, 2, 151936, 1280, 3420, 32, 16),
     "7b": (3584, 18944, 28, 28, 4, 152064, 1280, 3420, 32, 16),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 151936, 1024, 4096, 24, 16),
 }
+TIME_TOKENS = 9  # of a Qwen3-VL's grid, beside its pixels: <|vision_start|>, <12.5 seconds>, ...
 STEPS = (  # lines of the table: the name, the way (see all_ways), and the phases that it changes
     ("+ encode once", "ours", ["encode"]),
     ("+ shared prefill", "ours", ["prefill"]),
@@ -82,8 +85,8 @@ def parse_args(argv=None):
     g.value(
         "model",
         "tiny",
-        "tiny (17 M parameters), 3b or 7b (Qwen2.5-VL's shapes), with random weights; "
-        "or a checkpoint",
+        "tiny (17 M parameters), 3b or 7b (Qwen2.5-VL's shapes), or qwen3-4b (Qwen3-VL's), with "
+        "random weights; or a checkpoint",
     )
     g.value("frames", [16, 64, 128], "of the video, one or more numbers", "at least 2", nargs="+")
     g.value("height", 112, "pixels of a frame", "at least 28")
@@ -112,8 +115,9 @@ class Plain:
         self.G, device = len(responses), policy.device
         self.medium = {}
         for media in prompt.media:  # one, or none
-            frames = normalize(media.frames.to(device), policy.net.model.visual.dtype)
-            patches, grid = patchify(frames)
+            family, dtype = policy.family, policy.net.model.visual.dtype
+            frames = normalize(media.frames.to(device), dtype, family.mean, family.std)
+            patches, grid = patchify(frames, family.patch)
             pixels = "pixel_values_videos" if media.kind == "video" else "pixel_values"
             grids = torch.tensor([grid], device=device)
             self.medium = {pixels: patches, f"{media.kind}_grid_thw": grids}
@@ -218,10 +222,8 @@ def all_ways(cuda, folder):
 
 
 def random_policy(shape, device, dtype):
-    """A Qwen2.5-VL of a shape in SHAPES with random weights."""
+    """A Qwen2.5-VL or Qwen3-VL of a shape in SHAPES with random weights."""
     D, inner, layers, heads, kv, vocabulary, v_D, v_inner, v_layers, v_heads = SHAPES[shape]
-    d = D // heads
-    t, h = d // 8, 3 * d // 16  # of M-RoPE
     text = dict(
         vocab_size=vocabulary,
         hidden_size=D,
@@ -234,11 +236,6 @@ def random_policy(shape, device, dtype):
         bos_token_id=4,
         eos_token_id=4,
         pad_token_id=4,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [t, h, d // 2 - t - h],
-        },
     )
     vision = dict(
         hidden_size=v_D,
@@ -246,10 +243,9 @@ def random_policy(shape, device, dtype):
         depth=v_layers,
         num_heads=v_heads,
         out_hidden_size=D,
-        tokens_per_second=2,
-        fullatt_block_indexes=list(range(7, v_layers, 8)) or [v_layers - 1],
     )
-    config = Qwen2_5_VLConfig(
+    add_own_parts = add_qwen3_parts if shape.startswith("qwen3") else add_qwen2_5_parts
+    config = add_own_parts(text, vision)(
         text_config=text,
         vision_config=vision,
         image_token_id=0,
@@ -260,10 +256,32 @@ def random_policy(shape, device, dtype):
     )
     torch.set_default_dtype(dtype)
     with device:
-        net = Qwen2_5_VLForConditionalGeneration(config)
+        net = AutoModelForImageTextToText.from_config(config)
     torch.set_default_dtype(torch.float32)
     net.generation_config.eos_token_id = 4
     return Policy(net, "random weights")  # no such folder: there are no files to copy when saving
+
+
+def add_qwen2_5_parts(text, vision):
+    """Adds to the sizes what only Qwen2.5-VL has -> the class of its configuration."""
+    d = text["hidden_size"] // text["num_attention_heads"]
+    t, h = d // 8, 3 * d // 16  # of M-RoPE
+    sections = [t, h, d // 2 - t - h]
+    text["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
+    vision["tokens_per_second"] = 2
+    depth = vision["depth"]
+    vision["fullatt_block_indexes"] = list(range(7, depth, 8)) or [depth - 1]
+    return Qwen2_5_VLConfig
+
+
+def add_qwen3_parts(text, vision):
+    """As add_qwen2_5_parts, of Qwen3-VL."""
+    text["head_dim"] = 128
+    text["rope_parameters"] = dict(rope_type="default", rope_theta=5e6, mrope_interleaved=True)
+    text["rope_parameters"]["mrope_section"] = [24, 20, 20]
+    quarter = vision["depth"] // 4
+    vision["deepstack_visual_indexes"] = [n * quarter - 1 for n in (1, 2, 3)]
+    return Qwen3VLConfig
 
 
 def write_video(file, frames, args):
@@ -279,14 +297,24 @@ def video_prompt(policy, file, args):
     sample = Sample("-", "", [], "free-form", "video", str(file), "")
     start = time.perf_counter()
     media = load_media(
-        sample, fps=float("inf"), max_frames=10**6, max_pixels=args.height * args.width
+        sample,
+        fps=float("inf"),
+        max_frames=10**6,
+        max_pixels=args.height * args.width,
+        patch=policy.family.patch,
     )
     seconds = time.perf_counter() - start
     vocabulary, half = policy.config.text_config.vocab_size, args.text // 2
     before = torch.randint(8, vocabulary, (half,))
     after = torch.randint(8, vocabulary, (args.text - half,))
-    visual = torch.full((media.tokens,), policy.config.video_token_id)
-    return Prompt(sample, torch.cat([before, visual, after]), [media]), seconds
+    shown = policy.family.shown_as(media)
+    parts = [before]
+    for t, h, w in shown:
+        if len(shown) > 1:
+            parts.append(torch.randint(8, vocabulary, (TIME_TOKENS,)))
+        n = t * h * w // policy.merge**2
+        parts.append(torch.full((n,), policy.config.video_token_id))
+    return Prompt(sample, torch.cat([*parts, after]), [media]), seconds
 
 
 # ---- measuring
@@ -418,9 +446,10 @@ def cost(policy, P, G, R, dtype):
     layers = sum(p.numel() for p in policy.text.layers.parameters())
     head = c.vocab_size * c.hidden_size
     size = torch.finfo(dtype).bits // 8
-    d = c.hidden_size // c.num_attention_heads
+    d = head_size(c)
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * d * size  # bytes of a token's K and V
-    pair = 4 * c.num_hidden_layers * c.hidden_size  # FLOPs for a query and a key that it sees
+    heads = c.num_attention_heads * d
+    pair = 4 * c.num_hidden_layers * heads  # FLOPs for a query and a key that it sees
     weights = (layers + head) * size
     found = {}
     for way, copies in (("plain", G), ("ours", 1)):  # of the prompt

@@ -30,6 +30,7 @@ from jinja2 import TemplateError
 import rewards
 from infra import records
 from infra.errors import DataError
+from infra.families import read_family
 from infra.frames import MERGE, PATCH, frame_indices, smart_resize  # noqa: F401
 from infra.model_folder import load_tokenizer
 from infra.options import lettered, split_options
@@ -231,18 +232,25 @@ class Media:
     seconds_per_grid: float = 0.0
     available: int = 1  # frames that the file would show without max_frames
     key: str | None = None  # identifies the pixels: file (path, size, time), frames, frame size
+    patch: int = PATCH  # pixels of a patch, down and across
+    times: list[float] = field(default_factory=list)  # (T,): when each appears, in seconds
 
     @property
     def grid(self):
         """(t, h, w): time steps, and patches down and across."""
         T, _, H, W = self.frames.shape
-        return (T + 1) // 2, H // PATCH, W // PATCH
+        return (T + 1) // 2, H // self.patch, W // self.patch
 
     @property
     def tokens(self):
         """How many visual tokens."""
         t, h, w = self.grid
         return t * h * w // MERGE**2
+
+    @property
+    def grid_times(self):
+        """Of each 2-frame grid, the middle of its frames' times, in seconds."""
+        return [(a + b) / 2 for a, b in zip(self.times[::2], self.times[1::2])]
 
     def frames_of(self, grid, n=1):
         """The frames of n time steps from `grid` on."""
@@ -258,6 +266,7 @@ def load_media(
     min_pixels=4 * 28 * 28,
     max_pixels=128 * 28 * 28,
     image_max_pixels=256 * 28 * 28,
+    patch=PATCH,
     reader="av",
     decode_timeout=60.0,
     decoded=None,
@@ -265,32 +274,32 @@ def load_media(
     """A Sample's file -> Media of at most max_frames frames of at most max_pixels. Raises
     DataError, naming file and record.
 
+    patch: of the vision tower, in pixels; sides of frames are multiples of 2 * patch.
     reader: of videos, one of infra.reader.READERS.
     decoded: {key of a frame: frame} of earlier calls for this sample and size. These are not
     decoded again; new ones are added.
     """
-    how = dict(target_fps=fps, min_frames=min_frames, max_frames=max_frames)
-    how |= dict(min_pixels=min_pixels, max_pixels=max_pixels)
-    how |= dict(segment=sample.segment, timeout=decode_timeout)
+    how = dict(min_pixels=min_pixels, max_pixels=max_pixels, factor=patch * MERGE)
+    how |= dict(timeout=decode_timeout)
+    which = dict(target_fps=fps, min_frames=min_frames, max_frames=max_frames)
+    which |= dict(segment=sample.segment)
     path = sample.path
     try:
         file = _identity(Path(path))
         if sample.data_type == "image":
-            frame = read_image(
-                path, min_pixels=min_pixels, max_pixels=image_max_pixels, timeout=decode_timeout
-            )
-            clip = Clip(frame[None], 0.0, 1, [0], [0])
+            frame = read_image(path, **{**how, "max_pixels": image_max_pixels})
+            clip = Clip(frame[None], 0.0, 1, [0], [0], [0.0])
         elif sample.data_type == "video":
-            clip = read_clip(path, **how, decoded=decoded, reader=reader)
+            clip = read_clip(path, **which, **how, decoded=decoded, reader=reader)
         else:
-            clip = read_folder(path, sample.fps, **how)
+            clip = read_folder(path, sample.fps, **which, **how)
     except (ValueError, OSError) as e:  # VideoError is a ValueError too
         where = "" if path in str(e) else f"{path}: "
         raise DataError(f"{sample.name}: {where}{e}") from e
     frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip.frames, 3, 1)))
     key = repr((file, reader, clip.keys, tuple(frames.shape[2:])))
     kind = "image" if sample.data_type == "image" else "video"
-    return Media(frames, kind, 2 * clip.seconds, clip.available, key)
+    return Media(frames, kind, 2 * clip.seconds, clip.available, key, patch, clip.times)
 
 
 def _identity(path):
@@ -343,11 +352,12 @@ class PromptBuilder:
     folder: the checkpoint.  max_prompt: tokens; a longer prompt is refused, never cut.
     media: load_media's keywords.
     Raises DataError, naming the folder: a tokenizer or chat template that is missing, broken, or
-    not the model's.
+    not the model's; a Thinking checkpoint. Raises ModelError: a family that is not supported.
+
+    In a Qwen3-VL's prompt every 2-frame grid of a video stands after its time (`write_times`).
     """
 
     def __init__(self, folder, *, max_prompt=16384, **media):
-        self.max_prompt, self.media = max_prompt, media
         self.tokenizer = load_tokenizer(folder)
         template = _chat_template(folder)
         if template is not None:
@@ -355,6 +365,8 @@ class PromptBuilder:
         if not self.tokenizer.chat_template:
             raise DataError(f"{folder}: the tokenizer has no chat template")
         config = records.read_json(Path(folder) / "config.json")
+        self.family = read_family(folder, config)
+        self.max_prompt, self.media = max_prompt, {"patch": self.family.patch, **media}
         self.pad, expected = {}, {}  # kind: the token whose place a visual token takes
         for kind in ("video", "image"):
             self.pad[kind] = self.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
@@ -379,15 +391,19 @@ class PromptBuilder:
         text = self.text(sample)
         self._refuse_special(sample, "question, options or solution", f"{text}\n{sample.answer}")
         chat = self._chat([m.kind for m in media], text)
+        shown = {kind: [m for m in media if m.kind == kind] for kind in self.pad}
+        for kind in self.pad:
+            places, expected = chat.count(f"<|{kind}_pad|>"), len(shown[kind])
+            if places != expected:  # a template for text only
+                raise DataError(
+                    f"{sample.name}: {places} places for media in the prompt, expected {expected}"
+                )
+        if self.family.time_text:
+            chat = write_times(chat, [m.grid_times for m in shown["video"]])
         ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
         for kind, pad in self.pad.items():
-            tokens = [m.tokens for m in media if m.kind == kind]
-            if ids.count(pad) != len(tokens):  # a template for text only
-                raise DataError(
-                    f"{sample.name}: {ids.count(pad)} places for media in the prompt, "
-                    f"expected {len(tokens)}"
-                )
-            ids = _repeat(ids, pad, tokens)
+            grids = [grid for m in shown[kind] for grid in self.family.shown_as(m)]
+            ids = _repeat(ids, pad, [t * h * w // MERGE**2 for t, h, w in grids])
         if len(ids) > self.max_prompt:
             visual = sum(m.tokens for m in media)
             place = f"{sample.name}: {sample.path}" if sample.path else sample.name
@@ -423,16 +439,24 @@ class PromptBuilder:
         )
 
     def _try_template(self, folder, kind):
-        """Raises DataError unless the chat template writes one placeholder for one medium."""
+        """Raises DataError unless the chat template writes one placeholder for one medium, and
+        leaves <think> to the response."""
         try:
-            places = self._chat([kind], "?").count(f"<|{kind}_pad|>")
+            chat = self._chat([kind], "?")
         except (TemplateError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
             raise DataError(
                 f"{folder}: the chat template is broken, or made for text only: "
                 f"{type(e).__name__}: {e}"
             ) from e
+        places = chat.count(f"<|{kind}_pad|>")
         if places != 1:
             raise DataError(f"{folder}: the chat template has {places} places for one {kind}")
+        if chat.rstrip().endswith("<think>"):
+            raise DataError(
+                f"{folder}: a Thinking checkpoint: its chat template opens <think> in the prompt, "
+                "but the format reward and the targets of SFT expect it in the response; "
+                "use the Instruct checkpoint"
+            )
 
     def _refuse_special(self, sample, what, text):
         """The text's token ids. Raises DataError if it contains a special token, such as
@@ -457,6 +481,29 @@ def _chat_template(folder):
     if not isinstance(content, dict) or not isinstance(content.get("chat_template"), str):
         raise DataError(f"{file}: expected an object with a 'chat_template'")
     return content["chat_template"]
+
+
+def write_times(chat, times):
+    """The chat of a Qwen3-VL with each <|video_pad|> written out: of every 2-frame grid its time,
+    and between <|vision_start|> and <|vision_end|> one <|video_pad|>.
+
+    As replace_video_token of transformers 5.23 (models/qwen3_vl/processing_qwen3_vl.py). The chat
+    template's own <|vision_start|> and <|vision_end|> stay around all of them; up to 4.57 the
+    processor removed that pair.
+    times: of each video, those of its grids in seconds. They count from the start of the file, also
+    for a segment: as the processor's, which come from the numbers of frames in the file. Where its
+    times assume a constant frame rate, ours are those of the file (Clip.times).
+
+    >>> write_times("<|vision_start|><|video_pad|><|vision_end|>", [[0.25]])
+    '<|vision_start|><0.2 seconds><|vision_start|><|video_pad|><|vision_end|><|vision_end|>'
+    """
+    first, *rest = chat.split("<|video_pad|>")
+    written = [first]
+    for of_video, after in zip(times, rest, strict=True):
+        for t in of_video:
+            written.append(f"<{t:.1f} seconds><|vision_start|><|video_pad|><|vision_end|>")
+        written.append(after)
+    return "".join(written)
 
 
 def _repeat(ids, token, counts):

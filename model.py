@@ -1,4 +1,4 @@
-"""The policy: a Qwen2-VL or Qwen2.5-VL that encodes a video once and scores G responses in a row.
+"""The policy: a Qwen-VL that encodes a video once and scores G responses in a row.
 
 transformers' classes are the network. Around them, in the order of a training step:
 
@@ -26,6 +26,7 @@ import mrsp
 from data import Prompt, normalize, patchify
 from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import ModelError
+from infra.families import FAMILIES, read_family
 from infra.model_folder import (
     base_folder,
     load_tokenizer,
@@ -35,7 +36,7 @@ from infra.model_folder import (
     write_network,
 )
 
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+MODEL_TYPES = tuple(FAMILIES)
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations
 VISION_TOKENS = (
     "image_token_id",
@@ -58,7 +59,9 @@ def mrope_positions(ids, media, *, video_token, image_token, merge=2, tokens_per
 
     ids: (P,) token ids with one video or image token per visual token.
     media: [((t, h, w) in patches, seconds per 2-frame grid), ...] in order; seconds is ignored for
-    images. tokens_per_second: None for Qwen2-VL, whose temporal id is the index of the grid.
+    images. tokens_per_second: None if the temporal id is the index of the grid: in Qwen2-VL, and
+    in Qwen3-VL, where each grid of a video is a medium of its own, with t = 1. (There,
+    get_rope_index has no temporal axis to forget, and gives the same ids.)
     Returns positions (3, P) and the position of the next token. Raises ValueError when visual
     tokens and media disagree.
     """
@@ -116,10 +119,12 @@ class Policy(nn.Module):
         visual.patch_embed = PatchEmbed(visual.patch_embed.proj)
         vision = self.config.vision_config
         self.merge = vision.spatial_merge_size
-        timed = self.config.model_type == "qwen2_5_vl"
-        self.tokens_per_second = vision.tokens_per_second if timed else None
+        self.family = read_family(folder, self.config.to_dict())
+        self.tokens_per_second = vision.tokens_per_second if self.family.time_ids else None
+        # a visual token has an embedding, and one more for each layer that sees it again
+        self.visual_width = self.config.text_config.hidden_size * (1 + self.family.deepstack)
         eos = net.generation_config.eos_token_id  # an id, which may be 0, a list, or None
-        eos = self.config.text_config.eos_token_id if eos is None else eos
+        eos = getattr(self.config.text_config, "eos_token_id", None) if eos is None else eos
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
         # a response must not contain pixels: these are impossible when sampled and when scored
         ids = {getattr(self.config, name, None) for name in VISION_TOKENS} - {None}
@@ -139,7 +144,7 @@ class Policy(nn.Module):
         embedding_cache=None,
         merged=False,
     ):
-        """Loads a Qwen2-VL or Qwen2.5-VL folder or hub name, with every weight accounted for.
+        """Loads a folder or hub name of a supported family, with every weight accounted for.
 
         Of an adapter folder (lora.py), loads the base and the adapters, all frozen.
 
@@ -239,9 +244,12 @@ class Policy(nn.Module):
 
     def positions(self, prompt):
         """M-RoPE ids (3, P) of a prompt, and the id of its first response token."""
+        media = []
+        for m in prompt.media:
+            media += [(grid, m.seconds_per_grid) for grid in self.family.shown_as(m)]
         return mrope_positions(
             prompt.ids,
-            [(m.grid, m.seconds_per_grid) for m in prompt.media],
+            media,
             merge=self.merge,
             video_token=self.config.video_token_id,
             image_token=self.config.image_token_id,
@@ -253,8 +261,10 @@ class Policy(nn.Module):
     def encode(self, prompts):
         """Visual embeddings of each prompt's media in order -> [(V, D), ...].
 
-        V is the sum of t * h * w / merge^2; (0, D) for a text prompt. With gradient under
-        torch.enable_grad. Each medium is encoded once, by the ranks that share rows together
+        V is the sum of t * h * w / merge^2; (0, D) for a text prompt. With deepstack a row has
+        `visual_width` numbers, (1 + deepstack) * D: the embedding, then what each of the first
+        layers adds. So whatever moves rows (cache, ranks, shuffles) moves all of it. With gradient
+        under torch.enable_grad. Each medium is encoded once, by the ranks that share rows together
         (mrsp.encode).
         """
         return mrsp.encode(self, prompts)
@@ -266,7 +276,7 @@ class Policy(nn.Module):
         that calling it on any split between grids gives the same, up to rounding.
         """
         if not grids:  # no rows, but a gradient of zero: all ranks reduce the same parameters
-            none = torch.zeros(0, self.config.text_config.hidden_size, device=self.device)
+            none = torch.zeros(0, self.visual_width, device=self.device)
             return (none + zero_of(self.net.model.visual)).to(self.compute_dtype)
         return torch.cat([self._run_tower(call) for call in split_grids(grids, PATCHES_PER_CALL)])
 
@@ -277,11 +287,15 @@ class Policy(nn.Module):
             indices = [index for _, index in run]
             frames.append(media.frames_of(indices[0], len(indices)))
             sizes.append((len(indices), *media.grid[1:]))
-        patches = torch.cat([patchify(x)[0] for x in frames]).to(self.device)  # bytes
+        family = self.family
+        patches = torch.cat([patchify(x, family.patch)[0] for x in frames]).to(self.device)  # bytes
         # rounded once, as in transformers' processors
         exact = torch.promote_types(visual.dtype, torch.float32)
-        pixels = normalize(patches.unflatten(1, (3, -1)), exact).flatten(1).to(visual.dtype)
-        return visual(pixels, grid_thw=torch.tensor(sizes, device=self.device)).pooler_output
+        channels = patches.unflatten(1, (3, -1))
+        pixels = normalize(channels, exact, family.mean, family.std).flatten(1).to(visual.dtype)
+        out = visual(pixels, grid_thw=torch.tensor(sizes, device=self.device))
+        again = out.deepstack_features if family.deepstack else []  # (V, D) each
+        return torch.cat([out.pooler_output, *again], dim=1)
 
     # ---- the language model
 
@@ -289,14 +303,18 @@ class Policy(nn.Module):
         """Token embeddings (..., D) of token ids; run_row puts in the visual ones."""
         return self.text.embed_tokens(ids.to(self.device))
 
-    def run_text(self, x, positions, plan):
-        """Embeddings x (N, S, D) at positions (3, N, S) -> last hidden states (N, S, D)."""
+    def run_text(self, x, positions, plan, **deepstack):
+        """Embeddings x (N, S, D) at positions (3, N, S) -> last hidden states (N, S, D).
+
+        deepstack: what transformers' Qwen3-VL adds after its first layers, and to which tokens.
+        """
         out = self.text(
             inputs_embeds=x.to(self.compute_dtype),
             position_ids=positions.to(self.device),
             attention_mask=None,
             use_cache=False,
             plan=plan,  # reaches attention.shared_prefix_attention in every layer
+            **deepstack,
         )
         return out.last_hidden_state
 
@@ -345,9 +363,13 @@ class Policy(nn.Module):
         number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
         visual, number = visual[plan.held], number[plan.held]
         x = self.embed(ids[plan.held])  # (n, D)
-        embeds = torch.cat(visual_embeds)[number[visual]]
-        x = x.masked_scatter(visual[:, None], embeds.to(x.dtype))
-        hidden = self.run_text(x[None], positions[:, None, plan.held], plan)[0]
+        embeds = torch.cat(visual_embeds)[number[visual]].to(x.dtype)  # (n visual, visual_width)
+        embeds, *again = embeds.split(x.shape[1], dim=1)  # (n visual, D) each
+        x = x.masked_scatter(visual[:, None], embeds)
+        deepstack = {}
+        if again:
+            deepstack = dict(visual_pos_masks=visual[None], deepstack_visual_embeds=again)
+        hidden = self.run_text(x[None], positions[:, None, plan.held], plan, **deepstack)[0]
         return hidden, plan, following
 
     def _is_visual(self, ids):
@@ -418,9 +440,9 @@ class PatchEmbed(nn.Module):
         self.proj = proj  # the convolution, under the name that checkpoints have for it
 
     def forward(self, patches):
-        """Patches (N, 3 * 2 * 14 * 14) -> (N, D)."""
+        """Patches (N, 3 * 2 * patch * patch) -> (N, D)."""
         weight = self.proj.weight
-        return F.linear(patches.to(weight.dtype), weight.flatten(1))
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
 def split_grids(grids, limit):

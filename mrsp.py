@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from attention import CACHE_TOKENS, LOGITS_PER_CHUNK, PackedRow, prompt_bounds
 from infra.flash import make_blocks
 from infra.memory import device_memory
+from infra.model_folder import head_size
 from infra.ranks import WORLD, gather, say
 
 # renamed in torch 2.13
@@ -172,7 +173,7 @@ def encode(policy, prompts):
     if cache and policy.sp.rank == 0:
         for key, m in missing.items():
             cache.put(m, embeds[key])
-    none = torch.zeros(0, policy.config.text_config.hidden_size, device=policy.device)
+    none = torch.zeros(0, policy.visual_width, device=policy.device)
     none = none.to(policy.compute_dtype)
     out = []
     for prompt in prompts:
@@ -452,8 +453,9 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     frozen = frozen_bytes(policy) - frozen_bytes(visual)
     recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
     L, D, held = c.num_hidden_layers, c.hidden_size, row / size
-    kv = 2 * D * c.num_key_value_heads / c.num_attention_heads * number  # a token in one layer
-    activations = held * (6 * D + 3 * c.intermediate_size) * number
+    heads = c.num_attention_heads * head_size(c)  # D in Qwen2.5-VL
+    kv = 2 * head_size(c) * c.num_key_value_heads * number  # a token in one layer
+    activations = held * (4 * D + 2 * heads + 3 * c.intermediate_size) * number
     row_kv = 2 * row * kv  # as gathered, and in blocks
     train = {
         "layer inputs": recomputed * held * D * number,
@@ -478,7 +480,7 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
         "weights, gradients, moments": weights,
         "copies in bf16": 2 * trained * (gpu and shards == 1),
         "reference": ((total - tower) / shards + tower) * number * (reference is not None),
-        "embeddings": prompts * D * number,
+        "embeddings": prompts * policy.visual_width * number,
         **max(train, decode, key=lambda terms: sum(terms.values())),  # one after the other
     }
 

@@ -103,8 +103,8 @@ def reorder(x, order):
 
     On frames (T, 3, H, W): with T numbers the frames are shuffled before the model forms its
     2-frame grids, as published; with T / 2 numbers whole grids are shuffled.
-    On embeddings (V, D), with T / 2 numbers: the vision tower of Qwen2-VL and Qwen2.5-VL sees one
-    grid at a time, so this equals encoding the shuffled video, without a second pass.
+    On embeddings (V, D), with T / 2 numbers: the vision tower of a Qwen-VL sees one grid at a
+    time, so this equals encoding the shuffled video, without a second pass.
     Shuffled grids keep the order within each pair of frames, so they are a weaker shuffle.
     """
     return x.unflatten(0, (len(order), -1))[order].flatten(0, 1)
@@ -135,6 +135,9 @@ class ShuffledPrompt:
 def shuffle_prompts(prompts, visual_embeds, step, args):
     """The videos of a step, each in one other order -> [ShuffledPrompt]. Images and text are left
     out.
+
+    Only pixels move. The times that a Qwen3-VL's prompt names stay in order, so that it reads as
+    the prompt of an ordinary video.
 
     prompts: [(position in the step, Prompt)].  visual_embeds: (V, D) of each.
     """

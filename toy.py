@@ -1,4 +1,4 @@
-"""The embedded default: a tiny video world and a tiny Qwen2.5-VL, written as real files.
+"""The embedded default: a tiny video world and a tiny Qwen2.5-VL or Qwen3-VL, as real files.
 
     python toy.py out/world                     writes clips (Y4M), images, records as Video-R1's
                                                 (train.json; cot.json and test.json with reasoning)
@@ -44,14 +44,15 @@ from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
     Qwen2Tokenizer,
+    Qwen3VLConfig,
 )
 
 import data
 from infra.errors import ModelError
+from infra.families import FAMILIES
 from infra.files import write_whole
-from infra.frames import MERGE, PATCH
+from infra.frames import MERGE
 from infra.model_folder import load_tokenizer
-from infra.patches import MEAN, STD
 from model import MODEL_TYPES
 
 # ---- the world
@@ -201,9 +202,10 @@ def write_y4m(path, frames, fps):
             f.write(b"FRAME\n" + frame.tobytes())
 
 
-def root(seed):
+def root(seed, family="qwen2_5_vl"):
     """Where the embedded default lives: world/, and the runs of train.py and eval.py."""
-    return Path("out") / (f"toy-seed{seed}" if seed else "toy")
+    name = "toy" if family == "qwen2_5_vl" else f"toy_{family}"
+    return Path("out") / (f"{name}-seed{seed}" if seed else name)
 
 
 # ---- the checkpoint
@@ -244,33 +246,18 @@ def write_tokenizer(folder, texts):
     return tokenizer
 
 
+INIT_STD = 0.08  # with the usual 0.02 so small a model makes no progress for hundreds of steps
+
+
 def tiny_config(
     tokenizer, *, hidden=128, layers=4, heads=4, kv_heads=2, vision_hidden=64, vision_layers=2
 ):
     """A Qwen2.5-VL of about a million parameters, with every part of the real architecture,
     including M-RoPE and window attention."""
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     d = hidden // heads
     # rotary frequencies for time, height and width, in the 7B's ratio: 16 + 24 + 24 = d / 2
     t, h = d // 8, 3 * d // 16
-    sections = [t, h, d // 2 - t - h]
-    std = 0.08  # with the usual 0.02 so small a model makes no progress for hundreds of steps
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=sections),
-        initializer_range=std,
-        tie_word_embeddings=True,
-        bos_token_id=token["<|endoftext|>"],
-        eos_token_id=token["<|im_end|>"],
-        pad_token_id=token["<|endoftext|>"],
-    )
+    rotary = dict(mrope_section=[t, h, d // 2 - t - h])
     vision = dict(
         depth=vision_layers,
         hidden_size=vision_hidden,
@@ -279,18 +266,81 @@ def tiny_config(
         out_hidden_size=hidden,
         fullatt_block_indexes=[vision_layers - 1],
         tokens_per_second=2,
-        initializer_range=std,
+        initializer_range=INIT_STD,
     )
     return Qwen2_5_VLConfig(
-        text_config=text,
+        text_config=_text_config(tokenizer, hidden, layers, heads, kv_heads, rotary),
         vision_config=vision,
         tie_word_embeddings=True,
-        initializer_range=std,
+        initializer_range=INIT_STD,
+        **_vision_tokens(tokenizer),
+    )
+
+
+def tiny_qwen3_config(
+    tokenizer, *, hidden=128, layers=4, heads=4, kv_heads=2, vision_hidden=64, vision_layers=4
+):
+    """A Qwen3-VL of that size: three layers of the tower are seen again by the first three of the
+    language model, and a head is larger than hidden / heads, as in the 4B."""
+    d = 5 * hidden // heads // 4
+    h = d // 2 * 20 // 64  # in the ratio of the real ones: 24 + 20 + 20 = d / 2, interleaved
+    rotary = dict(mrope_section=[d // 2 - 2 * h, h, h], mrope_interleaved=True)
+    text = _text_config(tokenizer, hidden, layers, heads, kv_heads, rotary)
+    vision = dict(
+        depth=vision_layers,
+        hidden_size=vision_hidden,
+        intermediate_size=2 * vision_hidden,
+        num_heads=2,
+        out_hidden_size=hidden,
+        num_position_embeddings=64,  # learned on a grid of 8 x 8 patches, interpolated
+        deepstack_visual_indexes=list(range(vision_layers - 1))[-3:],
+        initializer_range=INIT_STD,
+    )
+    return Qwen3VLConfig(
+        text_config=text | dict(head_dim=d),
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **_vision_tokens(tokenizer),
+    )
+
+
+def _text_config(tokenizer, hidden, layers, heads, kv_heads, rotary):
+    """The language model's configuration. rotary: how M-RoPE splits its frequencies."""
+    return dict(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, **rotary),
+        initializer_range=INIT_STD,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+
+
+def _vision_tokens(tokenizer):
+    """The ids of the tokens around and in the place of pixels, by their names in config.json."""
+    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    return dict(
         image_token_id=token["<|image_pad|>"],
         video_token_id=token["<|video_pad|>"],
         vision_start_token_id=token["<|vision_start|>"],
         vision_end_token_id=token["<|vision_end|>"],
     )
+
+
+TINY = {"qwen2_5_vl": tiny_config, "qwen3_vl": tiny_qwen3_config}  # the toy's families
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
 
 
 def write_model(folder, config, tokenizer, seed=0):
@@ -301,15 +351,15 @@ def write_model(folder, config, tokenizer, seed=0):
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     net.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)
     net.save_pretrained(folder)
-    kind = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[config.model_type]
+    family = FAMILIES[config.model_type]
     processor = dict(  # as in the real checkpoints; AutoProcessor reads videos' settings here too
         image_processor_type="Qwen2VLImageProcessor",
-        processor_class=kind,
-        patch_size=PATCH,
+        processor_class=PROCESSORS[config.model_type],
+        patch_size=family.patch,
         temporal_patch_size=2,
         merge_size=MERGE,
-        image_mean=list(MEAN),
-        image_std=list(STD),
+        image_mean=list(family.mean),
+        image_std=list(family.std),
         min_pixels=4 * 28 * 28,
         max_pixels=16384 * 28 * 28,
     )
@@ -318,11 +368,12 @@ def write_model(folder, config, tokenizer, seed=0):
         write_whole(file, json.dumps(processor, indent=2))
 
 
-def write(folder, seed=0, clips=CLIPS, scenes=scenes, **size):
+def write(folder, seed=0, clips=CLIPS, scenes=scenes, family="qwen2_5_vl", **size):
     """Writes the whole world: records, media and model/ -> the folder.
 
     It is written under another name and moved into place, so a folder that exists is complete.
-    The tokenizer learns from the first split. size: of the model (tiny_config).
+    The tokenizer learns from the first split. family: of the model, one of TINY. size: of the model
+    (tiny_config).
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -331,10 +382,22 @@ def write(folder, seed=0, clips=CLIPS, scenes=scenes, **size):
         write_split(partial, split, scenes(split, n, rng), rng)
     first = next(iter(clips))
     texts = _texts(data.load_samples(partial / f"{first}.json"))
+    if FAMILIES[family].time_text:
+        texts += ["<0.5 seconds>"] * 50
     tokenizer = write_tokenizer(partial / "model", texts)
-    write_model(partial / "model", tiny_config(tokenizer, **size), tokenizer, seed)
+    write_model(partial / "model", TINY[family](tokenizer, **size), tokenizer, seed)
     partial.rename(folder)
     return folder
+
+
+def check_family(world, family):
+    """Raises ModelError if the model of a world is of another family."""
+    file = Path(world) / "model" / "config.json"
+    found = json.loads(file.read_text())["model_type"]
+    if found != family:
+        raise ModelError(
+            f"{file}: a {found}, expected --family's {family}: give each family its own --out"
+        )
 
 
 def _texts(samples):
@@ -354,6 +417,7 @@ def _texts(samples):
 LIKE_FILES = ("*.json", "*.txt", "*.jinja")  # all but the weights
 TEXT_SIZES = (
     "hidden_size",
+    "head_dim",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -362,26 +426,40 @@ TEXT_SIZES = (
     "layer_types",
     "max_window_layers",
 )
-VISION_SIZES = ("hidden_size", "intermediate_size", "out_hidden_size", "fullatt_block_indexes")
+VISION_SIZES = (
+    "depth",
+    "num_heads",
+    "hidden_size",
+    "intermediate_size",
+    "out_hidden_size",
+    "initializer_range",
+    "fullatt_block_indexes",
+    "deepstack_visual_indexes",
+)
 
 
 def shrink(config, tokenizer, *, hidden=128, layers=4, heads=4, kv_heads=2):
-    """Gives transformers' configuration of a real Qwen2-VL or Qwen2.5-VL the widths and depths of
-    tiny_config, in place; it keeps its vocabulary, tokens and kinds of layers."""
-    small = tiny_config(tokenizer, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads)
-    text, vision = config.text_config, config.vision_config
-    for name in TEXT_SIZES:
-        setattr(text, name, getattr(small.text_config, name))
+    """Gives transformers' configuration of a real checkpoint the widths and depths of the toy's, in
+    place; it keeps its vocabulary, tokens and kinds of layers."""
+    tiny = TINY.get(config.model_type, tiny_config)
+    small = tiny(tokenizer, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads)
+    copy_sizes(TEXT_SIZES, small.text_config, config.text_config)
     sections = small.text_config.rope_parameters["mrope_section"]
-    text.rope_parameters["mrope_section"] = sections
-    config.tie_word_embeddings = text.tie_word_embeddings = True
-    vision.depth, vision.num_heads = 2, 2
-    vision.initializer_range = small.vision_config.initializer_range
-    if config.model_type == "qwen2_vl":
+    config.text_config.rope_parameters["mrope_section"] = sections
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    vision = config.vision_config
+    if config.model_type == "qwen2_vl":  # other names
+        copy_sizes(("depth", "num_heads", "initializer_range"), small.vision_config, vision)
         vision.embed_dim, vision.hidden_size = small.vision_config.hidden_size, hidden
     else:
-        for name in VISION_SIZES:
-            setattr(vision, name, getattr(small.vision_config, name))
+        copy_sizes(VISION_SIZES, small.vision_config, vision)
+
+
+def copy_sizes(names, small, config):
+    """Sets those of the numbers that both configurations have."""
+    for name in names:
+        if hasattr(small, name) and hasattr(config, name):
+            setattr(config, name, getattr(small, name))
 
 
 def write_like(folder, like, seed=0):

@@ -1,4 +1,4 @@
-"""Trains a Qwen2-VL / Qwen2.5-VL policy on videos, images and text: sft, or rewards (grpo, tgrpo).
+"""Trains a Qwen-VL policy on videos, images and text: sft, or rewards only (grpo, tgrpo).
 
     python train.py                                       a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (nccl, or gloo)
@@ -727,8 +727,11 @@ def resume_step(args, checkpoint, optimizer):
 # ---- the flags
 
 
-def parse_args(argv=None):
-    """The flags, from argv or the command line. @FILE reads more, one a line, # is a comment."""
+def parse_args(argv=None, embedded=False):
+    """The flags, from argv or the command line. @FILE reads more, one a line, # is a comment.
+
+    embedded: of a run of the embedded default, where --family has chosen the --model.
+    """
     p = Parser(__doc__, dropped=("shuffles",))
     g = p.section("run")
     g.value(
@@ -738,6 +741,7 @@ def parse_args(argv=None):
         choices=("sft", "grpo", "tgrpo"),
     )
     g.value("model", None, "model, adapter or run folder, or hub name; without: the toy world's")
+    g.value("family", "qwen2_5_vl", "of the toy's model, without --model", choices=tuple(toy.TINY))
     g.value("data", None, "records to train on, .json or .jsonl")
     g.value("eval_data", None, "held-out records, answered greedily every --eval_every steps")
     g.value("media_root", None, "folder of the records' relative paths; default: the records' own")
@@ -790,7 +794,8 @@ def parse_args(argv=None):
     g.value("save_every", 100, "steps between checkpoints, also at the end", "at least 1")
     g.value("keep", 2, "newest checkpoints to keep", "at least 1")
     args = p.parse_args(argv)
-    refuse_combinations(p, args)
+    refuse_combinations(p, args, embedded)
+    del args.family  # config.txt has --model instead
     return args
 
 
@@ -843,8 +848,12 @@ def loss_flags(p):
     g.switch("mask_truncated", "leave truncated responses out of the loss")
 
 
-def refuse_combinations(p, args):
+def refuse_combinations(p, args, embedded):
     """Ends the program for flags that do not go together."""
+    if "--family" in p.given and not embedded:
+        p.error(
+            f"--family {args.family}: chooses the toy's model, expected without --model and --data"
+        )
     if args.model and not args.data:
         p.error("--model needs --data, the records to train on")
     if args.data and not args.model:
@@ -887,18 +896,19 @@ def toy_runs(args, argv):
     The flags of the command (argv) go to the RL run; the cold start has its own, and its 600 steps,
     unless the command asks for nothing else (--algo sft).
     """
-    parse_args(["--algo", args.algo])  # another name than sft, grpo, tgrpo ends here
-    root = Path(args.out or toy.root(args.seed))
+    names = ["--algo", args.algo, "--family", args.family]
+    parse_args(names, embedded=True)  # ends here for a name that is not a choice
+    root = Path(args.out or toy.root(args.seed, args.family))
     world = root / "world"
     common = ["--eval_data", f"{world}/test.json", "--seed", str(args.seed)]
     sft = [*common, "--data", f"{world}/cot.json", "--model", f"{world}/model"]
     last = [*toy_recipe(args.algo, args.lora), *common]
     if args.algo == "sft":
-        return [parse_args([*last, *sft, *argv, "--out", f"{root}/sft"])]
+        return [parse_args([*last, *sft, *argv, "--out", f"{root}/sft"], embedded=True)]
     rl = [*last, "--data", f"{world}/train.json", "--model", f"{root}/sft"]
     return [
         parse_args([*toy_recipe("sft"), *sft, "--out", f"{root}/sft", "--resume"]),
-        parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"]),
+        parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"], embedded=True),
     ]
 
 
@@ -914,14 +924,17 @@ def main(argv=None, policy_class=Policy):
     argv = sys.argv[1:] if argv is None else argv
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    args = peek(argv, model=None, data=None, algo="grpo", out=None, seed=0, lora=0)
+    flags = dict(model=None, data=None, algo="grpo", out=None, seed=0)
+    args = peek(argv, **flags, family="qwen2_5_vl", lora=0)
     embedded = not (args.model or args.data)
     runs = toy_runs(args, argv) if embedded else [parse_args(argv)]
     with ranks(max(map(patience, runs))) as device:
         world = Path(runs[0].data).parent
         if embedded and RANK == 0 and not world.exists():
-            toy.write(world, args.seed)
+            toy.write(world, args.seed, family=args.family)
         gather(None)
+        if embedded:
+            toy.check_family(world, args.family)
         for run in runs:
             run.out = run.out or "out/run"
             with ExitStack() as at_end:

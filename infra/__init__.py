@@ -11,6 +11,7 @@ A run
     files            files that are complete or absent, logs, locks, digests
     errors           errors of the user's data, which end a run with one line
 Models
+    families         what differs between Qwen2-VL, Qwen2.5-VL and Qwen3-VL
     model_folder     a Hugging Face model folder: checkpoints, weights, fingerprint, tokenizer
     flash            flash attention over blocks of the attention matrix, merged exactly
     embedding_cache  visual embeddings on disk

@@ -4,7 +4,7 @@ released code) and of Qwen2-VL's processor.
     frame_indices    evenly spaced frames, as many as the rate and the limits allow
     choose_frames    the same for a part of a clip
     choose_times     the same for a clip of variable frame rate
-    smart_resize     sides in multiples of 28
+    smart_resize     sides in multiples of 28, or 32 for Qwen3-VL
 """
 
 import math
@@ -14,7 +14,7 @@ from PIL import Image
 
 from infra.errors import VideoError
 
-PATCH, MERGE = 14, 2  # a visual token is a square of 28 x 28 pixels in two frames
+PATCH, MERGE = 14, 2  # Qwen2.5-VL: a visual token is 28 x 28 pixels in two frames
 
 
 def frame_indices(num_frames, fps, *, target_fps=2.0, min_frames=4, max_frames=16):
@@ -95,7 +95,9 @@ def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE)
     """(height, width) as multiples of `factor`, with an area within [min_pixels, max_pixels] and
     nearly the same aspect ratio.
 
-    The rule of Qwen2-VL's processor. Raises ValueError for an aspect ratio over 200.
+    The rule of Qwen2-VL's processor. That of Qwen3-VL limits the pixels of all frames together, so
+    that more frames become smaller; for its videos too, the limits here are those of one frame, as
+    in Video-R1. Raises ValueError for an aspect ratio over 200.
     """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"{width} x {height} pixels: an aspect ratio over 200")
@@ -111,11 +113,12 @@ def smart_resize(height, width, *, min_pixels, max_pixels, factor=PATCH * MERGE)
     return h, w
 
 
-def resize(image, min_pixels, max_pixels, shape=None):
+def resize(image, min_pixels, max_pixels, factor=PATCH * MERGE, shape=None):
     """A Pillow image -> uint8 (H, W, 3) at smart_resize's size, bicubic with antialiasing.
     shape: (height, width) as displayed, if pixels are not square."""
     height, width = shape or (image.height, image.width)
-    height, width = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+    limits = dict(min_pixels=min_pixels, max_pixels=max_pixels)
+    height, width = smart_resize(height, width, **limits, factor=factor)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image)

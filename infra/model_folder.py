@@ -227,12 +227,19 @@ def check_weights(folder, net, info):
 def check_rotary_sections(folder, text):
     """Raises ModelError unless 'mrope_section' splits half a head in three."""
     sections = (text.rope_parameters or {}).get("mrope_section")
-    half = text.hidden_size // text.num_attention_heads // 2
+    half = head_size(text) // 2
     if not isinstance(sections, (list, tuple)) or len(sections) != 3 or sum(sections) != half:
         raise ModelError(
             f"{folder / 'config.json'}: 'mrope_section' of the rotary embedding is {sections}, "
             f"expected three numbers with the sum {half}, half a head"
         )
+
+
+def head_size(text):
+    """Numbers in a head of the language model. text: transformers' configuration of it, which for
+    Qwen3-VL names the size: it need not be the width over the number of heads."""
+    named = getattr(text, "head_dim", None)
+    return named or text.hidden_size // text.num_attention_heads
 
 
 def read_object(file):

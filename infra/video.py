@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from infra.errors import VideoError
-from infra.frames import choose_frames, choose_times, resize
+from infra.frames import MERGE, PATCH, choose_frames, choose_times, resize
 from infra.reader import READERS, load_image
 
 CLIPS_PER_WORKER = 500  # then a new worker: decord leaks memory
@@ -32,9 +32,10 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the fr
 
 
 class Clip(NamedTuple):
-    """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of 28.
+    """Frames of a video. frames: uint8 (T, H, W, 3), T even, H and W multiples of `factor`.
     seconds: the duration of the clip, divided by T.  available: frames that it would show without
     max_frames.  indices: of the T frames, in order of display.  keys: their identity in the file.
+    times: when each of them appears in the file, in seconds; not from the start of a segment.
     """
 
     frames: np.ndarray
@@ -42,6 +43,7 @@ class Clip(NamedTuple):
     available: int
     indices: list[int]
     keys: list[int]
+    times: list[float]
 
 
 def read_video(path, **how):
@@ -57,6 +59,7 @@ def read_clip(
     max_frames=16,
     min_pixels=4 * 28 * 28,
     max_pixels=128 * 28 * 28,
+    factor=PATCH * MERGE,
     segment=None,
     timeout=60.0,
     decoded=None,
@@ -64,29 +67,40 @@ def read_clip(
 ):
     """A video file, or its `segment` (start, end) in seconds -> Clip. Rotated videos come upright.
 
-    decoded: {key of a frame: frame} of earlier calls for this file and size. These are not decoded
-    again; new ones are added.  reader: one of reader.READERS.
+    factor: sides are multiples of it.  decoded: {key of a frame: frame} of earlier calls for this
+    file and size. These are not decoded again; new ones are added.  reader: one of reader.READERS.
     Raises VideoError, naming the file: missing, unreadable, fewer than 2 frames, or not decoded
     after `timeout` seconds (the worker is then killed, and the next call starts another).
     """
     decoded = {} if decoded is None else decoded
     request = dict(target_fps=target_fps, min_frames=min_frames, max_frames=max_frames)
-    request |= dict(min_pixels=min_pixels, max_pixels=max_pixels, segment=segment)
+    request |= dict(min_pixels=min_pixels, max_pixels=max_pixels, factor=factor, segment=segment)
     request |= dict(op="video", path=str(path), reader=reader, skip=list(decoded))
     reply, new = _ask(timeout, request)
     decoded.update(zip(reply["new"], new))
     frames = _stack([decoded[key] for key in reply["keys"]], path)
-    return Clip(frames, reply["seconds"], reply["available"], reply["indices"], reply["keys"])
+    told = (reply[name] for name in ("seconds", "available", "indices", "keys", "times"))
+    return Clip(frames, *told)
 
 
-def read_image(path, *, min_pixels, max_pixels, timeout=60.0):
+def read_image(path, *, min_pixels, max_pixels, factor=PATCH * MERGE, timeout=60.0):
     """An image file -> uint8 (H, W, 3). Raises VideoError, as read_clip."""
-    request = dict(op="image", path=str(path), min_pixels=min_pixels, max_pixels=max_pixels)
-    _, frames = _ask(timeout, request)
+    size = dict(min_pixels=min_pixels, max_pixels=max_pixels, factor=factor)
+    _, frames = _ask(timeout, dict(op="image", path=str(path), **size))
     return frames[0]
 
 
-def read_folder(path, fps, *, segment=None, min_pixels, max_pixels, timeout=60.0, **counts):
+def read_folder(
+    path,
+    fps,
+    *,
+    segment=None,
+    min_pixels,
+    max_pixels,
+    factor=PATCH * MERGE,
+    timeout=60.0,
+    **counts,
+):
     """A folder of frames, `fps` a second, in the order of the numbers in their names -> Clip.
     counts: as choose_frames. Raises VideoError: as read_clip, or an ambiguous order."""
     path = Path(path)
@@ -95,9 +109,10 @@ def read_folder(path, fps, *, segment=None, min_pixels, max_pixels, timeout=60.0
     files = [f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "."]
     files = _by_number(files, path)
     indices, seconds, available = choose_frames(len(files), fps, segment, **counts)
-    pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
-    frames = [read_image(files[i], **pixels, timeout=timeout) for i in indices]
-    return Clip(_stack(frames, path), seconds, available, indices, indices)
+    size = dict(min_pixels=min_pixels, max_pixels=max_pixels, factor=factor)
+    frames = [read_image(files[i], **size, timeout=timeout) for i in indices]
+    times = [i / fps for i in indices]
+    return Clip(_stack(frames, path), seconds, available, indices, indices, times)
 
 
 def _by_number(files, folder):
@@ -218,7 +233,17 @@ if hasattr(os, "register_at_fork"):
 # ---- the worker's side
 
 
-def decode(path, *, reader="av", segment=None, skip=(), min_pixels, max_pixels, **counts):
+def decode(
+    path,
+    *,
+    reader="av",
+    segment=None,
+    skip=(),
+    min_pixels,
+    max_pixels,
+    factor=PATCH * MERGE,
+    **counts,
+):
     """The answer to read_clip -> (reply, the new frames: those whose keys are not in `skip`)."""
     clip = READERS[reader](path)
     if clip.rate:
@@ -228,16 +253,18 @@ def decode(path, *, reader="av", segment=None, skip=(), min_pixels, max_pixels, 
         chosen = choose_times(clip.times, clip.end, segment, **counts)
     indices, seconds, available = chosen
     new = [i for i in sorted(set(indices)) if clip.keys[i] not in skip]
-    frames = [resize(p.image, min_pixels, max_pixels, p.shape) for p in clip.pictures(new)]
+    size = min_pixels, max_pixels, factor
+    frames = [resize(p.image, *size, shape=p.shape) for p in clip.pictures(new)]
     reply = dict(indices=indices, seconds=seconds, available=available)
     reply["keys"] = [clip.keys[i] for i in indices]
+    reply["times"] = [float(clip.times[i]) for i in indices]
     reply["new"] = [clip.keys[i] for i in new]
     return reply, frames
 
 
-def decode_image(path, *, min_pixels, max_pixels):
+def decode_image(path, **size):
     """The answer to read_image -> ({}, [frame])."""
-    return {}, [resize(load_image(path), min_pixels, max_pixels)]
+    return {}, [resize(load_image(path), **size)]
 
 
 OPERATIONS = {"video": decode, "image": decode_image}

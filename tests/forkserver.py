@@ -38,6 +38,7 @@ LIBRARIES = (
     "transformers.models.qwen2.tokenization_qwen2",
     "transformers.models.qwen2_vl.modeling_qwen2_vl",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
 )
 GRACE = 30  # seconds from SIGTERM to SIGKILL, as torchrun has it
 
