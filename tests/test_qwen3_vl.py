@@ -260,8 +260,8 @@ def test_two_ranks_that_share_rows_compute_what_one_computes(world, tmp_path):
 @pytest.mark.parametrize("many", ["--sp 2", "--fsdp"])
 def test_two_ranks_have_the_gradient_of_one(world, tmp_path, many, gradient_of_one):
     """The tower is trained: the gradient of deepstack's features flows back to who encoded them."""
-    how = "--algo tgrpo --group 4 --shuffle grid --correct 0.2".split()
-    run("tests/gradient_worker.py", world, tmp_path / "g", *how, *many.split(), ranks=2)
+    how = [world, world / "model", tmp_path / "g", "--algo", "sft", *many.split()]
+    run("tests/gradient_worker.py", *how, ranks=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"g.{rank}")["grads"]
         assert found.keys() == gradient_of_one.keys()
@@ -274,8 +274,7 @@ def test_two_ranks_have_the_gradient_of_one(world, tmp_path, many, gradient_of_o
 def gradient_of_one(world, tmp_path_factory):
     """What one rank computes of the same step."""
     out = tmp_path_factory.mktemp("one") / "g"
-    how = "--algo tgrpo --group 4 --shuffle grid --correct 0.2".split()
-    run("tests/gradient_worker.py", world, out, *how)
+    run("tests/gradient_worker.py", world, world / "model", out, "--algo", "sft")
     found = torch.load(f"{out}.0")["grads"]
     assert max(float(x.abs().max()) for n, x in found.items() if "deepstack" in n) > 1e-6
     return found
@@ -639,8 +638,8 @@ def test_the_plain_way_gives_the_same(world, policy, prompts):
 
 def test_the_toy_of_this_family_has_its_own_folder(world, capsys):
     argv = ["--family", "qwen3_vl", "--algo", "tgrpo", "--seed", "1"]
-    given = dict(model=None, data=None, algo="grpo", out=None, seed=0, family="qwen2_5_vl")
-    sft, rl = train.toy_runs(peek(argv, **given), argv)
+    given = dict(model=None, data=None, algo="grpo", out=None, seed=0)
+    sft, rl = train.toy_runs(peek(argv, **given, family="qwen2_5_vl", lora=0), argv)
     assert sft.model == "out/toy_qwen3_vl-seed1/world/model"
     assert (sft.out, rl.out) == ("out/toy_qwen3_vl-seed1/sft", "out/toy_qwen3_vl-seed1/tgrpo")
     assert toy.root(0) == toy.root(0, "qwen2_5_vl") != toy.root(0, "qwen3_vl")
