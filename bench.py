@@ -443,7 +443,7 @@ def cost(policy, P, G, R, dtype):
     """The model of the cost, for P prompt tokens and G responses of R tokens -> {"plain", "ours":
     (FLOPs of a training pass without recomputation, bytes read in decoding)}."""
     c = policy.config.text_config
-    layers = sum(p.numel() for p in policy.text.layers.parameters())
+    layers = sum(p.numel() for p in policy.language_model.layers.parameters())
     head = c.vocab_size * c.hidden_size
     size = torch.finfo(dtype).bits // 8
     d = head_size(c)

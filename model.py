@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import attention
 import lora
 import mrsp
-from data import Prompt, normalize, patchify
+from data import MEAN, STD, Prompt, normalize, patchify
 from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import ModelError
 from infra.families import FAMILIES, read_family
@@ -109,7 +109,7 @@ class Policy(nn.Module):
     def __init__(self, net, folder):
         super().__init__()
         self.net, self.folder, self.config = net, Path(folder), net.config
-        self.text = net.model.language_model
+        self.language_model = net.model.language_model
         self.sp, self.embedding_cache, self.cuda_graph = mrsp.ONE_RANK, None, False
         self.saved_dtype, self.adapter, self.base_name = None, None, str(folder)
         self.side_files = side_files(folder)  # read now: an old checkpoint may be deleted later
@@ -196,7 +196,7 @@ class Policy(nn.Module):
         if self.adapter:
             lora.write(folder, self.adapter, weights)
             return
-        dtype = self.saved_dtype or self.text.embed_tokens.weight.dtype
+        dtype = self.saved_dtype or self.language_model.embed_tokens.weight.dtype
         write_network(Path(folder), self.net, weights, dtype, self.side_files)
 
     def saved_parameters(self):
@@ -208,7 +208,7 @@ class Policy(nn.Module):
 
     def set_grad_checkpointing(self, n):
         """In train mode, recompute every n-th layer's activations in the backward pass; 0: none."""
-        for layers in (self.net.model.visual.blocks, self.text.layers):
+        for layers in (self.net.model.visual.blocks, self.language_model.layers):
             for i, layer in enumerate(layers):
                 layer.gradient_checkpointing = n > 0 and i % n == 0
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -218,9 +218,13 @@ class Policy(nn.Module):
         self.net.model.visual.requires_grad_(False)
 
     def tower_fingerprint(self):
-        """What embeddings depend on besides the medium: dtype, kind of device, weights."""
+        """What embeddings depend on besides the medium: dtype, device, weights, normalisation."""
         visual = self.net.model.visual
-        return [str(visual.dtype), self.device.type, tensor_digest(*visual.parameters())]
+        pixels = (self.family.mean, self.family.std)
+        known = (
+            [] if pixels == (MEAN, STD) else [pixels]
+        )  # older entries do not name the usual ones
+        return [str(visual.dtype), self.device.type, tensor_digest(*visual.parameters()), *known]
 
     @torch.no_grad()
     def is_sound(self):
@@ -238,7 +242,8 @@ class Policy(nn.Module):
         """What the network computes in: autocast's dtype, or that of the weights."""
         device = self.device.type
         autocast = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else self.text.embed_tokens.weight.dtype
+        weights = self.language_model.embed_tokens.weight
+        return torch.get_autocast_dtype(device) if autocast else weights.dtype
 
     # ---- positions
 
@@ -301,14 +306,14 @@ class Policy(nn.Module):
 
     def embed(self, ids):
         """Token embeddings (..., D) of token ids; run_row puts in the visual ones."""
-        return self.text.embed_tokens(ids.to(self.device))
+        return self.language_model.embed_tokens(ids.to(self.device))
 
-    def run_text(self, x, positions, plan, **deepstack):
+    def run_layers(self, x, positions, plan, **deepstack):
         """Embeddings x (N, S, D) at positions (3, N, S) -> last hidden states (N, S, D).
 
         deepstack: what transformers' Qwen3-VL adds after its first layers, and to which tokens.
         """
-        out = self.text(
+        out = self.language_model(
             inputs_embeds=x.to(self.compute_dtype),
             position_ids=positions.to(self.device),
             attention_mask=None,
@@ -318,7 +323,7 @@ class Policy(nn.Module):
         )
         return out.last_hidden_state
 
-    def head(self):
+    def lm_head_weight(self):
         """The matrix from hidden states to logits (vocabulary, D), in at least fp32."""
         weight = self.net.lm_head.weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -326,8 +331,8 @@ class Policy(nn.Module):
     def logits(self, hidden, head):
         """Hidden states (..., D) -> next-token logits (..., vocabulary), vision tokens impossible.
 
-        head: from `head`. In at least fp32, even under autocast: a bf16 logit is off by up to 0.06,
-        too much for a ratio or a KL.
+        head: from `lm_head_weight`. In at least fp32, even under autocast: a bf16 logit is off by
+        up to 0.06, too much for a ratio or a KL.
         """
         with torch.autocast(self.device.type, enabled=False):
             logits = F.linear(hidden.to(head.dtype), head)
@@ -369,7 +374,7 @@ class Policy(nn.Module):
         deepstack = {}
         if again:
             deepstack = dict(visual_pos_masks=visual[None], deepstack_visual_embeds=again)
-        hidden = self.run_text(x[None], positions[:, None, plan.held], plan, **deepstack)[0]
+        hidden = self.run_layers(x[None], positions[:, None, plan.held], plan, **deepstack)[0]
         return hidden, plan, following
 
     def _is_visual(self, ids):
@@ -410,7 +415,7 @@ class Policy(nn.Module):
         targets = torch.cat([r.to(self.device) for group in responses for r in group])  # (T,)
         which, where = plan.find(sources)  # this rank's
         size = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
-        head, logps, entropies = self.head(), [], []
+        head, logps, entropies = self.lm_head_weight(), [], []
         for h, t in zip(hidden[where].split(size), targets[which].split(size)):
             logp, entropy = checkpoint(
                 self._score_chunk, h, t, head, temperature, use_reentrant=False

@@ -358,7 +358,8 @@ class RowSharing:
             self.policy, self.reference, lengths, self.memory, self.args, WORLD
         )
         self.sp = sequence_parallel(size, self.patience)
-        if WORLD > 1 and lengths and size != self.shown:
+        gpu = self.policy.device.type == "cuda"
+        if (WORLD > 1 or gpu) and lengths and size != self.shown:
             self.shown = size
             shared = f"sequence parallelism: {size} ranks share each row"
             say(f"memory: {estimate}" if self.args.sp == "1" else f"{shared}; {estimate}")
@@ -448,10 +449,10 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     number = 2 if gpu else 4  # bytes: bf16 under autocast, or fp32
     visual, head = policy.net.model.visual, policy.net.lm_head.weight
     total, trained = count(policy), count(policy, trained=True)
-    tower, layers = count(visual), count(policy.text.layers)
+    tower, layers = count(visual), count(policy.language_model.layers)
     whole = tower - count(visual, trained=True)  # what FSDP does not shard: a frozen tower
     frozen = frozen_bytes(policy) - frozen_bytes(visual)
-    recomputed = sum(layer.gradient_checkpointing for layer in policy.text.layers)
+    recomputed = sum(layer.gradient_checkpointing for layer in policy.language_model.layers)
     L, D, held = c.num_hidden_layers, c.hidden_size, row / size
     heads = c.num_attention_heads * head_size(c)  # D in Qwen2.5-VL
     kv = 2 * head_size(c) * c.num_key_value_heads * number  # a token in one layer
@@ -467,12 +468,12 @@ def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1)
     decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
     if shards > 1:
         gathered = total - whole - layers + 2 * layers / L
-        trained_layers = count(policy.text.layers, trained=True)
+        trained_layers = count(policy.language_model.layers, trained=True)
         with_gradients = trained - trained_layers + 2 * trained_layers / L
         gradients = with_gradients * (number + 4)
         train["gathered weights and gradients"] = gathered * number + gradients
         decode["gathered weights"] = (total - whole) * number
-    if gpu and (shards > 1 or head.element_size() < 4):  # Policy.head, and its gradient
+    if gpu and (shards > 1 or head.element_size() < 4):  # Policy.lm_head_weight, and its gradient
         train["head in fp32"] = (8 if head.requires_grad else 4) * c.vocab_size * D
         decode["head in fp32"] = 4 * c.vocab_size * D
     weights = 16 * trained / shards + frozen / shards + frozen_bytes(visual)

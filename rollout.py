@@ -166,7 +166,7 @@ class Decoding:
         self.policy, self.cache, self.uniform = policy, cache, uniform
         self.temperature, self.top_p = temperature, top_p
         (N, max_new), device = uniform.shape, uniform.device
-        self.head = policy.head()
+        self.head = policy.lm_head_weight()
         self.eos = torch.tensor(policy.eos_ids, device=device)
         self.tokens = torch.full((N, max_new), -1, device=device)
         figures = torch.zeros(2, N, max_new, dtype=self.head.dtype, device=device)
@@ -193,7 +193,7 @@ class Decoding:
         """Runs the tokens drawn last, and draws the next."""
         x = self.policy.embed(self.token[:, None])  # (N, 1, D)
         positions = (self.position + self.cache.t).expand(3, -1)[..., None]  # (3, N, 1)
-        hidden = self.policy.run_text(x, positions, self.cache)[:, 0]
+        hidden = self.policy.run_layers(x, positions, self.cache)[:, 0]
         self.cache.t += 1
         self.sample(hidden)
 

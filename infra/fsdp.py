@@ -34,7 +34,7 @@ def shard(policy):
     frozen = not any(p.requires_grad for p in policy.parameters())
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if gpu else {}
     precision = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
-    for layer in policy.text.layers:
+    for layer in policy.language_model.layers:
         fully_shard(layer, mp_policy=precision)
     whole = {p for p in policy.net.model.visual.parameters() if not p.requires_grad}
     fully_shard(

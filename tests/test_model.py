@@ -302,7 +302,7 @@ def test_ranks_that_share_a_row_attend_as_one(lengths, size):
 def test_every_nth_layer_is_recomputed(policy, prompts, n, runs):
     policy.train().set_grad_checkpointing(n)
     seen = []
-    for i, layer in enumerate(policy.text.layers):
+    for i, layer in enumerate(policy.language_model.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, i=i: seen.append(i))
     policy(prompts[:1], [[torch.arange(100, 105)]])[0].sum().backward()
     assert [seen.count(i) for i in range(4)] == runs
@@ -666,7 +666,7 @@ def test_the_cases_of_checkpoints_that_went_wrong(tmp_path, world, builder, prom
 
 
 def test_a_policy_that_broke_in_training_does_not_answer(policy, prompts):
-    policy.text.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    policy.language_model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")
     assert not policy.is_sound()
     with pytest.raises(model.ModelError, match="the logits are not finite"):
         rollout.generate(policy, prompts[:1], 2, max_new=2)
@@ -694,7 +694,7 @@ def test_a_small_model_of_the_real_architecture(tmp_path, prompts):
     """The real configuration and tokenizer at a small size; it saves, loads and answers."""
     toy.main(["--like", str(SHARED / "qwen2_5_vl"), str(tmp_path / "small")])
     policy = model.Policy.load(tmp_path / "small")
-    assert sum(p.numel() for p in policy.text.layers.parameters()) < 2e6 and policy.eos_ids == [
+    assert mrsp.count(policy.language_model.layers) < 2e6 and policy.eos_ids == [
         151645,
         151643,
     ]

@@ -367,7 +367,7 @@ def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypat
     # the estimate for a GPU, where there is none
     monkeypatch.setattr(model.Policy, "device", torch.device("cuda"))
     policy = model.Policy(net, ROOT / "configs")
-    for layer in policy.text.layers:
+    for layer in policy.language_model.layers:
         layer.gradient_checkpointing = True
     args = train.parse_args([f"@{ROOT}/configs/video_r1_7b.txt"])
     size, text = mrsp.smallest_group(policy, policy, [2500] * 8, 80e9, args, 8)

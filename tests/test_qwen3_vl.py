@@ -504,7 +504,7 @@ def test_bench_times_the_shape_of_the_4b():
     # a query and a key meet in 32 heads of 128, not in 2,560 numbers
     flops, _ = bench.cost(policy, 1000, 1, 1, torch.bfloat16)["ours"]
     attention_only = 3 * 4 * 36 * 32 * 128 * (1000 * 1000 / 2 + 1000.5)
-    layers = sum(p.numel() for p in policy.text.layers.parameters())
+    layers = sum(p.numel() for p in policy.language_model.layers.parameters())
     assert flops == 3 * 2 * (layers * 1001 + 151936 * 2560) + attention_only
 
 
@@ -667,4 +667,4 @@ def test_a_small_model_like_a_real_one(tmp_path):
     text = small.config.text_config
     assert (text.vocab_size, text.head_dim, text.rope_parameters["rope_theta"]) == (151936, 40, 5e6)
     assert small.family.deepstack == 3
-    assert sum(p.numel() for p in small.text.layers.parameters()) < 2e6
+    assert sum(p.numel() for p in small.language_model.layers.parameters()) < 2e6

@@ -26,7 +26,7 @@ def calls(talkative):
     def note(module, args, kwargs):
         seen.append(tuple(kwargs["inputs_embeds"].shape[:2]))
 
-    talkative.text.register_forward_pre_hook(note, with_kwargs=True)
+    talkative.language_model.register_forward_pre_hook(note, with_kwargs=True)
     return seen
 
 
