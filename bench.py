@@ -310,7 +310,7 @@ def video_prompt(policy, file, args):
     shown = policy.family.shown_as(media)
     parts = [before]
     for t, h, w in shown:
-        if len(shown) > 1:
+        if policy.family.time_text:
             parts.append(torch.randint(8, vocabulary, (TIME_TOKENS,)))
         n = t * h * w // policy.merge**2
         parts.append(torch.full((n,), policy.config.video_token_id))

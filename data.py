@@ -158,7 +158,7 @@ def _options(record, question, kind, where):
     """(the question without options, the options with letters), from `options` or else the last
     lines of the question."""
     options = record.get("options")
-    if options in (None, "", []):
+    if records.is_empty(options):
         options = []
         if kind == "multiple choice":
             question, options = split_options(question)
@@ -491,8 +491,8 @@ def write_times(chat, times):
     template's own <|vision_start|> and <|vision_end|> stay around all of them; up to 4.57 the
     processor removed that pair.
     times: of each video, those of its grids in seconds. They count from the start of the file, also
-    for a segment: as the processor's, which come from the numbers of frames in the file. Where its
-    times assume a constant frame rate, ours are those of the file (Clip.times).
+    for a segment: as the processor's, which come from the numbers of frames in the file. It assumes
+    a constant frame rate; where the rate varies, ours are the times in the file (Clip.times).
 
     >>> write_times("<|vision_start|><|video_pad|><|vision_end|>", [[0.25]])
     '<|vision_start|><0.2 seconds><|vision_start|><|video_pad|><|vision_end|><|vision_end|>'

@@ -170,8 +170,14 @@ RECORDED = (
     "r",
     "target_modules",
     "task_type",
+    "unsloth_version",
 )
-PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),
+    "revision": (None, "main"),
+}
 
 
 def new_config(rank, alpha, base):
@@ -235,7 +241,10 @@ def read_config(file):
         if name in RECORDED:
             continue
         if name in PLAIN and value not in PLAIN[name] or name not in PLAIN and value:
-            raise ModelError(f"{file}: {name!r} is {value!r}, expected a plain LoRA adapter")
+            raise ModelError(
+                f"{file}: {name!r} is {value!r}, expected a plain LoRA adapter, without this field "
+                "or with it empty"
+            )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or alpha <= 0:
         raise ModelError(

@@ -128,6 +128,12 @@ class Policy(nn.Module):
         self.eos_ids = [eos] if isinstance(eos, int) else list(eos or [])
         # a response must not contain pixels: these are impossible when sampled and when scored
         ids = {getattr(self.config, name, None) for name in VISION_TOKENS} - {None}
+        vocabulary = self.config.text_config.vocab_size
+        if max(ids, default=0) >= vocabulary:
+            raise ModelError(
+                f"{folder}: config.json leaves out or misnames a vision token: ids {sorted(ids)}, "
+                f"expected below {vocabulary}, the size of the vocabulary"
+            )
         self.register_buffer("banned", torch.tensor(sorted(ids)), persistent=False)
 
     # ---- load and save

@@ -336,6 +336,7 @@ def _vision_tokens(tokenizer):
 
 
 TINY = {"qwen2_5_vl": tiny_config, "qwen3_vl": tiny_qwen3_config}  # the toy's families
+COLD_START_STEPS = {"qwen2_5_vl": 600, "qwen3_vl": 1200}  # until colours are told apart
 PROCESSORS = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",

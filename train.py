@@ -670,7 +670,7 @@ def load_policies(args, checkpoint, device, policy_class):
         embedding_cache=cache,
     )
     if args.lora:
-        lora.add(policy, args.lora, args.lora_alpha or 2 * args.lora, args.seed)
+        lora.add(policy, args.lora, args.lora_alpha, args.seed)
     if not args.train_vision:
         policy.freeze_vision()
     sharded = args.fsdp and WORLD > 1
@@ -689,7 +689,7 @@ def load_policies(args, checkpoint, device, policy_class):
                 fsdp.shard(reference)
     millions = f"{mrsp.count(policy) / 1e6:.1f} M parameters"
     if args.lora:
-        millions += f", {mrsp.count(policy, trained=True) / 1e6:.1f} M of them trained"
+        millions += f", {mrsp.count(policy, trained=True):,} of them trained"
     say(f"{args.algo}: {args.out}: {millions}, {WORLD} x {device.type}")
     return policy, reference
 
@@ -796,6 +796,7 @@ def parse_args(argv=None, embedded=False):
     args = p.parse_args(argv)
     refuse_combinations(p, args, embedded)
     del args.family  # config.txt has --model instead
+    args.lora_alpha = args.lora_alpha or 2 * args.lora
     return args
 
 
@@ -893,8 +894,8 @@ def refuse_combinations(p, args, embedded):
 def toy_runs(args, argv):
     """The embedded default as ordinary runs: a cold start in the toy world, then RL from it.
 
-    The flags of the command (argv) go to the RL run; the cold start has its own, and its 600 steps,
-    unless the command asks for nothing else (--algo sft).
+    The flags of the command (argv) go to the RL run; the cold start has its own (and 600 or
+    1,200 steps), unless the command asks for nothing else (--algo sft).
     """
     names = ["--algo", args.algo, "--family", args.family]
     parse_args(names, embedded=True)  # ends here for a name that is not a choice
@@ -902,6 +903,7 @@ def toy_runs(args, argv):
     world = root / "world"
     common = ["--eval_data", f"{world}/test.json", "--seed", str(args.seed)]
     sft = [*common, "--data", f"{world}/cot.json", "--model", f"{world}/model"]
+    sft += ["--steps", str(toy.COLD_START_STEPS[args.family])]
     last = [*toy_recipe(args.algo, args.lora), *common]
     if args.algo == "sft":
         return [parse_args([*last, *sft, *argv, "--out", f"{root}/sft"], embedded=True)]

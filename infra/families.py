@@ -11,6 +11,7 @@ config.json and preprocessor_config.json, counts; the table only fills what it l
 that differs (layers, norms, heads, the vision tower) is inside transformers' network.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,14 +64,52 @@ def read_family(folder, config):
         raise ModelError(
             f"{folder}: expected a 'vision_config' with a 'patch_size' in pixels, found {vision!r}"
         )
-    file = Path(folder) / "preprocessor_config.json"
-    found = read_object(file) if file.exists() else {}
-    mean = found.get("image_mean", family.mean)
-    std = found.get("image_std", family.std)
-    for numbers in (mean, std):
-        if not isinstance(numbers, (list, tuple)) or len(numbers) != 3:
+    layers = vision.get("deepstack_visual_indexes", [])
+    known = range(vision.get("depth", 0))
+    if len({*layers}) < len(layers) or not all(layer in known for layer in layers):
+        raise ModelError(
+            f"{folder}: 'deepstack_visual_indexes' is {layers}, expected different layers of the "
+            f"vision tower, which has {len(known)}"
+        )
+    mean, std = read_normalization(folder, family)
+    return replace(family, patch=patch, mean=mean, std=std, deepstack=len(layers))
+
+
+def read_normalization(folder, family):
+    """Mean and std of pixels, by the files in which a processor keeps them; the family's without.
+
+    Raises ModelError: numbers that cannot be used, or that differ between files.
+    """
+    folder, found = Path(folder), {}
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        if (folder / name).exists():
+            found[name] = read_object(folder / name)
+    if (folder / "processor_config.json").exists():
+        parts = read_object(folder / "processor_config.json")
+        for part in ("image_processor", "video_processor"):
+            found[f"processor_config.json, {part}"] = parts.get(part) or {}
+    wanted = {}
+    for name, part in found.items():
+        mean, std = part.get("image_mean"), part.get("image_std")
+        if part.get("do_normalize") is False or (mean is None) != (std is None):
+            raise ModelError(f"{folder / name}: expected pixels normalised by a mean and a std")
+        if mean is None:
+            continue
+        if not (three_numbers(mean) and three_numbers(std) and min(std) > 0):
             raise ModelError(
-                f"{file}: expected three numbers as 'image_mean' and 'image_std', found {numbers!r}"
+                f"{folder / name}: expected three numbers as 'image_mean' and three above 0 as "
+                f"'image_std', found {mean!r} and {std!r}"
             )
-    deepstack = len(vision.get("deepstack_visual_indexes", ()))
-    return replace(family, patch=patch, mean=tuple(mean), std=tuple(std), deepstack=deepstack)
+        wanted[tuple(mean), tuple(std)] = name
+    if len(wanted) > 1:
+        raise ModelError(f"{folder}: {' and '.join(wanted.values())} normalise pixels differently")
+    return next(iter(wanted), (family.mean, family.std))
+
+
+def three_numbers(x):
+    """Whether x is a list of three finite numbers."""
+    return (
+        isinstance(x, (list, tuple))
+        and len(x) == 3
+        and all(type(n) in (int, float) and math.isfinite(n) for n in x)
+    )

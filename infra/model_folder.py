@@ -245,7 +245,7 @@ def head_size(text):
 def read_object(file):
     """The object in a JSON file. Raises ModelError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as e:
         raise ModelError(f"{file}: not JSON, or cut off: {e}") from e
     if not isinstance(content, dict):
@@ -335,11 +335,14 @@ def fingerprint(folder):
 def text_fingerprint(folder):
     """Hex digits that tell the TEXTS of a model folder from others, by their whole content.
 
-    An adapter's are its own and its base's.
+    An adapter's are its own and its base's, wherever the base is.
     """
     digest = hashlib.blake2b(digest_size=12)
     for file in _files_and_base(folder, TEXTS):
         content = file.read_bytes()
+        if file.name == ADAPTER:
+            config = read_object(file) | {"base_model_name_or_path": None}
+            content = json.dumps(config, sort_keys=True).encode()
         digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()
 

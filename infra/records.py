@@ -61,6 +61,7 @@ def read_records(path):
         return [(f"{path}, record {i}", partial(_same, r)) for i, r in enumerate(whole)]
     lines = []
     for i, line in enumerate(text.split("\n"), 1):
+        line = line.lstrip("\ufeff")  # at the start of each file that was joined
         if line.strip():
             where = f"{path}, line {i}"
             lines.append((where, partial(_parse, line, where)))
@@ -172,7 +173,7 @@ def from_gsm8k(record):
     answer = record.get("answer")
     if not isinstance(answer, str) or data_type not in (None, "text") or _named(record, others):
         return record
-    *reasoning, last = answer.strip().split("\n")
+    *reasoning, last = answer.strip().splitlines()
     if not last.startswith("####"):
         return record
     _, kind = first(record, "problem_type")
@@ -217,8 +218,8 @@ def medium(record, where):
             raise DataError(f"{where}: data type text with {_listed(named)}, expected no medium")
         return "", "text"
     named = _named(record, MEDIA)
-    key, _ = first(record, *MEDIA)
-    path = text(record, where, *MEDIA)
+    key = next(iter(named), None)
+    path = text(named, where, *MEDIA)
     data_type = data_type or ("image" if key == "image" else "video")
     both = "image" in named and data_type != "image"
     if not both:
@@ -235,9 +236,14 @@ def medium(record, where):
     return path, data_type
 
 
+def is_empty(value):
+    """Whether a field has no value: null, which pandas writes as NaN, "" or []."""
+    return value in (None, "", []) or value != value
+
+
 def _named(record, keys):
     """{key: value} of those of these fields that have a value."""
-    return {key: record[key] for key in keys if record.get(key) not in (None, "", [])}
+    return {key: record[key] for key in keys if not is_empty(record.get(key))}
 
 
 def _listed(fields):

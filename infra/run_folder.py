@@ -25,9 +25,16 @@ import threading
 from pathlib import Path
 
 from infra.checkpoints import newest_whole
+from infra.errors import ModelError
 from infra.files import digest, lock, write_whole
 from infra.flags import flag_lines, refuse_changes
-from infra.model_folder import checkpoints, fingerprint, local_folder
+from infra.model_folder import (
+    base_folder,
+    checkpoints,
+    fingerprint,
+    local_folder,
+    text_fingerprint,
+)
 from infra.ranks import RANK, WORLD, gather, say
 
 # what a resumed run may change: paths, the number of steps, what it logs and keeps, what it costs
@@ -99,6 +106,7 @@ def _open_run(args, defaults):
     config = _config(args)
     if checkpoint:
         refuse_changes(out / "config.txt", config, _fixed(args), flag_lines(defaults))
+        _refuse_other_base(args, checkpoint)
     elif args.resume or (out / "log.jsonl").exists():
         say(f"{out}: no checkpoint to resume from, so the run starts from the beginning")
     for folder, reason in damaged:
@@ -121,17 +129,39 @@ def _open_run(args, defaults):
 def _config(args):
     """The lines of config.txt: commit, records and reference model as comments, then the flags."""
     lines = [f"# commit {commit()}", f"# records {digest(args.data)}"]
-    if (args.beta and args.algo != "sft") or args.lora:  # an adapter's base
-        lines.append(f"# reference {fingerprint(local_folder(args.model))}")
+    model = local_folder(args.model)
+    if args.lora:  # it is also what the adapters in checkpoints stand beside
+        lines.append(f"# reference {fingerprint(model)}, texts {text_fingerprint(model)}")
+    elif args.beta and args.algo != "sft":
+        lines.append(f"# reference {fingerprint(model)}")
     return lines + flag_lines(args)
 
 
 def _fixed(args):
     """The names of the flags and comments that a resumed run must not change."""
     fixed = {*vars(args), "# records", "# reference"} - {*MAY_CHANGE}
+    if args.lora:  # the base may move: "# reference" tells whether it is the same
+        fixed.remove("model")
     if args.schedule == "cosine":  # the learning rate depends on the number of steps
         fixed.add("steps")
     return fixed
+
+
+def _refuse_other_base(args, checkpoint):
+    """Raises ModelError if a checkpoint's adapter stands beside other weights than --model's."""
+    if not args.lora:
+        return
+    named, given = base_folder(checkpoint), base_folder(local_folder(args.model))
+    if named.samefile(given):
+        return
+    if (fingerprint(named), text_fingerprint(named)) != (
+        fingerprint(given),
+        text_fingerprint(given),
+    ):
+        raise ModelError(
+            f"{checkpoint}: its adapter names the base {named}, which is another model than "
+            f"--model {args.model}"
+        )
 
 
 def _rewind(path, step):

@@ -258,6 +258,8 @@ def decode(
     reply = dict(indices=indices, seconds=seconds, available=available)
     reply["keys"] = [clip.keys[i] for i in indices]
     reply["times"] = [float(clip.times[i]) for i in indices]
+    if clip.rate:  # not rounded to the file's ticks
+        reply["times"] = [float(clip.times[0]) + i / clip.rate for i in indices]
     reply["new"] = [clip.keys[i] for i in new]
     return reply, frames
 

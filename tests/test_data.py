@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -155,6 +156,12 @@ GSM8K = dict(
 )
 
 
+def test_files_with_byte_order_marks_can_be_joined(tmp_path):
+    line = json.dumps(GSM8K) + "\n"
+    (tmp_path / "joined.jsonl").write_text(f"\ufeff{line}\ufeff{line}", encoding="utf-8")
+    assert len(data.load_samples(tmp_path / "joined.jsonl")) == 2
+
+
 def test_a_gsm8k_record(tmp_path):
     """As published: neither data type nor problem type, and the number behind the reasoning."""
     (sample,) = load(tmp_path, GSM8K, name="gsm8k.jsonl")
@@ -178,6 +185,7 @@ def test_a_gsm8k_record(tmp_path):
         ({"data_type": "text"}, "data_type", "text"),
         ({"answer": "so\r\n#### 1,000\r\n"}, "answer", "1,000"),
         ({"answer": "#### 72"}, "reasoning", ""),
+        ({"answer": "so\r\nit is\r\n#### 72", "path": math.nan}, "reasoning", "so\nit is"),
         ({"answer": "#### Step 1\nhalf\n#### 24"}, "reasoning", "#### Step 1\nhalf"),
         ({"answer": "by its shape\n#### a kite", "problem_type": "OCR"}, "answer", "a kite"),
         # not GSM8K's: there the answer is read as it is

@@ -317,7 +317,7 @@ def test_we_load_an_adapter_that_peft_wrote(tmp_path, world):
         ("alpha_pattern", {"q_proj": 8}),
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
-        ("revision", "main"),
+        ("revision", "v1.0"),
         ("something_new", 1),
         ("r", 0),
         ("lora_alpha", None),
@@ -542,6 +542,31 @@ def test_a_run_resumes_bit_for_bit(tmp_path, world, cold_start):
     assert any((expected[name] - start[name]).abs().max() > 1e-4 for name in start)
     changed = command(world, cut, **{**how, "lora": 8})
     assert "--lora 8 now, --lora 4 when it started" in run(*changed, "--resume", expect=1)
+
+
+@slow
+def test_the_base_may_move_but_not_change(tmp_path, world, cold_start):
+    """A checkpoint names its base. After a move, that name and --model are edited."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(sorted(cold_start.glob("checkpoint-*"))[-1], base)
+    how = dict(steps=2, beta=0.1)
+    run(*command(world, out, model=base, **how))
+    base = base.rename(tmp_path / "moved")
+
+    def name_base(folder):
+        for file in out.glob("checkpoint-*/adapter_config.json"):
+            config = json.loads(file.read_text()) | {"base_model_name_or_path": str(folder)}
+            file.write_text(json.dumps(config))
+
+    again = [*command(world, out, model=base, **how | {"steps": 3}), "--resume"]
+    name_base(base)
+    run(*again)
+    name_base(world / "model")
+    assert "another model than --model" in run(*again, expect=1)
+    name_base(base)
+    config = base / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-02"))
+    assert "# reference" in run(*again, expect=1)
 
 
 @slow

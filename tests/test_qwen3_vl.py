@@ -25,6 +25,7 @@ from transformers.video_utils import VideoMetadata
 
 import attention
 import bench
+import clips
 import data
 import model
 import rollout
@@ -33,7 +34,7 @@ import toy
 import train
 from conftest import SHARED, flags, needs_shared, run
 from experiments.plain import PlainPolicy
-from infra import families, model_folder
+from infra import families, model_folder, video
 from infra.errors import DataError, ModelError
 from infra.flags import peek
 from test_model import random_responses, weighted
@@ -377,6 +378,13 @@ def real_folder(folder):
     toy.write_model(folder, config, tokenizer)
 
 
+def test_times_of_a_constant_rate_are_the_numbers_of_frames_over_it(tmp_path):
+    """As in the processor. The stamps in the file are rounded, and "<12.9 seconds>" became 12.8."""
+    clips.write(tmp_path / "a.mp4", range(48), rate=30)
+    clip = video.read_clip(tmp_path / "a.mp4", target_fps=30, max_frames=48)
+    assert clip.times == [i / 30 for i in clip.indices] and len(clip.times) == 48
+
+
 def test_times_are_those_of_the_file(world, tmp_path):
     """Also in a segment of it; a folder's are its number over the record's rate."""
     sample = next(s for s in data.load_samples(world / "train.json") if s.data_type == "video")
@@ -564,9 +572,41 @@ def test_numbers_of_the_checkpoint_count(tmp_path, world):
     with pytest.raises(ModelError, match="expected a 'vision_config' with a 'patch_size'"):
         families.read_family(tmp_path, config)
     config["vision_config"]["patch_size"] = 16
-    (tmp_path / "preprocessor_config.json").write_text('{"image_std": 0.5}')
-    with pytest.raises(ModelError, match="preprocessor_config.json: expected three numbers"):
+    for numbers in (dict(image_mean=0.5, image_std=0.5), own | dict(image_std=[1, 0, 1])):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(numbers))
+        with pytest.raises(ModelError, match="preprocessor_config.json: expected three numbers"):
+            families.read_family(tmp_path, config)
+    for layers in ([0, 0], [4], [-1]):
+        config["vision_config"]["deepstack_visual_indexes"] = layers
+        with pytest.raises(ModelError, match="expected different layers of the vision tower"):
+            families.read_family(tmp_path, config)
+
+
+def test_the_normalisation_is_read_wherever_a_processor_keeps_it(tmp_path, world):
+    """transformers 5 writes processor_config.json alone; videos may have a file of their own."""
+    config = json.loads((world / "model" / "config.json").read_text())
+    own = dict(image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3])
+    nested = dict(image_processor=own, video_processor=own)
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    read = families.read_family(tmp_path, config)
+    assert (read.mean, read.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    other = tmp_path / "video_preprocessor_config.json"
+    other.write_text(json.dumps(own | dict(image_std=[1, 2, 4])))
+    with pytest.raises(ModelError, match="normalise pixels differently"):
         families.read_family(tmp_path, config)
+    other.write_text(json.dumps(own | dict(do_normalize=False)))
+    with pytest.raises(ModelError, match="video_preprocessor_config.json: expected pixels norm"):
+        families.read_family(tmp_path, config)
+
+
+def test_a_vision_token_beyond_the_vocabulary_is_named(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    del config["vision_start_token_id"]  # transformers' default is an id of the real vocabulary
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="leaves out or misnames a vision token"):
+        model.Policy.load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "qwen3_5"])
