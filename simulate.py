@@ -244,17 +244,24 @@ def open_run(args, frames, size, device):
     return train.Run(args, wrapped, reference, videos.builder, refill, optimize, **parts)
 
 
-def simulate(args, own):
-    """Two steps of a run on fake GPUs -> the figures of the second, for JSON."""
+def start(args, own):
+    """Prepares this process -> the FakeGPU. From here on, torch has fake GPUs, models have no
+    weights, and decoding skips steps."""
     fake_cuda.pretend(own.memory * 1e9, WORLD)
     if WORLD > 1:
         fake_cuda.fake_ranks(WORLD, partial(of_rank, prompts=args.prompts))
     model.local_folder, model.read_network = Path, blank_network
-    frames, size = video_shape(args, own)
     args.cuda_graph, args.embedding_cache = False, None
     Policy.gpu = gpu = FakeGPU(ROOT, hidden=[__file__, fake_cuda.__file__])
     skip_decode_steps(gpu)
     name_phases(gpu)
+    return gpu
+
+
+def simulate(args, own):
+    """Two steps of a run on fake GPUs -> the figures of the second, for JSON."""
+    gpu = start(args, own)
+    frames, size = video_shape(args, own)
     with gpu:
         with gpu.phase("load"):
             run = open_run(args, frames, size, torch.device("cuda", 0))
@@ -352,12 +359,14 @@ def run_rank(own, flags, extra=()):
 
 
 def peak_of(found):
-    """(bytes, phase) of the largest peak."""
-    return max((phase["peak"], name) for name, phase in found["phases"].items())
+    """(bytes, phase) of the largest peak of a step."""
+    return max((x["peak"], name) for name, x in found["phases"].items() if name != "load")
 
 
 def fits(found):
-    return peak_of(found)[0] < FITS * found["memory"]
+    """Whether loading and the step leave room for what is not simulated."""
+    largest = max(phase["peak"] for phase in found["phases"].values())
+    return largest < FITS * found["memory"]
 
 
 def remedies(found):

@@ -7,7 +7,8 @@
     gpu.phases["forward"].peak            # bytes, and .sites: who held them
 
 CPU tensors are real. An operation that touches "cuda" runs on FakeTensors, which raise for tensors
-of different devices or dtypes as a GPU does. What depends on numbers:
+of different devices or dtypes as a GPU does (with SAME_DTYPE and `check_flash` for what they let
+pass). What depends on numbers:
 
     integers and bools   are computed on the CPU beside the fake operation, so that shapes that
                          depend on them (nonzero, masks, tolist) come out right
@@ -68,6 +69,15 @@ VALUE_DEPENDENT = (
     "unique_consecutive",
     "bincount",
 )
+# operations whose fake form does not check dtypes: the arguments that must have one
+SAME_DTYPE = {
+    "mm": (0, 1),
+    "addmm": (0, 1, 2),
+    "index_add_": (0, 3),
+    "index_copy_": (0, 3),
+    "index_put_": (0, 2),
+    "_index_put_impl_": (0, 2),
+}
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
@@ -106,20 +116,25 @@ class FakeGPU(TorchDispatchMode):
         # a tensor made from a list is made on the CPU and copied, as on a GPU
         self.lift = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
-        self.resize, self.sdpa = torch.UntypedStorage.resize_, F.scaled_dot_product_attention
+        self.resize, self.tolist = torch.UntypedStorage.resize_, FakeTensor.tolist
+        self.sdpa = F.scaled_dot_product_attention
         resize, gpu = self.resize, self
 
         def resize_(storage, size):  # FSDP frees and refills storages
             resize(storage, size)
             gpu.resized(storage, size)
 
-        torch.UntypedStorage.resize_ = resize_
+        def tolist(x):  # one copy, as on a GPU
+            gpu.sync("tolist")
+            return gpu.value(x).tolist()
+
+        torch.UntypedStorage.resize_, FakeTensor.tolist = resize_, tolist
         F.scaled_dot_product_attention = self.attention
         return super().__enter__()
 
     def __exit__(self, *error):
         torch._C._set_only_lift_cpu_tensors(self.lift)
-        torch.UntypedStorage.resize_ = self.resize
+        torch.UntypedStorage.resize_, FakeTensor.tolist = self.resize, self.tolist
         F.scaled_dot_product_attention = self.sdpa
         return super().__exit__(*error)
 
@@ -130,15 +145,16 @@ class FakeGPU(TorchDispatchMode):
         """Inside, everything counts for this phase."""
         before = self.name
         self.enter_phase(name)
+        self.mark()
         try:
             yield
         finally:
             self.enter_phase(before)
 
     def enter_phase(self, name):
+        """Counts for this phase from here on."""
         self.keep_sites()
         self.name, self.current = name, self.phases.setdefault(name, Phase())
-        self.mark()
 
     @contextlib.contextmanager
     def repeated(self, times):
@@ -153,6 +169,7 @@ class FakeGPU(TorchDispatchMode):
         """Forgets all phases, and enters one; what is in use stays."""
         self.phases = {}
         self.enter_phase(name)
+        self.mark()
 
     # ---- memory
 
@@ -296,6 +313,8 @@ class FakeGPU(TorchDispatchMode):
             several = isinstance(found, tuple)
             out = tuple(map(self.on_device, found if several else (found,)))
             return out if several else out[0]
+        if name in INDEXING[1:] and (filled := self.as_masked_fill(args)):
+            func, name, args = aten.masked_fill_.Scalar, "masked_fill_", filled
         args, kwargs = self.waits(func, name, args, kwargs, to)
         return self.run(func, name, args, kwargs)
 
@@ -330,6 +349,17 @@ class FakeGPU(TorchDispatchMode):
             kwargs = {**kwargs, "output_size": int(self.value(args[0]).sum())}
         return args, kwargs
 
+    def as_masked_fill(self, args):
+        """x[mask] = number runs as masked_fill_ on a GPU, without a sync -> its args, or None."""
+        x, indices, number = args[:3]
+        if len(indices) != 1 or number.numel() != 1 or isinstance(number, FakeTensor):
+            return None
+        (mask,) = indices
+        if mask.dtype != torch.bool:
+            return None
+        shape = [*mask.shape, *[1] * (x.ndim - mask.ndim)]
+        return x, self.run(aten.view.default, "view", (mask, shape), {}), number.item()
+
     def indices(self, given):
         """The indices of x[...], with masks as the positions where they are true."""
         out = []
@@ -359,6 +389,9 @@ class FakeGPU(TorchDispatchMode):
             return self.value(args[0]).to(dtype).clone()
         if func in (FLASH, FLASH_BACKWARD):
             check_flash(func, args)
+        dtypes = {args[i].dtype for i in SAME_DTYPE.get(name, ())}
+        if len(dtypes) > 1:
+            raise RuntimeError(f"{name} on a GPU: {dtypes}, expected the same dtype")
         flat, spec = tree_flatten((args, kwargs))
         with self.fake:
             out = func(*args, **kwargs)
