@@ -224,10 +224,8 @@ def name_phases(gpu):
         with gpu.phase("prefill"):
             return prefill(*args)
 
-    @contextlib.contextmanager
     def timed(name):
-        with gpu.phase(TIMED.get(name, gpu.name)):
-            yield
+        return gpu.phase(TIMED[name]) if name in TIMED else contextlib.nullcontext()
 
     rollout.prefill, train.timed = named_prefill, timed
 
@@ -262,7 +260,7 @@ def start(args, own):
         fake_cuda.fake_ranks(WORLD, partial(of_rank, prompts=args.prompts))
     model.local_folder, model.read_network = Path, blank_network
     args.cuda_graph, args.embedding_cache = False, None
-    Policy.gpu = gpu = FakeGPU(ROOT, hidden=[__file__, fake_cuda.__file__])
+    Policy.gpu = gpu = FakeGPU(ROOT, hidden=[Path(__file__).resolve()])
     skip_decode_steps(gpu)
     name_phases(gpu)
     return gpu
@@ -398,10 +396,11 @@ def table(found):
     """The figures of a run as text."""
     phases, flags = found["phases"], found["flags"]
     height, width = found["size"]
+    responses = 1 if flags["algo"] == "sft" else flags["group"]
     lines = [
         f"{flags['algo']}, {found['frames']} frames of {height} x {width}, a prompt of "
-        f"{found['prompt_tokens']} tokens, {flags['group']} responses of {flags['max_new']}; "
-        f"one of {found['gpus']} GPUs, {found['sp']} share a row",
+        f"{found['prompt_tokens']} tokens, {responses} x {flags['max_new']} response tokens; "
+        f"one of {found['gpus']} GPUs, {found['sp']} to a row",
         f"{'phase':10}{'peak GB':>9}{'syncs':>8}{'kernels':>10}{'TFLOP':>9}{'GB moved':>10}"
         f"{'A100 s':>9}{'H100 s':>9}",
     ]

@@ -3,8 +3,8 @@
 torch's FakeTensors carry a shape, strides, a dtype and a device, and no numbers. On a CPU build of
 torch, some code paths still ask for a CUDA runtime: `.to("cuda")`, autocast, the backward pass,
 FSDP's streams, DDP's reducer. `pretend` answers them. It changes torch for the whole process, by
-private interfaces, so it runs only on the torch version that it was written for (`unsupported`),
-and such a process should leave by `os._exit`.
+private interfaces, so it runs only on the torch version that it was written for (`unsupported`; it
+was tested on the CPU build), and such a process should leave by `os._exit`.
 
 infra/fake_gpu.py runs operations on such a device and measures them.
 """
@@ -62,20 +62,19 @@ def _native_tables():
         torch._C._ensureCUDADeviceGuardSet()
         if guards[CUDA] == ctypes.addressof(guard):
             raise RuntimeError("torch kept the device guard that was to be replaced")
-    if not torch.backends.cuda.is_built():
-        get = cpu._ZN2at6detail12getCUDAHooksEv
-        get.restype = ctypes.c_void_p
-        hooks = ctypes.c_void_p.from_address(get())  # points to the table of virtual functions
-        original = hooks.value
-        yes = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(_true)
-        table = (ctypes.c_void_p * 258)()
-        # two entries, offset and type, stand before the first function
-        table[:] = (ctypes.c_void_p * 258).from_address(original - 16)[:]
-        for place in (IS_BUILT, HAS_PRIMARY_CONTEXT):
-            table[2 + place] = ctypes.cast(yes, ctypes.c_void_p).value
-        hooks.value = ctypes.addressof(table) + 16
-        _native_tables.kept = yes, table  # C++ points to them
-        atexit.register(setattr, hooks, "value", original)
+    get = cpu._ZN2at6detail12getCUDAHooksEv
+    get.restype = ctypes.c_void_p
+    hooks = ctypes.c_void_p.from_address(get())  # points to the table of virtual functions
+    original = hooks.value
+    yes = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(_true)
+    table = (ctypes.c_void_p * 258)()
+    # two entries, offset and type, stand before the first function
+    table[:] = (ctypes.c_void_p * 258).from_address(original - 16)[:]
+    for place in (IS_BUILT, HAS_PRIMARY_CONTEXT):
+        table[2 + place] = ctypes.cast(yes, ctypes.c_void_p).value
+    hooks.value = ctypes.addressof(table) + 16
+    _native_tables.kept = yes, table  # C++ points to them
+    atexit.register(setattr, hooks, "value", original)
 
 
 def _zero():

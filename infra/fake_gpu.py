@@ -98,15 +98,16 @@ class Phase:
 class FakeGPU(TorchDispatchMode):
     """A context in which "cuda" tensors are fake and measured. `fake_cuda.pretend` comes first.
 
-    root: the folder whose lines are named as sites.  hidden: files in it that are not.
+    root: the folder whose lines are named as sites.  hidden: files in it that are named only where
+    there is no other.
     phases: {name: Phase}.  now: bytes in use.
     """
 
     def __init__(self, root, hidden=()):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.root, self.hidden = str(root), {__file__, *map(str, hidden)}
-        self.kinds = {}  # of files: project, other, or skipped
+        self.root, self.hidden = str(root), {*map(str, hidden)}
+        self.kinds = {}  # of files, by kind_of
         self.phases, self.name, self.times = {}, "", 1.0
         self.now, self.live, self.refs = 0, {}, {}  # storage's id -> (bytes, site); -> weak ref
         self.by_site, self.grown = Counter(), False  # grown: a peak without its sites yet
@@ -223,26 +224,32 @@ class FakeGPU(TorchDispatchMode):
 
     def site(self):
         """The innermost line of the project that is running, "file:line"; and the innermost of a
-        library below it, but for torch."""
-        frame, library = sys._getframe(1), None
+        library below it, but for torch. The autograd engine has no line of the project."""
+        frame, library, around = sys._getframe(1), "", ""
         while frame is not None:
-            code = frame.f_code
-            kind = self.kinds.get(code.co_filename)
-            if kind is None:
-                kind = self.kinds[code.co_filename] = self.kind_of(code.co_filename)
+            file = frame.f_code.co_filename
+            if file not in self.kinds:
+                self.kinds[file] = self.kind_of(file)
+            kind = self.kinds[file]
             if kind:
-                line = f"{kind}:{frame.f_lineno}"
-                if code.co_filename.startswith(self.root):
-                    return f"{line} <- {library}" if library else line
-                library = library or line
+                line = f"{file.rpartition('/')[2]}:{frame.f_lineno}"
+            if kind == "project":
+                return line + library
+            if kind == "library":
+                library = library or f" <- {line}"
+            if kind == "hidden":
+                around = around or line
             frame = frame.f_back
-        return f"backward <- {library}" if library else "backward"
+        return (around or "backward") + library
 
     def kind_of(self, file):
-        """The name under which a file's lines are named, "" for one that is skipped."""
-        folders = ("/torch/", "/contextlib.py", "/threading.py", "<")
-        skipped = file in self.hidden or any(x in file for x in folders)
-        return "" if skipped else file.rpartition("/")[2]
+        """project, hidden or library; "" for a file whose lines are never named."""
+        if file in self.hidden:
+            return "hidden"
+        if file.startswith(self.root):
+            return "" if file == __file__ else "project"
+        skipped = ("/torch/", "/contextlib.py", "/threading.py", "<")
+        return "" if any(x in file for x in skipped) else "library"
 
     def sync(self, kind):
         self.current.syncs[kind, self.site()] += self.times
