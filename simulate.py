@@ -46,7 +46,7 @@ import rollout
 import train
 from data import Media, PromptBuilder, Sample, supervised_response
 from infra import fake_cuda
-from infra.errors import ModelError
+from infra.errors import DataError, ModelError
 from infra.fake_gpu import EFFICIENCY, FakeGPU
 from infra.frames import smart_resize
 from infra.model_folder import newest_checkpoint
@@ -109,7 +109,10 @@ def parse_args(argv):
 
 
 class Policy(model.Policy):
-    """A policy whose parameters are made on the fake device; its calls are phases."""
+    """A policy whose parameters are made on the fake device; its calls are phases.
+
+    A call without gradient is the reference's (or, with --temporal contrast, a rescoring).
+    """
 
     gpu = None  # the FakeGPU
 
@@ -120,8 +123,7 @@ class Policy(model.Policy):
         return self
 
     def __call__(self, *args, **kwargs):
-        trained = self.text.embed_tokens.weight.requires_grad
-        with self.gpu.phase("forward" if trained else "reference"):
+        with self.gpu.phase("forward" if torch.is_grad_enabled() else "reference"):
             return super().__call__(*args, **kwargs)
 
     def encode(self, prompts):
@@ -268,8 +270,8 @@ def start(args, own):
 
 def simulate(args, own):
     """Two steps of a run on fake GPUs -> the figures of the second, for JSON."""
-    gpu = start(args, own)
     frames, size = video_shape(args, own)
+    gpu = start(args, own)
     with gpu:
         with gpu.phase("load"):
             run = open_run(args, frames, size, torch.device("cuda", 0))
@@ -293,14 +295,18 @@ def simulate(args, own):
 
 def video_shape(args, own):
     """(frames, (height, width)) of the videos: as given, or as the recipe would show them."""
-    limits = dict(min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-    size = smart_resize(1080, 1920, **limits)
-    if own.size:
-        height, _, width = own.size.partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
-            raise SystemExit(f"error: --size {own.size}: expected HEIGHTxWIDTH, such as 252x392")
-        size = int(height), int(width)
-    return own.frames or args.max_frames, size
+    frames = own.frames or args.max_frames
+    if frames < 2 or frames % 2:
+        raise SystemExit(f"error: --frames {frames}: expected an even number")
+    if not own.size:
+        limits = dict(min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+        return frames, smart_resize(1080, 1920, **limits)
+    size = tuple(int(side) for side in own.size.split("x") if side.isdecimal())
+    if len(size) != 2 or size != smart_resize(*size, min_pixels=1, max_pixels=math.inf):
+        raise SystemExit(
+            f"error: --size {own.size}: expected HEIGHTxWIDTH in multiples of 28, such as 252x392"
+        )
+    return frames, size
 
 
 def figures(phases):
@@ -328,6 +334,9 @@ def one_rank(own, flags):
         code = e.code if isinstance(e.code, int) else 1
         if code and e.code != code:
             print(e.code, file=sys.stderr)
+    except (DataError, ModelError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 1
     except Exception:
         traceback.print_exc()
         code = 1

@@ -144,7 +144,8 @@ def greedy():
 def faults():
     """Each fault, put in on purpose, is caught; without it, the step runs."""
     gpu, run = begin("--algo", "grpo")
-    second_step(gpu, run)
+    train.train_step(run, 0)
+    assert not leaks, leaks
 
     make = attention.make_blocks
     attention.make_blocks = lambda causal, full, device: make(causal, full, torch.device("cpu"))
@@ -172,7 +173,8 @@ def faults():
         assert leaks and all(found in leak for leak in leaks), leaks
         leaks.clear()
     rollout.sample = draw
-    second_step(gpu, run)
+    train.train_step(run, 3)
+    assert not leaks, leaks
 
 
 def failure(run):
