@@ -61,14 +61,8 @@ VIEWS = set(
     empty empty_like new_empty empty_strided new_empty_strided is_same_size set_ resize_ sym_size
     record_stream""".split()
 )
-VALUE_DEPENDENT = (
-    "nonzero",
-    "masked_select",
-    "unique_dim",
-    "_unique2",
-    "unique_consecutive",
-    "bincount",
-)
+READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
+VALUE_DEPENDENT = "nonzero masked_select unique_dim _unique2 unique_consecutive bincount".split()
 # operations whose fake form does not check dtypes: the arguments that must have one
 SAME_DTYPE = {
     "mm": (0, 1),
@@ -78,6 +72,7 @@ SAME_DTYPE = {
     "index_put_": (0, 2),
     "_index_put_impl_": (0, 2),
 }
+NEVER_NAMED = ("/site-packages/torch/", "/contextlib.py", "/threading.py", "<")  # as sites
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
@@ -106,7 +101,7 @@ class FakeGPU(TorchDispatchMode):
     def __init__(self, root, hidden=()):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.root, self.hidden = str(root), {*map(str, hidden)}
+        self.root, self.hidden = f"{root}/", {*map(str, hidden)}
         self.kinds = {}  # of files, by kind_of
         self.phases, self.name, self.times = {}, "", 1.0
         self.now, self.live, self.refs = 0, {}, {}  # storage's id -> (bytes, site); -> weak ref
@@ -217,7 +212,7 @@ class FakeGPU(TorchDispatchMode):
     def temporary(self, size, site):
         """Memory that a kernel takes and gives back."""
         if self.now + size > self.current.peak:
-            self.current.peak = self.now + size
+            self.current.peak, self.grown = self.now + size, False
             self.current.sites = self.by_site + Counter({f"{site} workspace": size})
 
     # ---- where
@@ -246,10 +241,10 @@ class FakeGPU(TorchDispatchMode):
         """project, hidden or library; "" for a file whose lines are never named."""
         if file in self.hidden:
             return "hidden"
-        if file.startswith(self.root):
-            return "" if file == __file__ else "project"
-        skipped = ("/torch/", "/contextlib.py", "/threading.py", "<")
-        return "" if any(x in file for x in skipped) else "library"
+        if file == __file__ or any(x in file for x in NEVER_NAMED):
+            return ""
+        installed = not file.startswith(self.root) or "/site-packages/" in file
+        return "library" if installed else "project"
 
     def sync(self, kind):
         self.current.syncs[kind, self.site()] += self.times
@@ -257,7 +252,8 @@ class FakeGPU(TorchDispatchMode):
     # ---- numbers
 
     def value(self, x):
-        """The numbers of a tensor, on the CPU; 0 for those that are not known."""
+        """The numbers of a tensor, on the CPU; 0 for those that are not known. Those of a view share
+        memory with those of its base."""
         if not isinstance(x, FakeTensor):
             return x
         known = getattr(x, "_value", None)
@@ -311,41 +307,44 @@ class FakeGPU(TorchDispatchMode):
         if foreign or not (fakes or to == "cuda"):
             return func(*args, **kwargs)
         name = func._overloadpacket.__name__
-        if self.reads(func):
-            return self.read(func, name, args, kwargs, to)
+        if func in READS:
+            return self.read(func, args[0])
         if name in VALUE_DEPENDENT:
-            self.sync(name)
-            found = func(*map(self.value, args), **kwargs)
-            self.current.kernels += self.times
-            several = isinstance(found, tuple)
-            out = tuple(map(self.on_device, found if several else (found,)))
-            return out if several else out[0]
+            return self.run_on_values(func, name, args, kwargs)
+        if func is aten._to_copy.default and to == "cpu":
+            self.sync("download")
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return self.value(args[0]).to(dtype).clone()
+        if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
+            self.sync("download")
+            return func(args[0], self.value(args[1]))
         if name in INDEXING[1:] and (filled := self.as_masked_fill(args)):
             func, name, args = aten.masked_fill_.Scalar, "masked_fill_", filled
-        args, kwargs = self.waits(func, name, args, kwargs, to)
+        args, kwargs = self.wait(func, name, args, kwargs, to)
         return self.run(func, name, args, kwargs)
 
-    def reads(self, func):
-        return func in (
-            aten._local_scalar_dense.default,
-            aten.is_nonzero.default,
-            aten.equal.default,
-        )
-
-    def read(self, func, name, args, kwargs, to):
+    def read(self, func, x):
         """A number that the host waits for."""
         self.sync("item")
         if func is aten.equal.default:
             return True
-        x = args[0]
         number = self.value(x).flatten()[0].item()
         return number or 0.5 if x.dtype.is_floating_point else number
 
-    def waits(self, func, name, args, kwargs, to):
-        """Counts the syncs of an operation -> its args and kwargs, indices by masks as numbers."""
+    def run_on_values(self, func, name, args, kwargs):
+        """An operation whose shape depends on numbers: the host waits for them."""
+        self.sync(name)
+        self.current.kernels += self.times
+        found = func(*map(self.value, args), **kwargs)
+        if isinstance(found, tuple):
+            return tuple(map(self.on_device, found))
+        return self.on_device(found)
+
+    def wait(self, func, name, args, kwargs, to):
+        """Counts the syncs of an operation -> its args and kwargs, masks as indices."""
         upload = func is aten._to_copy.default and to == "cuda"
         upload = upload and not isinstance(args[0], FakeTensor)
-        if func is aten.copy_.default and isinstance(args[0], FakeTensor):
+        if func is aten.copy_.default:
             upload = not isinstance(args[1], FakeTensor)
         if upload and not kwargs.get("non_blocking"):
             self.sync("upload")
@@ -384,16 +383,6 @@ class FakeGPU(TorchDispatchMode):
 
     def run(self, func, name, args, kwargs):
         """Runs an operation on fake tensors, and counts it."""
-        to_host = func is aten.copy_.default and not isinstance(args[0], FakeTensor)
-        device = kwargs.get("device")
-        if func is aten._to_copy.default and device is not None:
-            to_host = torch.device(device).type == "cpu"
-        if to_host:
-            self.sync("download")
-            if func is aten.copy_.default:
-                return func(args[0], self.value(args[1]))
-            dtype = kwargs.get("dtype") or args[0].dtype
-            return self.value(args[0]).to(dtype).clone()
         if func in (FLASH, FLASH_BACKWARD):
             check_flash(func, args)
         dtypes = {args[i].dtype for i in SAME_DTYPE.get(name, ())}

@@ -109,14 +109,14 @@ def fsdp():
 
 def ddp():
     gpu, run = begin("--algo", "grpo", "--beta", "0.04")
-    syncs = dict(encode=21, prefill=11, reference=24, forward=24, backward=16, optimizer=1)
+    syncs = dict(encode=21, prefill=11, reference=24, forward=24, backward=14, optimizer=1)
     check(gpu, run, syncs=syncs, estimate=(1.0, 1.01))
     assert calls["tower"] == 1, "a frozen tower encodes once"
 
 
 def sp():
     gpu, run = begin("--algo", "grpo", "--fsdp", "--beta", "0.04", "--sp", "2")
-    syncs = dict(encode=21, prefill=21, reference=43, forward=43, backward=12, optimizer=1)
+    syncs = dict(encode=21, prefill=21, reference=43, forward=43, backward=10, optimizer=1)
     check(gpu, run, syncs=syncs, estimate=(1.6, 1.7))
 
 
