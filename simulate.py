@@ -55,17 +55,7 @@ from infra.progress import LoadErrors
 from infra.ranks import WORLD
 
 ROOT = Path(__file__).resolve().parent
-PHASES = (
-    "load",
-    "gather",
-    "encode",
-    "prefill",
-    "decode",
-    "reference",
-    "forward",
-    "backward",
-    "optimizer",
-)
+PHASES = "load gather encode prefill decode reference forward backward optimizer".split()
 # of train.timed, by the name of the phase here; what else they do is part of it
 TIMED = {"rollout": "decode", "shuffled": "decode", "train": "backward", "optimizer": "optimizer"}
 DECODE_STEPS = 2  # that run at each end of a response

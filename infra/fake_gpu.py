@@ -252,8 +252,10 @@ class FakeGPU(TorchDispatchMode):
     # ---- numbers
 
     def value(self, x):
-        """The numbers of a tensor, on the CPU; 0 for those that are not known. Those of a view share
-        memory with those of its base."""
+        """The numbers of a tensor, on the CPU; 0 for those that are not known.
+
+        Those of a view share memory with those of its base.
+        """
         if not isinstance(x, FakeTensor):
             return x
         known = getattr(x, "_value", None)
