@@ -59,7 +59,7 @@ PHASES = "load gather encode prefill decode reference forward backward optimizer
 # of train.timed, by the name of the phase here; what else they do is part of it
 TIMED = {"rollout": "decode", "shuffled": "decode", "train": "backward", "optimizer": "optimizer"}
 DECODE_STEPS = 2  # that run at each end of a response
-FITS = 0.9  # of --memory: leaves room for what is not simulated
+FITS = 0.9  # of --memory; the rest is for what is not simulated
 UNKNOWN = (
     "Not in these figures: numbers (no result is checked), NCCL's time and buffers, the CUDA "
     "context and cuBLAS (some 2 to 4 GB), fragmentation, most kernels' own memory, launch times, "
@@ -413,25 +413,32 @@ def table(found):
         )
     shares = ", ".join(f"{x:.0%} {name}" for name, x in EFFICIENCY.items())
     lines.append(f"seconds: a roofline, assumed to reach {shares}; without communication")
-    peak, name = peak_of(found)
-    estimate = sum(found["estimate"].values())
-    verdict = "fits" if fits(found) else "does not fit"
+    estimate, (peak, _) = sum(found["estimate"].values()), peak_of(found)
     lines.append(
-        f"peak {peak / 1e9:.2f} GB ({name}): {verdict} {FITS:.0%} of {found['memory'] / 1e9:.0f} "
-        f"GB; train.py's own estimate {estimate / 1e9:.2f} GB, {estimate / peak:.2f} times as much"
+        f"{verdict(found)}; train.py's own estimate {estimate / 1e9:.2f} GB, "
+        f"{estimate / peak:.2f} times the step's peak"
     )
     return "\n".join([*lines, *largest(phases), UNKNOWN])
 
 
+def verdict(found):
+    """Whether a run fits, in words."""
+    peak, name = peak_of(found)
+    load, limit = found["phases"]["load"]["peak"], FITS * found["memory"]
+    loading = f", {load / 1e9:.2f} GB while loading" if load > peak else ""
+    word = "fits" if fits(found) else "does not fit"
+    return f"peak {peak / 1e9:.2f} GB ({name}){loading}: {word} in {limit / 1e9:.0f} GB"
+
+
 def largest(phases):
-    """The sites of most memory and of most syncs of each phase, as lines."""
+    """Where most memory is at the peak of each phase, and most syncs, as lines."""
     lines = []
     for name, phase in phases.items():
-        held = [f"{n / 1e9:.2f} {site}" for site, n in phase["sites"][:5]]
-        lines.append(f"{name}: GB at the peak: {'; '.join(held)}")
-        waits = [f"{n:.0f} {kind} {site}" for kind, site, n in phase["syncs"][:4]]
+        held = [f"{n / 1e9:.2f} {site}" for site, n in phase["sites"][:3]]
+        lines.append(f"{name:10} GB at the peak: {'; '.join(held)}")
+        waits = [f"{n:.0f} {kind} {site}" for kind, site, n in phase["syncs"][:3]]
         if waits:
-            lines.append(f"{'':{len(name)}}  syncs: {'; '.join(waits)}")
+            lines.append(f"{'':10} syncs: {'; '.join(waits)}")
     return lines
 
 
@@ -449,11 +456,9 @@ def main(argv=None):
     tried = []
     for extra in [] if fits(found) else remedies(found):
         other = run_rank(own, flags, extra)
-        if other is not None:
-            peak, name = peak_of(other)
-            verdict = "fits" if fits(other) else "does not fit"
-            print(f"with {' '.join(extra)}: {peak / 1e9:.2f} GB ({name}), {verdict}", flush=True)
-            tried.append({"with": extra, **other})
+        said = verdict(other) if other else "cannot be simulated"
+        print(f"with {' '.join(extra)}: {said}", flush=True)
+        tried += [{"with": extra, **other}] if other else []
     if tried:
         print(UNKNOWN)
     if own.write:
