@@ -63,7 +63,7 @@ class PackedRow:
     prompt number `first_prompt`.
 
     `held`, `find` and `from_all_ranks` matter where ranks share a row (mrsp.ShardedRow). Here
-    this rank holds every token.
+    this rank holds every token. Their indices stay on the CPU, so that nobody waits for a GPU.
     """
 
     held = slice(None)  # which tokens of the row this rank holds

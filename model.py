@@ -27,6 +27,7 @@ from data import MEAN, STD, Prompt, normalize, patchify
 from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import ModelError
 from infra.families import FAMILIES, read_family
+from infra.flash import to_device
 from infra.model_folder import (
     base_folder,
     load_tokenizer,
@@ -362,19 +363,22 @@ class Policy(nn.Module):
                 positions.append((first + torch.arange(len(r))).expand(3, -1))
                 visual.append(torch.zeros(len(r), dtype=torch.bool))
             following.append(first)
-        ids = torch.cat(ids).to(self.device)  # (S,)
-        positions = torch.cat(positions, dim=1).to(self.device)  # (3, S)
-        visual = torch.cat(visual).to(self.device)  # (S,)
+        visual = torch.cat(visual)  # (S,)
         number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
         visual, number = visual[plan.held], number[plan.held]
-        x = self.embed(ids[plan.held])  # (n, D)
-        embeds = torch.cat(visual_embeds)[number[visual]].to(x.dtype)  # (n visual, visual_width)
+        ids = torch.cat(ids)[plan.held]  # (n,)
+        positions = torch.cat(positions, dim=1)[:, plan.held]  # (3, n)
+        ids, positions, visual, number = to_device(
+            [ids, positions, visual, number[visual]], self.device
+        )
+        x = self.embed(ids)  # (n, D)
+        embeds = torch.cat(visual_embeds)[number].to(x.dtype)  # (n visual, visual_width)
         embeds, *again = embeds.split(x.shape[1], dim=1)  # (n visual, D) each
         x = x.masked_scatter(visual[:, None], embeds)
         deepstack = {}
         if again:
             deepstack = dict(visual_pos_masks=visual[None], deepstack_visual_embeds=again)
-        hidden = self.run_layers(x[None], positions[:, None, plan.held], plan, **deepstack)[0]
+        hidden = self.run_layers(x[None], positions[:, None], plan, **deepstack)[0]
         return hidden, plan, following
 
     def _is_visual(self, ids):
@@ -411,12 +415,13 @@ class Policy(nn.Module):
     def _score(self, prompts, responses, visual_embeds, temperature):
         """Log-probs and entropies of all response tokens in order, (T,) each."""
         hidden, plan, _ = self.run_row(prompts, responses, visual_embeds)
-        sources = attention.predictors(row_lengths(prompts, responses)).to(self.device)  # (T,)
-        targets = torch.cat([r.to(self.device) for group in responses for r in group])  # (T,)
+        sources = attention.predictors(row_lengths(prompts, responses))  # (T,)
+        targets = torch.cat([r.cpu() for group in responses for r in group])  # (T,)
         which, where = plan.find(sources)  # this rank's
+        where, targets = to_device([where, targets[which]], self.device)
         size = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
         head, logps, entropies = self.lm_head_weight(), [], []
-        for h, t in zip(hidden[where].split(size), targets[which].split(size)):
+        for h, t in zip(hidden[where].split(size), targets.split(size)):
             logp, entropy = checkpoint(
                 self._score_chunk, h, t, head, temperature, use_reentrant=False
             )

@@ -146,9 +146,9 @@ def prefill(policy, prompts, visual_embeds, cache):
         hidden, plan, nexts = policy.run_row(
             prompts[in_row], no_responses, visual_embeds[in_row], cache, first_prompt=row[0]
         )
-        ends = torch.tensor(lengths[in_row], device=policy.device).cumsum(0) - 1
+        ends = torch.tensor(lengths[in_row]).cumsum(0) - 1
         _, places = plan.find(ends)
-        last.append(plan.from_all_ranks(hidden[places], ends))
+        last.append(plan.from_all_ranks(hidden[places.to(policy.device)], ends))
         following += nexts
     return torch.cat(last), torch.tensor(following, device=policy.device)
 
