@@ -363,21 +363,22 @@ class Policy(nn.Module):
                 positions.append((first + torch.arange(len(r))).expand(3, -1))
                 visual.append(torch.zeros(len(r), dtype=torch.bool))
             following.append(first)
-        visual = torch.cat(visual)  # (S,)
-        number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
-        visual, number = visual[plan.held], number[plan.held]
         ids = torch.cat(ids)[plan.held]  # (n,)
         positions = torch.cat(positions, dim=1)[:, plan.held]  # (3, n)
-        ids, positions, visual, number = to_device(
-            [ids, positions, visual, number[visual]], self.device
-        )
+        visual = torch.cat(visual)  # (S,)
+        number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
+        places = visual[plan.held].nonzero()[:, 0]  # of the visual tokens that are held
+        number = number[plan.held][places]
+        moved = to_device([ids, positions, places, number], self.device)
+        ids, positions, places, number = moved
         x = self.embed(ids)  # (n, D)
         embeds = torch.cat(visual_embeds)[number].to(x.dtype)  # (n visual, visual_width)
         embeds, *again = embeds.split(x.shape[1], dim=1)  # (n visual, D) each
-        x = x.masked_scatter(visual[:, None], embeds)
+        x = x.index_copy(0, places, embeds)
         deepstack = {}
         if again:
-            deepstack = dict(visual_pos_masks=visual[None], deepstack_visual_embeds=again)
+            mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, places, True)
+            deepstack = dict(visual_pos_masks=mask[None], deepstack_visual_embeds=again)
         hidden = self.run_layers(x[None], positions[:, None], plan, **deepstack)[0]
         return hidden, plan, following
 
