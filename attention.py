@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from infra.flash import BlockAttention, flash, make_blocks, merge
+from infra.flash import BlockAttention, flash, make_blocks, merge, to_device
 from infra.model_folder import head_size
 
 CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 28 GB for a 7B in bf16
@@ -294,14 +294,14 @@ def segment_attention(
     """The vision tower's attention: each segment (a window, or a 2-frame grid) sees itself.
 
     Segments of equal length are computed together, where transformers' SDPA path loops over all of
-    them. query, key, value (1, H, S, d); cu_seq_lens_q (segments + 1,): bounds, None for one
-    segment -> (1, S, H, d).
+    them. query, key, value (1, H, S, d); cu_seq_lens_q (segments + 1,): bounds, on the CPU (see
+    model.tower_indices), None for one segment -> (1, S, H, d).
     """
     if cu_seq_lens_q is None:
         out = F.scaled_dot_product_attention(query, key, value, scale=scaling)
         return out.transpose(1, 2), None
-    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor: one copy to the CPU
-        cu_seq_lens_q.segments = segments_by_length(cu_seq_lens_q)
+    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor
+        cu_seq_lens_q.segments = to_device(segments_by_length(cu_seq_lens_q), query.device)
     q, k, v = query[0], key[0], value[0]  # (H, S, d)
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])  # (S, H, d)
     for tokens in cu_seq_lens_q.segments:  # (segments, length)
@@ -321,8 +321,7 @@ def segments_by_length(bounds):
     segments = []
     for length, firsts in starts.items():
         if length:
-            tokens = torch.tensor(firsts)[:, None] + torch.arange(length)
-            segments.append(tokens.to(bounds.device))
+            segments.append(torch.tensor(firsts)[:, None] + torch.arange(length))
     return segments
 
 

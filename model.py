@@ -19,6 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 import attention
 import lora
@@ -299,7 +304,8 @@ class Policy(nn.Module):
         exact = torch.promote_types(visual.dtype, torch.float32)
         channels = patches.unflatten(1, (3, -1))
         pixels = normalize(channels, exact, family.mean, family.std).flatten(1).to(visual.dtype)
-        out = visual(pixels, grid_thw=torch.tensor(sizes, device=self.device))
+        sizes = torch.tensor(sizes)
+        out = visual(pixels, grid_thw=sizes, **tower_indices(visual, sizes, self.device))
         again = out.deepstack_features if family.deepstack else []  # (V, D) each
         return torch.cat([out.pooler_output, *again], dim=1)
 
@@ -454,6 +460,32 @@ class PatchEmbed(nn.Module):
         """Patches (N, 3 * 2 * patch * patch) -> (N, D)."""
         weight = self.proj.weight
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+def tower_indices(visual, sizes, device):
+    """What a vision tower of transformers indexes with -> keywords of its forward.
+
+    It would compute them itself from the grid sizes (media, 3). Here they move to the GPU as one.
+    Sizes and bounds of segments stay on the CPU: shapes depend on them, so reading them from a GPU
+    would make the host wait.
+    """
+    merge = visual.spatial_merge_size
+    indices, others = {"position_ids": get_vision_position_ids(sizes, merge)}, {}
+    if hasattr(visual, "window_size"):  # Qwen2.5-VL
+        indices["window_index"], others["cu_window_seqlens"] = get_vision_window_index(
+            sizes, merge, visual.window_size, visual.patch_size
+        )
+    if hasattr(visual, "pos_embed"):  # Qwen3-VL: learned positions, resampled to the grid
+        indices["interp_indices"], weights = get_vision_interpolation_indices_and_weights(
+            sizes,
+            visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        others["interp_weights"] = weights.to(device)
+    moved = to_device(list(indices.values()), device)
+    return dict(zip(indices, moved)) | others
 
 
 def split_grids(grids, limit):
