@@ -235,10 +235,10 @@ class DecodeCache:
     def keep(self, prompts, responses, G, t):
         """Keeps some prompts and responses, and of these responses the first t tokens.
 
-        prompts: indices into B, ascending.  responses: indices into B * G, G for each kept prompt
-        in order.
+        prompts: a list of indices into B, ascending.  responses: indices into B * G, G for each
+        kept prompt in order.
         """
-        kept = [self.places[p] for p in prompts.tolist()]
+        kept = [self.places[p] for p in prompts]
         if len(kept) < len(self.places):
             which = [[j for i, j in kept if i == n] for n in range(len(self.sizes))]
             for layer, buffers in enumerate(self.prompt_kv):  # old and new coexist for one layer
