@@ -68,6 +68,7 @@ from infra.run_folder import claimed, open_run, resumable, resume_command, stop_
 from infra.step_log import (
     LossTotals,
     column,
+    read_totals,
     sample_lines,
     sampled_metrics,
     shown_metrics,
@@ -330,15 +331,16 @@ def policy_gradient(run, batch, local):
     for group, A in batch:
         if group.position in local and has_gradient(group, A, args):
             mine.append((local[group.position], A))
-    total = LossTotals()
+    sums = []  # of each row, on the device
     lengths = [group.tokens for group, _ in mine]
     for row in passes(run.policy, pack(mine, lengths, args.row_tokens)):
         loss, of_row = row_loss(run, row, denominator)
+        sums.append(of_row)
         # The gradient is the sum over ranks, but DDP and FSDP take the mean. Without --sp each rank
         # has other groups. With --sp all have the same loss, but each rank's gradient is only the
         # part that flows through the tokens that it holds.
         (loss * WORLD).backward()
-        total += of_row
+    total = sum(map(read_totals, sums), LossTotals())  # only now: reading waits for the GPU
     return sum(gather(total, every=unwrap(run.policy).sp.size), LossTotals())
 
 
@@ -356,7 +358,9 @@ def loss_denominator(groups, args):
 
 
 def row_loss(run, row, denominator):
-    """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, LossTotals).
+    """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, {name: sum over tokens}).
+
+    The sums are LossTotals' fields, on the device; an empty row has none.
 
     The row has N responses; the longest has R tokens. pi_old's log-probs come from sampling,
     without another pass: rho of a first update is 1 up to rounding, logged as `mismatch`. An empty
@@ -372,7 +376,7 @@ def row_loss(run, row, denominator):
         with torch.no_grad(), lora.off(run.policy):
             ref_logp, _ = run.reference(prompts, responses, embeds, args.temperature)
     if not row:
-        return logp.sum(), LossTotals()
+        return logp.sum(), {}
     old_logps, masks = [], []
     for x, _ in row:
         old_logps += x.group.logps
@@ -397,7 +401,7 @@ def row_loss(run, row, denominator):
     )
     sums |= {"loss": loss.detach(), "entropy": (entropy * mask).sum()}
     sums["mismatch"] = ((logp.detach() - old_logp).abs() * mask).sum()
-    return loss, LossTotals(**{name: float(x) for name, x in sums.items()})
+    return loss, sums
 
 
 # ---- SFT

@@ -12,8 +12,8 @@ pass). What depends on numbers:
 
     integers and bools   are computed on the CPU beside the fake operation, so that shapes that
                          depend on them (nonzero, masks, tolist) come out right
-    floats               have no numbers. Read from the device they are 0 (a single one: 0.5), and
-                         so are integers computed from them
+    floats               have no numbers. Copied from the device they are 0 (read as Python numbers:
+                         0.5), and integers computed from them are 0
 
 What is measured, for each phase (`Phase`):
 
@@ -122,7 +122,10 @@ class FakeGPU(TorchDispatchMode):
 
         def tolist(x):  # one copy, as on a GPU
             gpu.sync("tolist")
-            return gpu.value(x).tolist()
+            numbers = gpu.value(x)
+            if numbers.dtype.is_floating_point:
+                numbers = torch.full_like(numbers, 0.5)
+            return numbers.tolist()
 
         torch.UntypedStorage.resize_, FakeTensor.tolist = resize_, tolist
         F.scaled_dot_product_attention = self.attention

@@ -265,6 +265,7 @@ def numbers(gpu, cuda):
     x[x == 3] = 7
     assert x.cpu().tolist() == [7, 1, 7]
     assert float(torch.ones((), device=cuda)) == 0.5, "floats have no numbers"
+    assert torch.ones(2, device=cuda).tolist() == [0.5, 0.5]
 
 
 def refused(cuda):
