@@ -55,7 +55,7 @@ from data import Loader, PromptBuilder, load_samples
 from eval import Method, Question, answer, look_for_media
 from infra import fsdp
 from infra.checkpoints import save
-from infra.clock import seconds, timed
+from infra.clock import new_step, seconds, timed
 from infra.ddp import passes, unwrap
 from infra.errors import DataError, ModelError
 from infra.flags import MEDIA, Parser, flag_words, media_flags, ordered, peek
@@ -519,11 +519,11 @@ def train(args, device, at_end, policy_class=Policy):
     at_end.callback(progress.close)
     signals = at_end.enter_context(stop_signals())
     at_end.enter_context(resumable())
-    seconds.clear()
+    new_step()
     if start == 0 and held_out:
         progress.log(0, evaluate(run, held_out))
     for step in range(start, args.steps):
-        seconds.clear()
+        new_step()
         done = step + 1
         with timed("step"):
             entry, lines, tokens = train_step(run, step)
