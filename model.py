@@ -348,8 +348,8 @@ class Policy(nn.Module):
     def run_row(self, prompts, responses, visual_embeds, cache=None, first_prompt=0):
         """One packed row [prompt | o_1 ... o_G | prompt' ...] through the language model.
 
-        responses: for each prompt a list of token ids (R_i,).  visual_embeds: of each prompt (V,
-        D). cache, first_prompt: see PackedRow.
+        responses: for each prompt a list of token ids (R_i,), on the CPU.  visual_embeds: of each
+        prompt (V, D). cache, first_prompt: see PackedRow.
         Returns the hidden states of the tokens that this rank holds (n, D), the row's plan, and the
         position that follows each prompt.
         """
@@ -365,7 +365,7 @@ class Policy(nn.Module):
             positions.append(of_prompt)
             visual.append(self._is_visual(prompt.ids))
             for r in group:  # every response starts where the prompt ends
-                ids.append(r.cpu())
+                ids.append(r)
                 positions.append((first + torch.arange(len(r))).expand(3, -1))
                 visual.append(torch.zeros(len(r), dtype=torch.bool))
             following.append(first)
@@ -396,8 +396,8 @@ class Policy(nn.Module):
     def forward(self, prompts, responses, visual_embeds=None, temperature=1.0):
         """Log-probs of all response tokens of B groups, each prompt once for its G responses.
 
-        prompts: B.  responses: B lists of token ids (R_i,).  visual_embeds: what `encode` gave;
-        None: encode here, with gradient.
+        prompts: B.  responses: B lists of token ids (R_i,), tensors or arrays.  visual_embeds: what
+        `encode` gave; None: encode here, with gradient.
         Returns log-probs and entropies (N, R) at `temperature`: N = all responses in order, R = the
         longest, 0 after a response's end.
 
@@ -410,6 +410,7 @@ class Policy(nn.Module):
             return logp[:0].clone(), entropy[:0].clone()
         if visual_embeds is None:
             visual_embeds = self.encode(prompts)
+        responses = [[torch.as_tensor(r).cpu() for r in group] for group in responses]
         logp, entropy = self._score(prompts, responses, visual_embeds, temperature)  # (T,) each
         # DDP and FSDP wait for a gradient of every trained parameter
         if not any(len(x) and x.requires_grad for x in visual_embeds):
@@ -423,7 +424,7 @@ class Policy(nn.Module):
         """Log-probs and entropies of all response tokens in order, (T,) each."""
         hidden, plan, _ = self.run_row(prompts, responses, visual_embeds)
         sources = attention.predictors(row_lengths(prompts, responses))  # (T,)
-        targets = torch.cat([r.cpu() for group in responses for r in group])  # (T,)
+        targets = torch.cat([r for group in responses for r in group])  # (T,)
         which, where = plan.find(sources)  # this rank's
         where, targets = to_device([where, targets[which]], self.device)
         size = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)

@@ -368,7 +368,8 @@ def row_loss(run, row, denominator):
     """
     args = run.args
     prompts = [x.group.prompt for x, _ in row]
-    responses = [x.group.responses for x, _ in row]
+    # as arrays, because FSDP moves every tensor among its arguments to the GPU by itself
+    responses = [[r.numpy() for r in x.group.responses] for x, _ in row]
     embeds = None if args.train_vision else [x.visual_embeds for x, _ in row]
     logp, entropy = run.policy(prompts, responses, embeds, args.temperature)  # (N, R)
     ref_logp = None
@@ -425,7 +426,8 @@ def sft_step(run, prompts, step):
         items = list(zip(prompts, visual_embeds))
         for row in passes(run.policy, pack(items, lengths, args.row_tokens)):
             embeds = None if args.train_vision else [x for _, x in row]
-            logp, _ = run.policy([p for p, _ in row], [[p.target] for p, _ in row], embeds)
+            targets = [[p.target.numpy()] for p, _ in row]  # arrays: see row_loss
+            logp, _ = run.policy([p for p, _ in row], targets, embeds)
             loss = -logp.sum() / tokens  # (N, R), 0 beyond a response's end
             (loss * WORLD).backward()
             total += float(-logp.detach().sum()) / tokens
