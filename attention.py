@@ -325,5 +325,7 @@ def segments_by_length(bounds):
     return segments
 
 
+# cuDNN's attention prepares a plan for every new shape, and videos have many: flash does not
+torch.backends.cuda.enable_cudnn_sdp(False)
 AttentionInterface.register(NAME, shared_prefix_attention)
 AttentionInterface.register(SEGMENTS, segment_attention)
