@@ -371,11 +371,11 @@ def row_loss(run, row, denominator):
     # as arrays, because FSDP moves every tensor among its arguments to the GPU by itself
     responses = [[r.numpy() for r in x.group.responses] for x, _ in row]
     embeds = None if args.train_vision else [x.visual_embeds for x, _ in row]
-    logp, entropy = run.policy(prompts, responses, embeds, args.temperature)  # (N, R)
     ref_logp = None
-    if args.beta:
+    if args.beta:  # first: the policy's activations stay until the backward pass
         with torch.no_grad(), lora.off(run.policy):
             ref_logp, _ = run.reference(prompts, responses, embeds, args.temperature)
+    logp, entropy = run.policy(prompts, responses, embeds, args.temperature)  # (N, R)
     if not row:
         return logp.sum(), {}
     old_logps, masks = [], []

@@ -99,8 +99,8 @@ def check(gpu, run, *, syncs, estimate):
 
 def fsdp():
     gpu, run = begin("--algo", "tgrpo", "--fsdp", "--train_vision", "--beta", "0.04")
-    syncs = dict(encode=21, prefill=11, reference=28, forward=28, backward=12, optimizer=1)
-    phases = check(gpu, run, syncs=syncs, estimate=(1.65, 1.75))
+    syncs = dict(encode=4, prefill=4, reference=3, forward=3, backward=4, optimizer=1)
+    phases = check(gpu, run, syncs=syncs, estimate=(1.9, 1.95))
     assert {*simulate.PHASES} - {"load"} == {*phases}
     # a 7B's layer in bf16, gathered in a forward pass: at least that many bytes come in
     layer = sum(p.numel() for p in run.policy.language_model.layers[0].parameters())
@@ -109,20 +109,20 @@ def fsdp():
 
 def ddp():
     gpu, run = begin("--algo", "grpo", "--beta", "0.04")
-    syncs = dict(encode=21, prefill=11, reference=24, forward=24, backward=14, optimizer=1)
-    check(gpu, run, syncs=syncs, estimate=(1.0, 1.01))
+    syncs = dict(encode=4, prefill=4, reference=3, forward=3, backward=8, optimizer=1)
+    check(gpu, run, syncs=syncs, estimate=(1.01, 1.02))
     assert calls["tower"] == 1, "a frozen tower encodes once"
 
 
 def sp():
     gpu, run = begin("--algo", "grpo", "--fsdp", "--beta", "0.04", "--sp", "2")
-    syncs = dict(encode=21, prefill=21, reference=43, forward=43, backward=10, optimizer=1)
-    check(gpu, run, syncs=syncs, estimate=(1.6, 1.7))
+    syncs = dict(encode=4, prefill=6, reference=6, forward=6, backward=4, optimizer=1)
+    check(gpu, run, syncs=syncs, estimate=(1.8, 1.9))
 
 
 def sft():
     gpu, run = begin("--algo", "sft", "--fsdp", "--train_vision")
-    syncs = dict(encode=21, forward=12, backward=3, optimizer=1)
+    syncs = dict(encode=4, forward=3, backward=1, optimizer=1)
     phases = check(gpu, run, syncs=syncs, estimate=(1.95, 2.05))
     assert "decode" not in phases and "reference" not in phases
 
