@@ -380,7 +380,7 @@ class Policy(nn.Module):
         x = self.embed(ids)  # (n, D)
         embeds = torch.cat(visual_embeds)[number].to(x.dtype)  # (n visual, visual_width)
         embeds, *again = embeds.split(x.shape[1], dim=1)  # (n visual, D) each
-        x = x.index_copy(0, places, embeds)
+        x = x.index_put((places,), embeds)  # index_copy would keep embeds for its backward pass
         deepstack = {}
         if again:
             mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, places, True)
