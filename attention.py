@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from infra.flash import BlockAttention, flash, make_blocks, merge
+from infra.flash import BlockAttention, flash, make_blocks, merge, to_device
 from infra.model_folder import head_size
 
 CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 28 GB for a 7B in bf16
@@ -63,7 +63,7 @@ class PackedRow:
     prompt number `first_prompt`.
 
     `held`, `find` and `from_all_ranks` matter where ranks share a row (mrsp.ShardedRow). Here
-    this rank holds every token.
+    this rank holds every token. Their indices stay on the CPU, so that nobody waits for a GPU.
     """
 
     held = slice(None)  # which tokens of the row this rank holds
@@ -235,10 +235,10 @@ class DecodeCache:
     def keep(self, prompts, responses, G, t):
         """Keeps some prompts and responses, and of these responses the first t tokens.
 
-        prompts: indices into B, ascending.  responses: indices into B * G, G for each kept prompt
-        in order.
+        prompts: a list of indices into B, ascending.  responses: indices into B * G, G for each
+        kept prompt in order.
         """
-        kept = [self.places[p] for p in prompts.tolist()]
+        kept = [self.places[p] for p in prompts]
         if len(kept) < len(self.places):
             which = [[j for i, j in kept if i == n] for n in range(len(self.sizes))]
             for layer, buffers in enumerate(self.prompt_kv):  # old and new coexist for one layer
@@ -294,14 +294,14 @@ def segment_attention(
     """The vision tower's attention: each segment (a window, or a 2-frame grid) sees itself.
 
     Segments of equal length are computed together, where transformers' SDPA path loops over all of
-    them. query, key, value (1, H, S, d); cu_seq_lens_q (segments + 1,): bounds, None for one
-    segment -> (1, S, H, d).
+    them. query, key, value (1, H, S, d); cu_seq_lens_q (segments + 1,): bounds, on the CPU (see
+    model.tower_indices), None for one segment -> (1, S, H, d).
     """
     if cu_seq_lens_q is None:
         out = F.scaled_dot_product_attention(query, key, value, scale=scaling)
         return out.transpose(1, 2), None
-    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor: one copy to the CPU
-        cu_seq_lens_q.segments = segments_by_length(cu_seq_lens_q)
+    if not hasattr(cu_seq_lens_q, "segments"):  # all layers get this tensor
+        cu_seq_lens_q.segments = to_device(segments_by_length(cu_seq_lens_q), query.device)
     q, k, v = query[0], key[0], value[0]  # (H, S, d)
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])  # (S, H, d)
     for tokens in cu_seq_lens_q.segments:  # (segments, length)
@@ -321,10 +321,11 @@ def segments_by_length(bounds):
     segments = []
     for length, firsts in starts.items():
         if length:
-            tokens = torch.tensor(firsts)[:, None] + torch.arange(length)
-            segments.append(tokens.to(bounds.device))
+            segments.append(torch.tensor(firsts)[:, None] + torch.arange(length))
     return segments
 
 
+# cuDNN's attention prepares a plan for every new shape, and videos have many: flash does not
+torch.backends.cuda.enable_cudnn_sdp(False)
 AttentionInterface.register(NAME, shared_prefix_attention)
 AttentionInterface.register(SEGMENTS, segment_attention)

@@ -19,6 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 import attention
 import lora
@@ -27,6 +32,7 @@ from data import MEAN, STD, Prompt, normalize, patchify
 from infra.embedding_cache import EmbeddingCache, tensor_digest
 from infra.errors import ModelError
 from infra.families import FAMILIES, read_family
+from infra.flash import to_device
 from infra.model_folder import (
     base_folder,
     load_tokenizer,
@@ -304,7 +310,8 @@ class Policy(nn.Module):
         exact = torch.promote_types(visual.dtype, torch.float32)
         channels = patches.unflatten(1, (3, -1))
         pixels = normalize(channels, exact, family.mean, family.std).flatten(1).to(visual.dtype)
-        out = visual(pixels, grid_thw=torch.tensor(sizes, device=self.device))
+        sizes = torch.tensor(sizes)
+        out = visual(pixels, grid_thw=sizes, **tower_indices(visual, sizes, self.device))
         again = out.deepstack_features if family.deepstack else []  # (V, D) each
         return torch.cat([out.pooler_output, *again], dim=1)
 
@@ -347,8 +354,8 @@ class Policy(nn.Module):
     def run_row(self, prompts, responses, visual_embeds, cache=None, first_prompt=0):
         """One packed row [prompt | o_1 ... o_G | prompt' ...] through the language model.
 
-        responses: for each prompt a list of token ids (R_i,).  visual_embeds: of each prompt (V,
-        D). cache, first_prompt: see PackedRow.
+        responses: for each prompt a list of token ids (R_i,), on the CPU.  visual_embeds: of each
+        prompt (V, D). cache, first_prompt: see PackedRow.
         Returns the hidden states of the tokens that this rank holds (n, D), the row's plan, and the
         position that follows each prompt.
         """
@@ -364,23 +371,27 @@ class Policy(nn.Module):
             positions.append(of_prompt)
             visual.append(self._is_visual(prompt.ids))
             for r in group:  # every response starts where the prompt ends
-                ids.append(r.cpu())
+                ids.append(r)
                 positions.append((first + torch.arange(len(r))).expand(3, -1))
                 visual.append(torch.zeros(len(r), dtype=torch.bool))
             following.append(first)
-        ids = torch.cat(ids).to(self.device)  # (S,)
-        positions = torch.cat(positions, dim=1).to(self.device)  # (3, S)
-        visual = torch.cat(visual).to(self.device)  # (S,)
+        ids = torch.cat(ids)[plan.held]  # (n,)
+        positions = torch.cat(positions, dim=1)[:, plan.held]  # (3, n)
+        visual = torch.cat(visual)  # (S,)
         number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
-        visual, number = visual[plan.held], number[plan.held]
-        x = self.embed(ids[plan.held])  # (n, D)
-        embeds = torch.cat(visual_embeds)[number[visual]].to(x.dtype)  # (n visual, visual_width)
+        places = visual[plan.held].nonzero()[:, 0]  # of the visual tokens that are held
+        number = number[plan.held][places]
+        moved = to_device([ids, positions, places, number], self.device)
+        ids, positions, places, number = moved
+        x = self.embed(ids)  # (n, D)
+        embeds = torch.cat(visual_embeds)[number].to(x.dtype)  # (n visual, visual_width)
         embeds, *again = embeds.split(x.shape[1], dim=1)  # (n visual, D) each
-        x = x.masked_scatter(visual[:, None], embeds)
+        x = x.index_put((places,), embeds)  # index_copy would keep embeds for its backward pass
         deepstack = {}
         if again:
-            deepstack = dict(visual_pos_masks=visual[None], deepstack_visual_embeds=again)
-        hidden = self.run_layers(x[None], positions[:, None, plan.held], plan, **deepstack)[0]
+            mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, places, True)
+            deepstack = dict(visual_pos_masks=mask[None], deepstack_visual_embeds=again)
+        hidden = self.run_layers(x[None], positions[:, None], plan, **deepstack)[0]
         return hidden, plan, following
 
     def _is_visual(self, ids):
@@ -391,8 +402,8 @@ class Policy(nn.Module):
     def forward(self, prompts, responses, visual_embeds=None, temperature=1.0):
         """Log-probs of all response tokens of B groups, each prompt once for its G responses.
 
-        prompts: B.  responses: B lists of token ids (R_i,).  visual_embeds: what `encode` gave;
-        None: encode here, with gradient.
+        prompts: B.  responses: B lists of token ids (R_i,), tensors or arrays.  visual_embeds: what
+        `encode` gave; None: encode here, with gradient.
         Returns log-probs and entropies (N, R) at `temperature`: N = all responses in order, R = the
         longest, 0 after a response's end.
 
@@ -405,6 +416,7 @@ class Policy(nn.Module):
             return logp[:0].clone(), entropy[:0].clone()
         if visual_embeds is None:
             visual_embeds = self.encode(prompts)
+        responses = [[torch.as_tensor(r).cpu() for r in group] for group in responses]
         logp, entropy = self._score(prompts, responses, visual_embeds, temperature)  # (T,) each
         # DDP and FSDP wait for a gradient of every trained parameter
         if not any(len(x) and x.requires_grad for x in visual_embeds):
@@ -417,12 +429,13 @@ class Policy(nn.Module):
     def _score(self, prompts, responses, visual_embeds, temperature):
         """Log-probs and entropies of all response tokens in order, (T,) each."""
         hidden, plan, _ = self.run_row(prompts, responses, visual_embeds)
-        sources = attention.predictors(row_lengths(prompts, responses)).to(self.device)  # (T,)
-        targets = torch.cat([r.to(self.device) for group in responses for r in group])  # (T,)
+        sources = attention.predictors(row_lengths(prompts, responses))  # (T,)
+        targets = torch.cat([r for group in responses for r in group])  # (T,)
         which, where = plan.find(sources)  # this rank's
+        where, targets = to_device([where, targets[which]], self.device)
         size = max(1, attention.LOGITS_PER_CHUNK // self.config.text_config.vocab_size)
         head, logps, entropies = self.lm_head_weight(), [], []
-        for h, t in zip(hidden[where].split(size), targets[which].split(size)):
+        for h, t in zip(hidden[where].split(size), targets.split(size)):
             logp, entropy = checkpoint(
                 self._score_chunk, h, t, head, temperature, use_reentrant=False
             )
@@ -454,6 +467,32 @@ class PatchEmbed(nn.Module):
         """Patches (N, 3 * 2 * patch * patch) -> (N, D)."""
         weight = self.proj.weight
         return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+def tower_indices(visual, sizes, device):
+    """What a vision tower of transformers indexes with -> keywords of its forward.
+
+    It would compute them itself from the grid sizes (media, 3). Here they move to the GPU as one.
+    Sizes and bounds of segments stay on the CPU: shapes depend on them, so reading them from a GPU
+    would make the host wait.
+    """
+    merge = visual.spatial_merge_size
+    indices, others = {"position_ids": get_vision_position_ids(sizes, merge)}, {}
+    if hasattr(visual, "window_size"):  # Qwen2.5-VL
+        indices["window_index"], others["cu_window_seqlens"] = get_vision_window_index(
+            sizes, merge, visual.window_size, visual.patch_size
+        )
+    if hasattr(visual, "pos_embed"):  # Qwen3-VL: learned positions, resampled to the grid
+        indices["interp_indices"], weights = get_vision_interpolation_indices_and_weights(
+            sizes,
+            visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        others["interp_weights"] = weights.to(device)
+    moved = to_device(list(indices.values()), device)
+    return dict(zip(indices, moved)) | others
 
 
 def split_grids(grids, limit):

@@ -295,6 +295,7 @@ class ShardedRow(PackedRow):
 
     held: (n,) the tokens of the row that this rank holds, in the order of its hidden states. n is
     the same on all ranks: shorter shares end with a copy of token 0, whose output nobody reads.
+    gathered_at: (S,) where each token of the row is among the (size, n) that are gathered.
     """
 
     def __init__(self, lengths, device, sp, cache=None, first_prompt=0):
@@ -303,13 +304,12 @@ class ShardedRow(PackedRow):
         shares = shares_of_row(lengths, sp.size)
         tokens = [tokens_of_share(share) for share in shares]  # of each rank
         self.n = max(len(t) for t in tokens)
-        # (S,): where each token of the row is among the (size, n) that are gathered
-        gathered_at = torch.empty(sum(len(t) for t in tokens), dtype=torch.long)
+        self.gathered_at = torch.empty(sum(len(t) for t in tokens), dtype=torch.long)
         for r, t in enumerate(tokens):
-            gathered_at[t] = r * self.n + torch.arange(len(t))
-        self.gathered_at = gathered_at.to(device)
+            self.gathered_at[t] = r * self.n + torch.arange(len(t))
+        self.row_order = self.gathered_at.to(device)
         held = tokens[sp.rank]
-        self.held = F.pad(held, (0, self.n - len(held))).to(device)
+        self.held = F.pad(held, (0, self.n - len(held)))
         causal, *full = spans_of_share(lengths, shares[sp.rank])
         self.blocks = make_blocks(causal, full, device)
 
@@ -318,7 +318,7 @@ class ShardedRow(PackedRow):
         kv = torch.cat([k, v])  # (2, Hkv, n, d)
         kv = self.sp.all_gather(kv)  # (size, 2, Hkv, n, d)
         kv = kv.permute(1, 0, 3, 2, 4).flatten(1, 2)  # (2, size * n, Hkv, d)
-        k, v = kv.index_select(1, self.gathered_at)  # (S, Hkv, d) each, in the row's order
+        k, v = kv.index_select(1, self.row_order)  # (S, Hkv, d) each, in the row's order
         return self.attend_row(layer, q[0].transpose(0, 1), k, v, scale)
 
     def find(self, indices):
@@ -331,7 +331,7 @@ class ShardedRow(PackedRow):
         counts = owner.bincount(minlength=self.sp.size).tolist()
         by_rank = owner.argsort(stable=True)  # tokens of rank 0, then of rank 1, ...
         back = by_rank.argsort()  # the inverse permutation
-        return self.sp.concatenate(x, counts, reduce=False)[back]
+        return self.sp.concatenate(x, counts, reduce=False)[back.to(x.device)]
 
 
 def tokens_of_share(share):

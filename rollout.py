@@ -146,9 +146,9 @@ def prefill(policy, prompts, visual_embeds, cache):
         hidden, plan, nexts = policy.run_row(
             prompts[in_row], no_responses, visual_embeds[in_row], cache, first_prompt=row[0]
         )
-        ends = torch.tensor(lengths[in_row], device=policy.device).cumsum(0) - 1
+        ends = torch.tensor(lengths[in_row]).cumsum(0) - 1
         _, places = plan.find(ends)
-        last.append(plan.from_all_ranks(hidden[places], ends))
+        last.append(plan.from_all_ranks(hidden[places.to(policy.device)], ends))
         following += nexts
     return torch.cat(last), torch.tensor(following, device=policy.device)
 
@@ -204,9 +204,11 @@ class Decoding:
         # drawn: tokens sampled so far for every response; the last enters the cache in `step`
         for drawn in range(1, max_new):
             if drawn % COMPACT_EVERY == 0:
-                if self.done.all():
+                G = self.cache.G
+                unfinished = (~self.done).view(-1, G).sum(1).tolist()  # of each prompt; a host sync
+                if not any(unfinished):
                     break
-                self.compact(drawn)
+                self.compact(unfinished, drawn)
             self.cache.width = min(max_new, -(-drawn // window) * window)
             shape = (len(self.alive), self.cache.width)
             if not self.policy.cuda_graph:
@@ -218,19 +220,19 @@ class Decoding:
                 replay = replay or record(self.step)
                 replay()
 
-    def compact(self, drawn):
+    def compact(self, unfinished, drawn):
         """Drops finished responses and prompts if that saves at least a quarter of the responses.
 
         Every remaining prompt keeps as many responses as the one with most unfinished ones.
+        unfinished: (B,) of each prompt.  drawn: tokens sampled so far for every response.
         """
-        G = self.cache.G
-        unfinished = (~self.done).view(-1, G).sum(1)  # (B,)
-        prompts, most = unfinished.nonzero()[:, 0], int(unfinished.max())
+        G, most = self.cache.G, max(unfinished)
+        prompts = [b for b, n in enumerate(unfinished) if n]
         if len(prompts) * most > 0.75 * len(self.alive):
             return
         unfinished_first = self.done.view(-1, G).to(torch.int8).argsort(dim=1, stable=True)
-        order = unfinished_first[prompts, :most]
-        kept = (prompts[:, None] * G + order).flatten()
+        numbers = torch.arange(len(self.done), device=self.done.device).view(-1, G)  # (B, G)
+        kept = numbers.gather(1, unfinished_first)[prompts, :most].flatten()
         self.cache.keep(prompts, kept, most, drawn - 1)
         self.alive, self.position = self.alive[kept], self.position[kept]
         self.done, self.token = self.done[kept], self.token[kept]

@@ -55,7 +55,7 @@ from data import Loader, PromptBuilder, load_samples
 from eval import Method, Question, answer, look_for_media
 from infra import fsdp
 from infra.checkpoints import save
-from infra.clock import seconds, timed
+from infra.clock import new_step, seconds, timed
 from infra.ddp import passes, unwrap
 from infra.errors import DataError, ModelError
 from infra.flags import MEDIA, Parser, flag_words, media_flags, ordered, peek
@@ -68,6 +68,7 @@ from infra.run_folder import claimed, open_run, resumable, resume_command, stop_
 from infra.step_log import (
     LossTotals,
     column,
+    read_totals,
     sample_lines,
     sampled_metrics,
     shown_metrics,
@@ -330,15 +331,16 @@ def policy_gradient(run, batch, local):
     for group, A in batch:
         if group.position in local and has_gradient(group, A, args):
             mine.append((local[group.position], A))
-    total = LossTotals()
+    sums = []  # of each row, on the device
     lengths = [group.tokens for group, _ in mine]
     for row in passes(run.policy, pack(mine, lengths, args.row_tokens)):
         loss, of_row = row_loss(run, row, denominator)
+        sums.append(of_row)
         # The gradient is the sum over ranks, but DDP and FSDP take the mean. Without --sp each rank
         # has other groups. With --sp all have the same loss, but each rank's gradient is only the
         # part that flows through the tokens that it holds.
         (loss * WORLD).backward()
-        total += of_row
+    total = sum(map(read_totals, sums), LossTotals())  # only now: reading waits for the GPU
     return sum(gather(total, every=unwrap(run.policy).sp.size), LossTotals())
 
 
@@ -356,7 +358,9 @@ def loss_denominator(groups, args):
 
 
 def row_loss(run, row, denominator):
-    """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, LossTotals).
+    """The loss of a packed row of [(LocalGroup, A (G,)), ...] -> (loss, {name: sum over tokens}).
+
+    The sums are LossTotals' fields, on the device; an empty row has none.
 
     The row has N responses; the longest has R tokens. pi_old's log-probs come from sampling,
     without another pass: rho of a first update is 1 up to rounding, logged as `mismatch`. An empty
@@ -364,15 +368,16 @@ def row_loss(run, row, denominator):
     """
     args = run.args
     prompts = [x.group.prompt for x, _ in row]
-    responses = [x.group.responses for x, _ in row]
+    # as arrays, because FSDP moves every tensor among its arguments to the GPU by itself
+    responses = [[r.numpy() for r in x.group.responses] for x, _ in row]
     embeds = None if args.train_vision else [x.visual_embeds for x, _ in row]
-    logp, entropy = run.policy(prompts, responses, embeds, args.temperature)  # (N, R)
     ref_logp = None
-    if args.beta:
+    if args.beta:  # first: the policy's activations stay until the backward pass
         with torch.no_grad(), lora.off(run.policy):
             ref_logp, _ = run.reference(prompts, responses, embeds, args.temperature)
+    logp, entropy = run.policy(prompts, responses, embeds, args.temperature)  # (N, R)
     if not row:
-        return logp.sum(), LossTotals()
+        return logp.sum(), {}
     old_logps, masks = [], []
     for x, _ in row:
         old_logps += x.group.logps
@@ -397,7 +402,7 @@ def row_loss(run, row, denominator):
     )
     sums |= {"loss": loss.detach(), "entropy": (entropy * mask).sum()}
     sums["mismatch"] = ((logp.detach() - old_logp).abs() * mask).sum()
-    return loss, LossTotals(**{name: float(x) for name, x in sums.items()})
+    return loss, sums
 
 
 # ---- SFT
@@ -421,7 +426,8 @@ def sft_step(run, prompts, step):
         items = list(zip(prompts, visual_embeds))
         for row in passes(run.policy, pack(items, lengths, args.row_tokens)):
             embeds = None if args.train_vision else [x for _, x in row]
-            logp, _ = run.policy([p for p, _ in row], [[p.target] for p, _ in row], embeds)
+            targets = [[p.target.numpy()] for p, _ in row]  # arrays: see row_loss
+            logp, _ = run.policy([p for p, _ in row], targets, embeds)
             loss = -logp.sum() / tokens  # (N, R), 0 beyond a response's end
             (loss * WORLD).backward()
             total += float(-logp.detach().sum()) / tokens
@@ -515,11 +521,11 @@ def train(args, device, at_end, policy_class=Policy):
     at_end.callback(progress.close)
     signals = at_end.enter_context(stop_signals())
     at_end.enter_context(resumable())
-    seconds.clear()
+    new_step()
     if start == 0 and held_out:
         progress.log(0, evaluate(run, held_out))
     for step in range(start, args.steps):
-        seconds.clear()
+        new_step()
         done = step + 1
         with timed("step"):
             entry, lines, tokens = train_step(run, step)

@@ -1,6 +1,6 @@
 """Where the time of a step goes: `with timed("rollout"): ...` adds to `seconds["rollout"]`.
 
-The training loop clears `seconds` before each step and logs it after.
+The training loop calls `new_step` before each step and logs `seconds` after it.
 """
 
 import contextlib
@@ -9,6 +9,13 @@ import time
 import torch
 
 seconds = {}  # phase -> seconds in this step
+
+
+def new_step():
+    """Starts the phases of a step, and its peak memory on a GPU, at 0."""
+    seconds.clear()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextlib.contextmanager

@@ -18,14 +18,14 @@ import torch
 class Blocks(NamedTuple):
     """n spans that run in one kernel call, padded to a queries and b keys each.
 
-    q (n, a), k (n, b): the tokens of each.  causal: all of them are causal spans (a = b), or all
-    are full ones. padding (n, a): True for a padded query.  unpadded (m,): indices into n * a of
+    causal: all of them are causal spans (a = b), or all are full ones.  q (n, a), k (n, b): the
+    tokens of each.  padding (n, a): True for a padded query.  unpadded (m,): indices into n * a of
     the others; tokens (m,): their tokens.
     """
 
+    causal: bool
     q: torch.Tensor
     k: torch.Tensor
-    causal: bool
     unpadded: torch.Tensor
     tokens: torch.Tensor
     padding: torch.Tensor
@@ -37,14 +37,29 @@ def make_blocks(causal, full, device):
     causal: spans; each query is in one of them at most.
     full: lists of spans; each query is in one span of a list at most.
     """
-    out = batch_spans(causal, True, device)
+    batches = [(True, indices) for indices in batch_spans(causal, True)]
     for spans in full:
-        out += batch_spans(spans, False, device)
-    return out
+        batches += [(False, indices) for indices in batch_spans(spans, False)]
+    moved = iter(to_device([x for _, indices in batches for x in indices], device))
+    return [Blocks(causal, *[next(moved) for _ in indices]) for causal, indices in batches]
 
 
-def batch_spans(spans, causal, device):
-    """Spans -> [Blocks, ...], few calls for many spans. A query must be in one span only.
+def to_device(tensors, device):
+    """Integer or bool tensors on the CPU -> the same on the device.
+
+    They move as one, because the host waits for each copy.
+    """
+    if not tensors:
+        return []
+    moved = torch.cat([x.flatten().long() for x in tensors]).to(device)
+    parts = moved.split([x.numel() for x in tensors])
+    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, tensors)]
+
+
+def batch_spans(spans, causal):
+    """Spans -> [[q, k, unpadded, tokens, padding], ...] as in Blocks, few calls for many spans.
+
+    A query must be in one span only.
 
     Spans run together if each has at least 3/4 as many queries as the longest: causal spans of any
     length (only padded queries see padded keys), full spans of equally many keys.
@@ -62,8 +77,7 @@ def batch_spans(spans, causal, device):
         q = (first_q + torch.arange(a)).where(unpadded, first_q)
         k = first_k + torch.arange(b).clamp(max=keys - 1)  # (n, b), padded by the last key
         unpadded_indices = unpadded.flatten().nonzero()[:, 0]
-        tensors = (x.to(device) for x in (unpadded_indices, q[unpadded], ~unpadded))
-        out.append(Blocks(q.to(device), k.to(device), causal, *tensors))
+        out.append([q, k, unpadded_indices, q[unpadded], ~unpadded])
     return out
 
 

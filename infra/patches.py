@@ -1,5 +1,7 @@
 """Frames -> the patch rows that the vision tower of a Qwen-VL takes."""
 
+from functools import lru_cache
+
 import torch
 
 from infra.frames import MERGE, PATCH
@@ -12,9 +14,15 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 def normalize(frames, dtype=torch.float32, mean=MEAN, std=STD):
     """uint8 (N, 3, ...) -> (x / 255 - mean) / std."""
     shape = 3, *[1] * (frames.ndim - 2)
-    mean = torch.tensor(mean, dtype=dtype, device=frames.device).view(shape)
-    std = torch.tensor(std, dtype=dtype, device=frames.device).view(shape)
+    mean = constant(tuple(mean), dtype, frames.device).view(shape)
+    std = constant(tuple(std), dtype, frames.device).view(shape)
     return (frames.to(dtype) / 255 - mean) / std
+
+
+@lru_cache
+def constant(numbers, dtype, device):
+    """A tensor that is copied to a GPU once."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def patchify(frames, patch=PATCH):

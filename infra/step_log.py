@@ -28,6 +28,14 @@ class LossTotals:
         return LossTotals(**{x: getattr(self, x) + getattr(other, x) for x in names})
 
 
+def read_totals(sums):
+    """Sums on the device by name -> LossTotals. The host waits for the device once."""
+    if not sums:
+        return LossTotals()
+    numbers = torch.stack(list(sums.values())).tolist()
+    return LossTotals(**{name: x for name, x in zip(sums, numbers)})
+
+
 def column(groups, name):
     """One figure of every group -> float64 (B, G), or (B,) of a figure of the whole group."""
     values = [getattr(g, name) for g in groups]
