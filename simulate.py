@@ -385,7 +385,8 @@ def remedies(found):
         out.append(["--fsdp"])
     if flags["grad_checkpointing"] != 1:
         out.append(["--grad_checkpointing", "1"])
-    # LoRA: its flag belongs here
+    if not (flags["lora"] or flags["train_vision"]):
+        out.append(["--lora", "16"])
     larger = [n for n in range(found["sp"] + 1, gpus + 1) if gpus % n == 0]
     out += [["--sp", str(n)] for n in larger[:1]]
     if found["frames"] >= 8:
