@@ -159,7 +159,6 @@ class Policy(nn.Module):
         """Loads a folder or hub name of a supported family, with every weight accounted for.
 
         Of an adapter folder (lora.py), loads the base and the adapters, all frozen.
-
         dtype: of the weights; fp32 master weights for training compute in bf16 under
         torch.autocast. `save` writes them in the dtype that they have in the folder.
         grad_checkpointing: see set_grad_checkpointing.

@@ -446,6 +446,7 @@ class FakeGPU(TorchDispatchMode):
 
 
 def tensors_of(out):
+    """All tensors in what an operation returned."""
     return [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
 
 

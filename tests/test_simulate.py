@@ -80,6 +80,7 @@ def test_the_command_prints_what_fits_and_what_would_help(tmp_path):
         assert found["phases"][name]["peak"] > 0 and f"\n{name} " in output
     assert "does not fit in 18 GB" in output and simulate.UNKNOWN in output
     assert "with --grad_checkpointing 1: peak " in output
-    (other,) = found["tried"]
+    assert "with --lora 16: peak " in output
+    other, _ = found["tried"]
     assert other["with"] == ["--grad_checkpointing", "1"]
     assert simulate.peak_of(other)[0] <= simulate.peak_of(found)[0]
