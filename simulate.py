@@ -48,8 +48,9 @@ from data import Media, PromptBuilder, Sample, supervised_response
 from infra import fake_cuda
 from infra.errors import DataError, ModelError
 from infra.fake_gpu import EFFICIENCY, FakeGPU
-from infra.frames import smart_resize
-from infra.model_folder import newest_checkpoint
+from infra.families import read_family
+from infra.frames import MERGE, smart_resize
+from infra.model_folder import newest_checkpoint, read_object
 from infra.optimizer import make_optimizer, update
 from infra.progress import LoadErrors
 from infra.ranks import WORLD
@@ -154,7 +155,9 @@ class Videos:
         for i in range(args.prompts):
             sample = Sample(str(i), question, options, "multiple choice", "video", "-", "A", "-")
             black = torch.zeros(1, 3, *size, dtype=torch.uint8).expand(frames, -1, -1, -1)
-            prompt = self.builder.build(sample, [Media(black, "video", 1.0, frames)])
+            about = dict(patch=self.builder.family.patch, times=[i / 2 for i in range(frames)])
+            media = Media(black, "video", 1.0, frames, **about)
+            prompt = self.builder.build(sample, [media])
             if args.algo == "sft":
                 prompt.target = torch.zeros(args.max_new, dtype=torch.long)
             self.prompts.append((i, prompt))
@@ -290,13 +293,17 @@ def video_shape(args, own):
     frames = own.frames or args.max_frames
     if frames < 2 or frames % 2:
         raise SystemExit(f"error: --frames {frames}: expected an even number")
+    config = read_object(Path(args.model) / "config.json")
+    factor = read_family(args.model, config).patch * MERGE
     if not own.size:
         limits = dict(min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-        return frames, smart_resize(1080, 1920, **limits)
+        return frames, smart_resize(1080, 1920, factor=factor, **limits)
     size = tuple(int(side) for side in own.size.split("x") if side.isdecimal())
-    if len(size) != 2 or size != smart_resize(*size, min_pixels=1, max_pixels=math.inf):
+    limits = dict(min_pixels=1, max_pixels=math.inf, factor=factor)
+    if len(size) != 2 or size != smart_resize(*size, **limits):
         raise SystemExit(
-            f"error: --size {own.size}: expected HEIGHTxWIDTH in multiples of 28, such as 252x392"
+            f"error: --size {own.size}: expected HEIGHTxWIDTH in multiples of {factor}, "
+            f"such as {9 * factor}x{14 * factor}"
         )
     return frames, size
 
