@@ -496,6 +496,7 @@ def answers(world, model_folder, out):
     return {x["record"]: x["rounds"][0]["responses"] for x in map(json.loads, lines)}
 
 
+@slow
 def test_from_a_cold_start_to_answers(tmp_path, world, cold_start):
     """SFT, GRPO from its adapter, evaluation, merge: the merged model gives the same answers.
 
@@ -526,6 +527,7 @@ def test_from_a_cold_start_to_answers(tmp_path, world, cold_start):
     assert (tmp_path / "full" / "checkpoint-000001" / "model.safetensors").exists()
 
 
+@slow
 def test_a_run_resumes_bit_for_bit(tmp_path, world, cold_start):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     how = dict(model=cold_start, steps=3, beta=0.1, save_every=1, keep=9)

@@ -638,6 +638,7 @@ def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_sft_tgrpo_and_evaluation_run(world, tmp_path):
     """Each goes on from the run before; frames, grids and contrast; a frozen tower with a cache."""
     sft, tgrpo_run, contrast = tmp_path / "sft", tmp_path / "tgrpo", tmp_path / "contrast"

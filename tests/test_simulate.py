@@ -15,7 +15,10 @@ import toy
 from conftest import SHARED, needs_shared, run
 from infra import fake_cuda
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.unsupported()), reason=str(fake_cuda.unsupported()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(fake_cuda.unsupported()), reason=str(fake_cuda.unsupported())),
+]
 
 SFT = "--algo sft --data - --prompts 1 --frames 4 --size 56x84 --max_new 16 --gpus 1".split()
 

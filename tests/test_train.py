@@ -987,6 +987,7 @@ def test_tgrpo_on_videos_and_images_mixed(tmp_path, world, cold_start, change):
     )  # the ordered rollouts are those of GRPO
 
 
+@slow
 def test_tgrpo_on_text_beside_images_and_videos(tmp_path, world, cold_start, builder):
     """Two of each, three a step, with a reference; on two ranks as on one. Text has no order to
     shuffle, and no part in the means over frames and pixels."""
@@ -1020,6 +1021,7 @@ def test_tgrpo_on_text_beside_images_and_videos(tmp_path, world, cold_start, bui
     assert '"sheet":null' in report.page(tmp_path / "1")  # the card of a text has no picture
 
 
+@slow
 def test_a_file_of_text_alone(tmp_path, world):
     """GSM8K's form, on two ranks: a cold start, then T-GRPO. Nothing was shown."""
     sums = [(3, 4), (5, 2), (8, 1), (6, 6)]
