@@ -129,11 +129,11 @@ def _open_run(args, defaults):
 def _config(args):
     """The lines of config.txt: commit, records and reference model as comments, then the flags."""
     lines = [f"# commit {commit()}", f"# records {digest(args.data)}"]
-    model = local_folder(args.model)
     if args.lora:  # it is also what the adapters in checkpoints stand beside
+        model = local_folder(args.model)
         lines.append(f"# reference {fingerprint(model)}, texts {text_fingerprint(model)}")
     elif args.beta and args.algo != "sft":
-        lines.append(f"# reference {fingerprint(model)}")
+        lines.append(f"# reference {fingerprint(local_folder(args.model))}")
     return lines + flag_lines(args)
 
 
