@@ -1543,3 +1543,14 @@ def test_the_real_tokenizer_template_and_video_through_a_training_step(tmp_path)
     run(*command)
     (entry,) = log(tmp_path / "run")
     assert entry["frames"] == 8.5 and entry["response_length"] == 8 and entry["mismatch"] < 1e-4
+
+
+@slow
+def test_a_run_without_a_reference_resumes_when_its_first_model_is_gone(tmp_path, world):
+    """All that it needs is in its checkpoint."""
+    first = shutil.copytree(world / "model", tmp_path / "first")
+    how = dict(algo="sft", model=first, data=world / "cot.json", prompts=2)
+    run(*flags(world, tmp_path / "run", **how, steps=1))
+    shutil.rmtree(first)
+    run(*flags(world, tmp_path / "run", **how, steps=2, resume=True))
+    assert [entry["step"] for entry in log(tmp_path / "run")] == [1, 2]
