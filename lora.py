@@ -48,7 +48,8 @@ class LoraLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         exact = torch.promote_types(linear.weight.dtype, torch.float32)
-        how = dict(dtype=exact, device=linear.weight.device)
+        meta = linear.weight.is_meta  # of a policy whose weights are not read yet
+        how = dict(dtype=exact, device="cpu" if meta else linear.weight.device)
         self.lora_A = nn.Parameter(torch.zeros(rank, linear.in_features, **how))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **how))
         self.scale, self.on = scale, True
@@ -61,10 +62,10 @@ class LoraLinear(nn.Linear):
         low = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
         return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
-    def merged_weight(self):
-        """W + (alpha / r) B A (out, in), summed in at least fp32, then rounded to W's dtype."""
-        exact = self.weight.to(self.lora_A.dtype)
-        return (exact + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+    def merged(self, weight):
+        """W -> W + (alpha / r) B A (out, in), summed in at least fp32, then rounded to its dtype."""
+        exact = weight.to(self.lora_A.dtype)
+        return (exact + self.scale * (self.lora_B @ self.lora_A)).to(weight.dtype)
 
 
 # ---- on and off
@@ -140,12 +141,22 @@ def merge(policy):
     A sum is computed in fp32 and rounded to the weights' dtype. bf16 keeps 8 significant bits, so
     there the merged policy differs from the one with adapters.
     """
+    weights = dict(policy.net.named_parameters())
+    for name, merged in take_off(policy).items():
+        weights[name].data = merged(weights[name])
+
+
+def take_off(policy):
+    """Removes the adapters, in place -> {name of a weight: function from it to the merged one}."""
+    changes = {}
     for name, layer in adapters(policy.net).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(layer.merged_weight()), layer.bias
+        linear.weight, linear.bias = layer.weight, layer.bias
         policy.net.set_submodule(name, linear)
+        changes[f"{name}.weight"] = layer.merged
     policy.adapter = None
     policy.requires_grad_(True)
+    return changes
 
 
 # ---- adapter folders, in PEFT's form

@@ -35,10 +35,13 @@ from infra.families import FAMILIES, read_family
 from infra.flash import to_device
 from infra.model_folder import (
     base_folder,
+    build_network,
+    find_weights,
     load_tokenizer,
     local_folder,
-    read_network,
+    read_weights,
     side_files,
+    weights_dtype,
     write_network,
 )
 
@@ -155,6 +158,7 @@ class Policy(nn.Module):
         cuda_graph=False,
         embedding_cache=None,
         merged=False,
+        prepare=None,
     ):
         """Loads a folder or hub name of a supported family, with every weight accounted for.
 
@@ -165,6 +169,8 @@ class Policy(nn.Module):
         cuda_graph: replay decode steps as CUDA graphs, on a CUDA device.
         embedding_cache: (folder, gigabytes) for the embeddings of a frozen vision tower.
         merged: add adapters to the weights of their base instead of keeping them beside.
+        prepare: a function that gets the policy before its weights are read, which have no numbers
+        yet, and may add adapters, freeze and shard it: each rank then reads its own part only.
         A response ends at any end token of the generation config or the tokenizer.
 
         Raises ModelError: no folder, no weights, another architecture; weights that are missing, of
@@ -173,14 +179,18 @@ class Policy(nn.Module):
         """
         found = local_folder(name)
         folder = base_folder(found)
-        net, saved_dtype = read_network(folder, dtype, MODEL_TYPES)
-        policy = cls(net, folder).to(device)
-        policy.saved_dtype = saved_dtype
+        net = build_network(folder, dtype, MODEL_TYPES)
+        weights = find_weights(folder, net)
+        policy = cls(net, folder)
+        policy.saved_dtype = weights_dtype(folder)
         policy.base_name = str(folder.resolve()) if Path(name).exists() else str(name)
         if found != folder:
             lora.load(policy, found)
-        if merged:
-            lora.merge(policy)
+        changes = lora.take_off(policy) if merged else {}
+        if prepare:
+            prepare(policy)
+        read_weights(folder, net, weights, device, changes)
+        policy.to(device)  # buffers and adapters
         end = load_tokenizer(folder).eos_token_id
         if end is not None and end not in policy.eos_ids:
             policy.eos_ids.append(end)
