@@ -63,7 +63,7 @@ class LoraLinear(nn.Linear):
         return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
     def merged(self, weight):
-        """W -> W + (alpha / r) B A (out, in), summed in at least fp32, then rounded to its dtype."""
+        """W -> W + (alpha / r) B A (out, in), summed in at least fp32, then in the dtype of W."""
         exact = weight.to(self.lora_A.dtype)
         return (exact + self.scale * (self.lora_B @ self.lora_A)).to(weight.dtype)
 
