@@ -41,15 +41,15 @@ class LoraLinear(nn.Linear):
     """A frozen linear layer with its adapter, in the place and under the name of that layer.
 
     lora_A (r, in), lora_B (out, r): trained, in fp32 (beside a float64 layer, in float64).
-    scale: alpha / r.  on: whether the adapter takes part.
+    scale: alpha / r.  on: whether the adapter takes part.  device: of the adapter, before the
+    layer's weight is read (Policy.load).
     """
 
-    def __init__(self, linear, rank, scale):
+    def __init__(self, linear, rank, scale, device=None):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         exact = torch.promote_types(linear.weight.dtype, torch.float32)
-        meta = linear.weight.is_meta  # of a policy whose weights are not read yet
-        how = dict(dtype=exact, device="cpu" if meta else linear.weight.device)
+        how = dict(dtype=exact, device=device or linear.weight.device)
         self.lora_A = nn.Parameter(torch.zeros(rank, linear.in_features, **how))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **how))
         self.scale, self.on = scale, True
@@ -123,7 +123,7 @@ def add(policy, rank, alpha, seed=0):
     else:
         random = torch.Generator().manual_seed(seed)
         for name, linear in linears(policy.net).items():
-            layer = LoraLinear(linear, rank, alpha / rank)
+            layer = LoraLinear(linear, rank, alpha / rank, policy.device)
             bound = linear.in_features**-0.5
             drawn = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=random)
             layer.lora_A.data.copy_(drawn)
@@ -230,7 +230,8 @@ def load(policy, folder):
     known = linears(policy.net)
     names = [layer_name(folder, key, known) for key in tensors]
     for name in dict.fromkeys(names):
-        layer = LoraLinear(known[name], config["r"], config["lora_alpha"] / config["r"])
+        scale = config["lora_alpha"] / config["r"]
+        layer = LoraLinear(known[name], config["r"], scale, policy.device)
         for part, p in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             x = tensors.get(f"{PREFIX}{name}.{part}.weight")
             if x is None or x.shape != p.shape or not x.isfinite().all():

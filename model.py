@@ -182,6 +182,9 @@ class Policy(nn.Module):
         net = build_network(folder, dtype, MODEL_TYPES)
         weights = find_weights(folder, net)
         policy = cls(net, folder)
+        for module in policy.modules():
+            for buffer, x in module._buffers.items():
+                module._buffers[buffer] = x if x is None else x.to(device)
         policy.saved_dtype = weights_dtype(folder)
         policy.base_name = str(folder.resolve()) if Path(name).exists() else str(name)
         if found != folder:
@@ -190,7 +193,6 @@ class Policy(nn.Module):
         if prepare:
             prepare(policy)
         read_weights(folder, net, weights, device, changes)
-        policy.to(device)  # buffers and adapters
         end = load_tokenizer(folder).eos_token_id
         if end is not None and end not in policy.eos_ids:
             policy.eos_ids.append(end)

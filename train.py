@@ -674,12 +674,12 @@ def load_policies(args, checkpoint, device, policy_class):
         if not args.train_vision:
             policy.freeze_vision()
         if sharded:
-            fsdp.shard(policy, device)
+            fsdp.shard(policy)
 
     def prepare_reference(policy):
         policy.requires_grad_(False)
         if sharded:
-            fsdp.shard(policy, device)
+            fsdp.shard(policy)
 
     policy = policy_class.load(
         checkpoint or args.model,

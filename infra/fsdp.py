@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from infra.errors import ModelError
 
 
-def shard(policy, device):
+def shard(policy):
     """Shards a policy's parameters over all ranks, in place; make its optimizer afterwards.
 
     They may be on the meta device; `local_rows` and `fill` then give each rank its part.
@@ -33,7 +33,7 @@ def shard(policy, device):
     Frozen, it stays whole on every rank; trained, it is gathered before the first call and its
     gradient averaged after the last.
     """
-    gpu = device.type == "cuda"
+    gpu = policy.device.type == "cuda"
     frozen = not any(p.requires_grad for p in policy.parameters())
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if gpu else {}
     precision = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)

@@ -58,9 +58,9 @@ if args.lora:
 model.PATCHES_PER_CALL = 40  # of the tower: ranks call it different numbers of times
 wrapped = policy.train()
 if args.fsdp:
-    fsdp.shard(policy, policy.device)
+    fsdp.shard(policy)
     if reference is not policy:
-        fsdp.shard(reference, policy.device)
+        fsdp.shard(reference)
 elif ranks.WORLD > 1:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(policy.folder, min_pixels=784)
