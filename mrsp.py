@@ -433,8 +433,9 @@ class MostTokens(NamedTuple):
     """What ranks that share rows meet in a step, at most."""
 
     row: int  # tokens of a packed row
+    row_prompts: int  # tokens of the prompts in it
+    row_answers: int  # tokens of the responses in it
     prompts: int  # tokens of all prompts
-    answers: int  # tokens of the responses to a prompt
     prefill: int  # tokens of a row of a prefill; 0 without a rollout
     decoded: tuple[int, int, int]  # together: tokens of prompts, of responses; responses
 
@@ -444,12 +445,13 @@ def most_tokens(lengths, answers, size, args, world):
     longest, share = max(lengths, default=0), -(-len(lengths) * size // world)
     prompts = sum(sorted(lengths, reverse=True)[:share])  # of a group of ranks
     row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
+    most = (row, min(prompts, row - answers), min(share * answers, row), prompts)
     if args.algo == "sft":
-        return MostTokens(row, prompts, answers, 0, (0, 0, 0))
+        return MostTokens(*most, 0, (0, 0, 0))
     prefill = max(longest, min(PREFILL_TOKENS, prompts))
     together = min(share, max(1, CACHE_TOKENS // (longest + answers)))  # prompts
     decoded = (together * longest, together * answers, together * args.group)
-    return MostTokens(row, prompts, answers, prefill, decoded)
+    return MostTokens(*most, prefill, decoded)
 
 
 def largest(phases):
@@ -464,11 +466,7 @@ class Sizes:
         from model import PATCHES_PER_CALL  # here, because model.py imports this file
 
         self.patches = PATCHES_PER_CALL
-        c, visual, layers = (
-            policy.config.text_config,
-            policy.net.model.visual,
-            policy.language_model.layers,
-        )
+        c, visual = policy.config.text_config, policy.net.model.visual
         gpu, head = policy.device.type == "cuda", policy.net.lm_head.weight
         n = self.number = 2 if gpu else 4
         self.hidden = c.hidden_size * n  # of a token
@@ -483,7 +481,8 @@ class Sizes:
         # Policy.lm_head_weight makes a copy
         self.head_copy = self.head * (gpu and (shards > 1 or head.element_size() < 4))
         # parameters: of the layers; of what FSDP does not shard, a frozen tower; of the rest
-        self.layers, self.whole = count(layers), count(visual) - count(visual, trained=True)
+        self.layers = count(policy.language_model.layers)
+        self.whole = count(visual) - count(visual, trained=True)
         self.rest = count(policy) - self.layers - self.whole
 
 
@@ -498,11 +497,11 @@ def memory(policy, reference, most, size, shards=1):
     visual, s = policy.net.model.visual, Sizes(policy, shards)
     total, trained, tower = count(policy), count(policy, trained=True), count(visual)
     frozen = (frozen_bytes(policy) - frozen_bytes(visual)) / shards + frozen_bytes(visual)
-    alone = shards == 1  # gradients are always there under DDP; under FSDP, in training only
+    ddp = shards == 1  # its gradients are always there; those of FSDP in training only
     always = {
         "weights, moments": 12 * trained / shards + frozen,
-        "gradients": 4 * trained * alone,
-        "copies in bf16": 2 * trained * (alone and s.number == 2),
+        "gradients": 4 * trained * ddp,
+        "copies in bf16": 2 * trained * (ddp and s.number == 2),
         "reference": ((total - tower) / shards + tower) * s.number * (reference is not None),
         "embeddings": most.prompts * policy.visual_width * s.number,
     }
@@ -551,10 +550,10 @@ def training_phases(policy, s, most, size, shards):
     trained, trained_layers = count(policy, trained=True), count(layers, trained=True)
     recomputed = sum(layer.gradient_checkpointing for layer in layers)
     row_kv = 2 * most.row * s.kv  # as gathered, and in blocks
-    patches = (most.row - most.answers) * policy.merge**2 / size
+    patches = most.row_prompts * policy.merge**2 / size
     patches *= any(p.requires_grad for p in blocks.parameters())  # else the rollout's embeddings
     recomputed_blocks = sum(block.gradient_checkpointing for block in blocks)
-    scored = min(most.answers / size * s.logits, 4 * LOGITS_PER_CHUNK)
+    scored = min(most.row_answers / size * s.logits, 4 * LOGITS_PER_CHUNK)
     head = s.head * policy.net.lm_head.weight.requires_grad
     gathered = {"gathered weights": (s.rest + 2 * s.layers / L) * s.number * sharded}
     kept = gathered | {
@@ -566,7 +565,7 @@ def training_phases(policy, s, most, size, shards):
     logits = {
         "head in fp32": s.head_copy,
         # summed over chunks; or of the only one, and as bf16
-        "its gradient": head * (2 if most.answers / size * s.logits > scored else 1.5),
+        "its gradient": head * (2 if most.row_answers / size * s.logits > scored else 1.5),
         "logits": 5 * scored,
     }
     layer = {

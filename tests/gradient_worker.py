@@ -43,25 +43,37 @@ flags += [] if {"frozen", "--lora"} & {*extra} else ["--train_vision"]
 flags += [x for x in extra if x not in ("bypass", "frozen", "half")]
 args = train.parse_args(flags)
 dtype = torch.bfloat16 if "half" in extra else torch.float64
-policy, reference = (Policy.load(start, dtype=dtype) for _ in range(2))
-with torch.no_grad():
-    reference.net.lm_head.weight.mul_(1.01)
-reference.requires_grad_(False)
-if not args.train_vision:
-    policy.freeze_vision()
+
+
+def prepare(policy):
+    """Of the policy that is trained: its weights are read afterwards, with --fsdp as shards."""
+    if not args.train_vision:
+        policy.freeze_vision()
+    if args.lora:
+        lora.add(policy, args.lora, 2 * args.lora)
+        random = torch.Generator().manual_seed(1)
+        for layer in lora.adapters(policy).values():
+            layer.lora_B.data.normal_(std=0.02, generator=random)
+    if args.fsdp:
+        fsdp.shard(policy)
+
+
+def prepare_reference(policy):
+    policy.requires_grad_(False)
+    if args.fsdp:
+        fsdp.shard(policy)
+
+
+policy = Policy.load(start, dtype=dtype, prepare=prepare)
 if args.lora:
-    lora.add(policy, args.lora, 2 * args.lora)
-    random = torch.Generator().manual_seed(1)
-    for layer in lora.adapters(policy).values():
-        layer.lora_B.data.normal_(std=0.02, generator=random)
     reference = policy
+else:
+    reference = Policy.load(start, dtype=dtype, prepare=prepare_reference)
+    with torch.no_grad():
+        reference.net.lm_head.weight.mul_(1.01)
 model.PATCHES_PER_CALL = 40  # of the tower: ranks call it different numbers of times
 wrapped = policy.train()
-if args.fsdp:
-    fsdp.shard(policy)
-    if reference is not policy:
-        fsdp.shard(reference)
-elif ranks.WORLD > 1:
+if ranks.WORLD > 1 and not args.fsdp:
     wrapped = DistributedDataParallel(policy, forward_sync_buffers=False)
 builder = PromptBuilder(policy.folder, min_pixels=784)
 samples = load_samples(f"{world}/cot.json")

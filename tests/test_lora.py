@@ -449,20 +449,38 @@ def test_the_estimate_of_memory_counts_what_adapters_save(monkeypatch):
         net = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision)
         ).bfloat16()
-    monkeypatch.setattr(model.Policy, "device", torch.device("cuda"))
     policy = model.Policy(net, ROOT / "configs")
     lora.add(policy, rank=16, alpha=32)
+    monkeypatch.setattr(model.Policy, "device", torch.device("cuda"))
     adapters = 28 * 16 * (2 * 7168 + 2 * 4096 + 3 * 22528)
     assert mrsp.count(policy, trained=True) == adapters == 40_370_176
     policy.set_grad_checkpointing(1)
-    how = dict(row=3000, prompts=2000, answers=1000, decoded=(2000, 1000), size=1)
-    terms = mrsp.memory(policy, None, **how)
-    assert terms["weights, gradients, moments"] == 2 * 8_292_166_656 + 16 * adapters
-    assert terms["head in fp32"] == 4 * 152064 * 3584 and terms["reference"] == 0
-    sharded = mrsp.memory(policy, None, **how, shards=4)
+    args = train.parse_args(["--model", "m", "--data", "d", "--lora", "16"])
+    most = mrsp.most_tokens([2000], 1000, 1, args, 1)
+    terms = mrsp.memory(policy, None, most, 1)["decoding"]
+    assert terms["weights, moments"] == 2 * 8_292_166_656 + 12 * adapters
+    assert terms["gradients"] == 4 * adapters and terms["reference"] == 0
+    assert terms["head in fp32"] == 4 * 152064 * 3584
+    assert terms["prompts' K/V"] == 2000 * 28 * 2 * 4 * 128 * 2
+    sharded = mrsp.memory(policy, None, most, 1, shards=4)["decoding"]
     tower = 2 * mrsp.count(net.model.visual)  # frozen: whole on every rank
-    rest = 2 * 8_292_166_656 - tower + 16 * adapters
-    assert sharded["weights, gradients, moments"] == tower + rest / 4
+    rest = 2 * 8_292_166_656 - tower + 12 * adapters
+    assert sharded["weights, moments"] == tower + rest / 4 and sharded["gradients"] == 0
+
+
+def test_shards_are_read_as_the_whole_is(tmp_path, world):
+    """On 3 ranks, which divide few of the shapes: weights of a tied head in bf16; adapters beside
+    them, and merged."""
+    shutil.copytree(world / "model", tmp_path / "half")
+    file = tmp_path / "half" / "model.safetensors"
+    half = {name: x.bfloat16() for name, x in load_file(file).items()}
+    save_file(half, file, metadata={"format": "pt"})
+    policy = model.Policy.load(tmp_path / "half")
+    lora.add(policy, rank=4, alpha=8)
+    for layer in lora.adapters(policy).values():
+        torch.nn.init.normal_(layer.lora_B)
+    policy.save(tmp_path / "adapter")
+    run("tests/load_worker.py", tmp_path / "half", tmp_path / "adapter", ranks=3)
 
 
 # ---- whole runs
