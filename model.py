@@ -39,6 +39,7 @@ from infra.model_folder import (
     find_weights,
     load_tokenizer,
     local_folder,
+    move_buffers,
     read_weights,
     side_files,
     weights_dtype,
@@ -169,8 +170,8 @@ class Policy(nn.Module):
         cuda_graph: replay decode steps as CUDA graphs, on a CUDA device.
         embedding_cache: (folder, gigabytes) for the embeddings of a frozen vision tower.
         merged: add adapters to the weights of their base instead of keeping them beside.
-        prepare: a function that gets the policy before its weights are read, which have no numbers
-        yet, and may add adapters, freeze and shard it: each rank then reads its own part only.
+        prepare: a function that may add adapters to the policy, freeze it and shard it before its
+        weights are read, so that each rank reads only its own part of them.
         A response ends at any end token of the generation config or the tokenizer.
 
         Raises ModelError: no folder, no weights, another architecture; weights that are missing, of
@@ -182,9 +183,7 @@ class Policy(nn.Module):
         net = build_network(folder, dtype, MODEL_TYPES)
         weights = find_weights(folder, net)
         policy = cls(net, folder)
-        for module in policy.modules():
-            for buffer, x in module._buffers.items():
-                module._buffers[buffer] = x if x is None else x.to(device)
+        move_buffers(policy, device)
         policy.saved_dtype = weights_dtype(folder)
         policy.base_name = str(folder.resolve()) if Path(name).exists() else str(name)
         if found != folder:

@@ -3,6 +3,7 @@
     shard           shards parameters, and with them gradients and Adam's moments, over all ranks.
                     A training pass gathers one layer of the language model at a time; embeddings,
                     last norm, head and a trained vision tower for the whole pass
+    local_rows      which rows of a parameter this rank reads;  fill  puts them in their place
     unsharded       gathers everything once, for a rollout or an evaluation: no rank waits inside
     full_state      shards -> the checkpoint that one process would write
     load_optimizer  reads it back, sharded or whole

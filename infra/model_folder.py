@@ -235,6 +235,13 @@ def find_weights(folder, net):
     return found
 
 
+def move_buffers(module, device):
+    """Moves the buffers of a module, and not its parameters."""
+    for part in module.modules():
+        for name, x in part._buffers.items():
+            part._buffers[name] = x if x is None else x.to(device)
+
+
 def check_shapes(folder, parameters, found):
     """Raises ModelError for a weight of another shape than its parameter."""
     for name, x in sorted(found.items()):
