@@ -22,6 +22,7 @@ from attention import CACHE_TOKENS, DecodeCache
 from data import Prompt
 from infra.errors import ModelError
 from infra.packing import pack
+from infra.ranks import say
 
 PREFILL_TOKENS = 16384  # prompt tokens of one packed row of a prefill
 COMPACT_EVERY = 4  # decode steps between two checks of who has finished; each is a host sync
@@ -217,8 +218,26 @@ class Decoding:
                 recorded, replay = shape, None
                 self.step()  # warms up
             else:
-                replay = replay or record(self.step)
+                replay = replay or self.record()
                 replay()
+
+    def record(self):
+        """Records the step as a CUDA graph -> the function that replays it.
+
+        If the step cannot be recorded, prints why; from there on, every step runs eagerly.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # this stream again afterwards: a recording that fails leaves its own in place
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                # other threads (the loader's) may call CUDA meanwhile
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self.step()
+        except RuntimeError as e:
+            say(f"decoding without CUDA graphs: a step cannot be recorded: {e}")
+            self.policy.cuda_graph = False
+            return self.step
+        return graph.replay
 
     def compact(self, unfinished, drawn):
         """Drops finished responses and prompts if that saves at least a quarter of the responses.
@@ -236,14 +255,6 @@ class Decoding:
         self.cache.keep(prompts, kept, most, drawn - 1)
         self.alive, self.position = self.alive[kept], self.position[kept]
         self.done, self.token = self.done[kept], self.token[kept]
-
-
-def record(step):
-    """Records the step as a CUDA graph -> the function that replays it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def sample(logits, uniform, temperature, top_p):

@@ -123,12 +123,13 @@ class Policy(model.Policy):
 
 
 def blank_network(folder, dtype, model_types):
-    """read_network without weights: a network of folder/config.json on the fake device."""
+    """read_network without weights: a network of folder/config.json on the device, with random
+    weights where the device is real."""
     config = AutoConfig.from_pretrained(folder)
     if config.model_type not in model_types:
         expected = ", ".join(model_types)
         raise ModelError(f"{folder}: model type {config.model_type!r}, expected one of {expected}")
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     if (Path(folder) / "generation_config.json").exists():
         net.generation_config = GenerationConfig.from_pretrained(folder)
@@ -254,13 +255,19 @@ def start(args, own):
     fake_cuda.pretend(own.memory * 1e9, WORLD)
     if WORLD > 1:
         fake_cuda.fake_ranks(WORLD, partial(of_rank, prompts=args.prompts))
+    args.cuda_graph, args.embedding_cache = False, None
+    gpu = FakeGPU(ROOT, hidden=[Path(__file__).resolve()])
+    skip_decode_steps(gpu)
+    take_the_place_of_files(gpu)
+    return gpu
+
+
+def take_the_place_of_files(gpu):
+    """From here on, models have no weights, and the parts of a step are phases of `gpu`."""
     model.local_folder = train.local_folder = Path
     model.read_network = blank_network
-    args.cuda_graph, args.embedding_cache = False, None
-    Policy.gpu = gpu = FakeGPU(ROOT, hidden=[Path(__file__).resolve()])
-    skip_decode_steps(gpu)
+    Policy.gpu = gpu
     name_phases(gpu)
-    return gpu
 
 
 def simulate(args, own):
