@@ -95,7 +95,13 @@ def parse_args(argv=None):
     )
     g.value("repeat", 3, "measurements of each phase, each way", "at least 1")
     g.value("json", None, "file for the figures")
-    g.switch("gpu_check", "all that only a GPU can confirm (gpu_check.py), with a 3b; 8 minutes")
+    g.value(
+        "gpu_check",
+        None,
+        "first what only a GPU can confirm (gpu_check.py), with a 3b: all checks, or those named",
+        nargs="*",
+        choices=list(gpu_check.CHECKS),
+    )
     return p.parse_args(argv)
 
 
@@ -258,7 +264,7 @@ def figures(policy, args, frames, measured, matrix, copy, dtype):
     model = cost(policy, P, args.group, args.new, dtype)
     shares = {
         "train_utilisation": model["ours"][0] / matrix / ours["train"],
-        "decode_floor_share": model["ours"][1] / copy / ours["decode"],
+        "decode_floor_share": model["ours"][1] / copy / times.get("graph", ours)["decode"],
     }
     parts = ("training pass", "rollout", "train", "decode")
     return {
@@ -375,7 +381,7 @@ def main(argv=None):
     args = parse_args(argv)
     with ranks(timedelta(minutes=30)) as device:
         checks = {}
-        if args.gpu_check:
+        if args.gpu_check is not None:
             args = parse_args([*gpu_check.FLAGS[device.type].split(), *argv])
             checks = gpu_check.run(args, device)
         benchmark(args, device, checks)

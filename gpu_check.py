@@ -5,6 +5,7 @@
     graphs      decode steps replayed as CUDA graphs draw the same tokens as eager ones; a step that
                 cannot be recorded runs eagerly
     options     seconds with and without what is set for speed
+    kernels     where the time of a decode step and of a training pass goes
     steps       training steps of recipes at the true size: seconds and peak memory by phase, beside
                 the peaks that simulate.py predicts
 
@@ -52,7 +53,11 @@ FLAGS = {
 STEPS = {
     "cuda": [
         ("LoRA, 4B", "qwen3-4b", "@configs/qwen3_vl_4b_lora_24gb.txt --size 256x480 --cuda_graph"),
-        ("full, 3B", "3b", "@configs/video_r1_3b.txt --beta 0 --prompts 1 --frames 16"),
+        (
+            "full, 3B",
+            "3b",
+            "@configs/video_r1_3b.txt --beta 0 --prompts 1 --frames 16 --cuda_graph",
+        ),
         (
             "LoRA, 7B, 256 frames",
             "7b",
@@ -74,15 +79,15 @@ STEPS = {
 def run(args, device):
     """Runs the checks -> {name: figures, or the traceback under "failed"}."""
     found = {}
-    for check in (log_probs, graphs, options, steps):
+    for name in args.gpu_check or CHECKS:
         start = time.perf_counter()
         try:
-            figures = check(args, device)
+            figures = CHECKS[name](args, device)
         except Exception:  # of any kind: the other checks must still run
             figures = {"failed": traceback.format_exc()}
         free()
-        found[check.__name__] = figures
-        say(f"{check.__name__}, {time.perf_counter() - start:.0f} s: {json.dumps(figures)}")
+        found[name] = figures
+        say(f"{name}, {time.perf_counter() - start:.0f} s: {json.dumps(figures)}")
         write_figures(args.json, found)
     return found
 
@@ -175,12 +180,12 @@ def graphs(args, device):
     runs, found = {}, {}
     with bf16(device), torch.no_grad():
         embeds = policy.encode(prompts)
-        for name in ("eager", "graph", "eager again", "not recordable"):
+        for name in ("eager", "graph", "not recordable"):
             switch(policy, cuda_graph=device.type == "cuda" and name in ("graph", "not recordable"))
             with waiting_steps() if name == "not recordable" else contextlib.nullcontext():
                 start = time.perf_counter()
                 runs[name] = generate(
-                    policy, prompts, args.group, max_new=3 * rollout.WINDOW, visual_embeds=embeds
+                    policy, prompts, args.group, max_new=2 * rollout.WINDOW, visual_embeds=embeds
                 )
                 found[name] = {"seconds": time.perf_counter() - start}
     eager = flat(runs.pop("eager"))
@@ -254,6 +259,49 @@ def options(args, device):
         found[f"cuDNN attention {'on' if cudnn else 'off'}"] = calls
     torch.backends.cuda.enable_cudnn_sdp(False)
     return found
+
+
+def kernels(args, device):
+    """The kernels that take the most time in decoding (as CUDA graphs) and in a training pass ->
+    {part: {"seconds", "kernels": {name: seconds}}}."""
+    torch.manual_seed(0)
+    policy = random_policy(args.model, device, torch.float32)
+    policy.freeze_vision()
+    policy.set_grad_checkpointing(1)
+    policy.eos_ids = []
+    found = {}
+    for frames in args.frames:
+        (prompt,) = small_prompts(policy, args, [frames])
+        responses = [torch.randint(8, 100, (args.new,)) for _ in range(args.group)]
+        way = switch(policy, cuda_graph=device.type == "cuda")(policy, prompt, responses)
+        with bf16(device):
+            policy.eval()
+            found[f"decode, {frames} frames"] = profiled(partial(way.rollout, args.new), device)
+            policy.train()
+            torch.clear_autocast_cache()
+            found[f"train, {frames} frames"] = profiled(partial(training_pass, way), device)
+        policy.zero_grad()
+    return found
+
+
+def training_pass(way):
+    """Log-probs and their gradient."""
+    way.log_probs().sum().backward()
+
+
+def profiled(f, device):
+    """f(), once to warm up and once under the profiler -> its seconds, and those of its kernels."""
+    f()
+    activity = torch.profiler.ProfilerActivity
+    used = activity.CUDA if device.type == "cuda" else activity.CPU
+    with torch.profiler.profile(activities=[used]) as profile:
+        _, seconds = timed(f, device)
+    times = {}
+    for event in profile.key_averages():
+        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        times[event.key[:100]] = times.get(event.key[:100], 0.0) + taken / 1e6
+    longest = sorted(times, key=times.get, reverse=True)[:15]
+    return {"seconds": seconds, "kernels": {name: times[name] for name in longest}}
 
 
 # ---- whole steps
@@ -358,3 +406,12 @@ def simulated(folder, flags, device):
     own, words = simulate.parse_args(["--config", folder, "--gpus", "1", *flags])
     found = simulate.run_rank(own, words)
     return {name: phase["peak"] for name, phase in found["phases"].items()} if found else "failed"
+
+
+CHECKS = {
+    "log_probs": log_probs,
+    "graphs": graphs,
+    "options": options,
+    "kernels": kernels,
+    "steps": steps,
+}

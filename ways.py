@@ -218,7 +218,8 @@ def random_policy(shape, device, dtype):
         net = AutoModelForImageTextToText.from_config(config)
     torch.set_default_dtype(torch.float32)
     net.generation_config.eos_token_id = 4
-    return Policy(net, "random weights")  # no such folder: there are no files to copy when saving
+    policy = Policy(net, "random weights")  # no such folder: there are no files to copy when saving
+    return policy.to(device)
 
 
 def add_qwen2_5_parts(text, vision):
