@@ -170,33 +170,51 @@ def log_probs(args, device):
 
 
 def graphs(args, device):
-    """Decoding with CUDA graphs against eager steps: prompts of two lengths, responses that end
-    early, several windows. And a step that waits for the GPU, which cannot be recorded."""
+    """Decoding with CUDA graphs against the same steps, run eagerly: prompts of two lengths,
+    responses that end early, two windows. And steps that wait for the GPU, which no graph can."""
     torch.manual_seed(0)
     policy = random_policy(args.model, device, torch.float32)
     vocabulary = policy.config.text_config.vocab_size
     policy.eos_ids = torch.randperm(vocabulary)[: vocabulary // 100].tolist()  # 1 % of the tokens
     prompts = small_prompts(policy, args, [4, 8])
+    ways = {
+        "eager": replaced("record", recorded_step),
+        "graph": contextlib.nullcontext(),
+        "waits": replaced("step", waiting_step),
+    }
     runs, found = {}, {}
     with bf16(device), torch.no_grad():
         embeds = policy.encode(prompts)
-        for name in ("eager", "graph", "not recordable"):
-            switch(policy, cuda_graph=device.type == "cuda" and name in ("graph", "not recordable"))
-            with waiting_steps() if name == "not recordable" else contextlib.nullcontext():
+        for name, way in ways.items():
+            switch(policy, cuda_graph=device.type == "cuda")
+            with way:
                 start = time.perf_counter()
                 runs[name] = generate(
                     policy, prompts, args.group, max_new=2 * rollout.WINDOW, visual_embeds=embeds
                 )
-                found[name] = {"seconds": time.perf_counter() - start}
-    eager = flat(runs.pop("eager"))
-    found["tokens"] = len(eager[0])
-    for name, groups in runs.items():
-        tokens, logps = flat(groups)
-        same = tokens.shape == eager[0].shape and bool((tokens == eager[0]).all())
-        found[name] |= {"same_tokens": same}
-        if same:
-            found[name] |= {"logp_difference": float((logps - eager[1]).abs().max())}
+                seconds = time.perf_counter() - start
+            found[name] = {"seconds": seconds, "graphs": policy.cuda_graph}
+    tokens, logps = flat(runs["eager"])
+    found["tokens"] = len(tokens)
+    other_tokens, other_logps = flat(runs["graph"])
+    same = tokens.shape == other_tokens.shape and bool((tokens == other_tokens).all())
+    found["same_tokens"] = same
+    found["logp_difference"] = float((logps - other_logps).abs().max()) if same else None
     return found
+
+
+def recorded_step(decoding):
+    """Decoding.record without a graph: the step itself."""
+    return decoding.step
+
+
+eager_step = rollout.Decoding.step
+
+
+def waiting_step(decoding):
+    """A step that reads a number from the device."""
+    eager_step(decoding)
+    decoding.token[0].item()
 
 
 def flat(groups):
@@ -206,19 +224,14 @@ def flat(groups):
 
 
 @contextlib.contextmanager
-def waiting_steps():
-    """Inside, a decode step reads a number from the device, which a CUDA graph must not do."""
-    step = rollout.Decoding.step
-
-    def waiting(decoding):
-        step(decoding)
-        decoding.token[0].item()
-
-    rollout.Decoding.step = waiting
+def replaced(name, method):
+    """Inside, a method of Decoding is another."""
+    before = getattr(rollout.Decoding, name)
+    setattr(rollout.Decoding, name, method)
     try:
         yield
     finally:
-        rollout.Decoding.step = step
+        setattr(rollout.Decoding, name, before)
 
 
 # ---- speed

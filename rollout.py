@@ -13,8 +13,10 @@ rank holds the prompts' keys and values and decodes its share of the responses.
 Shapes: B prompts, G responses, N = B * G responses, R tokens of a response, D hidden.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from functools import singledispatch
+from pathlib import Path
 
 import torch
 
@@ -188,7 +190,7 @@ class Decoding:
         self.logps[self.alive, t] = torch.where(self.done, 0.0, logp)
         self.entropies[self.alive, t] = torch.where(self.done, 0.0, entropy)
         self.token.copy_(token)
-        self.done |= torch.isin(token, self.eos)
+        self.done |= (token[:, None] == self.eos).any(dim=1)  # torch.isin may wait for the GPU
 
     def step(self):
         """Runs the tokens drawn last, and draws the next."""
@@ -216,27 +218,33 @@ class Decoding:
                 self.step()
             elif recorded != shape:
                 recorded, replay = shape, None
-                self.step()  # warms up
+                self.warm_up()
             else:
                 replay = replay or self.record()
                 replay()
 
-    def record(self):
-        """Records the step as a CUDA graph -> the function that replays it.
-
-        If the step cannot be recorded, prints why; from there on, every step runs eagerly.
-        """
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # this stream again afterwards: a recording that fails leaves its own in place
-            with torch.cuda.stream(torch.cuda.current_stream()):
-                # other threads (the loader's) may call CUDA meanwhile
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self.step()
-        except RuntimeError as e:
-            say(f"decoding without CUDA graphs: a step cannot be recorded: {e}")
+    def warm_up(self):
+        """A step before the one that is recorded. If it waits for the GPU, prints where, and every
+        step from here on runs eagerly: a recording that fails would leave torch's random numbers
+        and its allocator broken."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.step()
+        torch.cuda.set_sync_debug_mode(mode)
+        waits = [w for w in caught if "synchronizing" in str(w.message)]
+        if waits:
+            where = f"{Path(waits[0].filename).name}:{waits[0].lineno}"
+            say(f"decoding without CUDA graphs: a step waits for the GPU at {where}")
             self.policy.cuda_graph = False
-            return self.step
+
+    def record(self):
+        """Records the step as a CUDA graph -> the function that replays it."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may call CUDA meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.step()
         return graph.replay
 
     def compact(self, unfinished, drawn):

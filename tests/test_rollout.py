@@ -122,6 +122,7 @@ def test_a_step_that_could_be_a_cuda_graph(talkative, prompts, monkeypatch):
     the responses stay the same. Without a GPU nothing can be recorded: the step replays itself."""
     shapes = []
     monkeypatch.setattr(rollout, "WINDOW", 16)
+    monkeypatch.setattr(rollout.Decoding, "warm_up", rollout.Decoding.step)
     monkeypatch.setattr(
         rollout.Decoding, "record", lambda self: shapes.append(len(self.alive)) or self.step
     )
