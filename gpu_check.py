@@ -244,22 +244,26 @@ def options(args, device):
     policy.freeze_vision()
     policy.set_grad_checkpointing(1)
     policy.eos_ids = []
-    found = {}
+    found, kept = {}, {}
     (prompt,) = small_prompts(policy, args, [8])
     responses = [torch.randint(8, 100, (4 * args.new,)) for _ in range(args.group)]
     way = switch(policy)(policy, prompt, responses)
     policy.train()
     for tf32 in (False, True, False, True):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        policy.tf32_head = tf32
         policy.zero_grad()
         with bf16(device):
             logp, seconds = timed(way.log_probs, device)
             _, backward = timed(logp.sum().backward, device)
         torch.clear_autocast_cache()
-        figures = {"forward": seconds, "backward": backward}
-        figures["head_gradient_norm"] = float(policy.net.lm_head.weight.grad.norm())
-        found[f"TF32 {'on' if tf32 else 'off'}"] = figures | {"logp": float(logp.detach().mean())}
-    torch.backends.cuda.matmul.allow_tf32 = False
+        found[f"head, TF32 {'on' if tf32 else 'off'}"] = {"forward": seconds, "backward": backward}
+        kept[tf32] = logp.detach(), policy.net.lm_head.weight.grad.clone()
+    (logp, gradient), (logp_tf32, gradient_tf32) = kept[False], kept[True]
+    found["TF32 changes"] = {
+        "logp": float((logp_tf32 - logp).abs().max()),
+        "gradient of the head": float((gradient_tf32 - gradient).norm() / gradient.norm()),
+    }
+    kept.clear()
     policy.zero_grad()
     policy.eval()
     for cudnn in (False, True):
