@@ -280,8 +280,8 @@ class Set:
 
 
 NTU = (
-    "the videos of fine_grained_pose are NTU RGB+D's, which are not on the hub: "
-    "https://rose1.ntu.edu.sg/dataset/actionRecognition"
+    "fine_grained_pose needs the videos of NTU RGB+D that video/MVBench_videos_ntu.txt lists, from "
+    "https://rose1.ntu.edu.sg/dataset/actionRecognition, in video/nturgbd"
 )
 MVBENCH_ZIPS = {f"video/{name}": f"video/{name}.zip" for name in "ssv2_video vlnqa".split()} | {
     f"video/{folder}/": f"video/{folder}.zip"
@@ -660,6 +660,8 @@ def prepare_file(row, folder, out, files):
         (out,) = files
     else:
         found, places, left_out, problems = convert(row, folder, files)
+        if found and len(problems) == len(found):
+            raise DataError(f"none of the {len(found)} records fits; the first: {problems[0]}")
         write_records(out, found)
     skipped = {}
     samples = data.load_samples(out, skipped=skipped)
