@@ -3,10 +3,12 @@ read (data.py; the recipes of docs/).
 
     python prepare.py                  lists the sets: what each is, records, size, where it is
     python prepare.py NAME FOLDER      FOLDER holds the files of NAME as `hf download` leaves them
+    python prepare.py NAME FOLDER --present     also writes the records whose media are there
 
 It writes records beside these files, with paths that start in FOLDER, and reads them back. It
 counts the media that are not there yet, and prints the commands that download and unpack them. It
-downloads nothing itself. A set whose files can be read as they are is only checked.
+downloads nothing itself. A set whose files can be read as they are is only checked. Run it again
+once the media are there.
 
 A record that does not fit is named, with the field found and expected, and kept in the file: then
 train.py skips it, and eval.py counts it as a wrong answer. Questions that take a judge (open
@@ -80,6 +82,7 @@ def folder_of(name, folders):
 
 
 def as_published(record, file):
+    """Records that are ours already, from parquet."""
     yield record
 
 
@@ -101,6 +104,7 @@ VSI_NUMBERS = "object_counting object_abs_distance object_size_estimation room_s
 
 
 def vsi_bench(record, file):
+    """Four of its tasks are answered by a number."""
     task, path = record["question_type"], f"{record['dataset']}/{record['scene_name']}.mp4"
     kind = "regression" if task in VSI_NUMBERS.split() else "multiple choice"
     asked, options = record["question"], record["options"] or []
@@ -187,6 +191,7 @@ def temp_compass(record, file):
 
 
 def video_mme(record, file):
+    """The options have their letters."""
     path = f"data/{record['videoID']}.mp4"
     more = {key: record[key] for key in ("duration", "domain", "sub_category", "task_type")}
     name, asked = record["question_id"], record["question"]
@@ -194,6 +199,7 @@ def video_mme(record, file):
 
 
 def video_holmes(record, file):
+    """The fields are capitalised; one name has a space."""
     name, path = record["Question ID"], f"videos_cropped/{record['video ID']}.mp4"
     asked, answer = record["Question"], record["Answer"]
     more = {"task_type": record["Question Type"]}
@@ -223,18 +229,12 @@ def mlvu(record, file):
     if not texts:
         return
     path = f"MLVU/video/{task}/{record['video']}"
-    answer = letter(record["answer"], texts)
-    yield question(
-        None,
-        record["question"],
-        answer,
-        path,
-        with_letters(texts),
-        task_type=record["question_type"],
-    )
+    answer, more = letter(record["answer"], texts), {"task_type": record["question_type"]}
+    yield question(None, record["question"], answer, path, with_letters(texts), **more)
 
 
 def cg_bench(record, file):
+    """right_answer is a letter, answer the option's text."""
     path = f"cg_videos_720p/{record['video_uid']}.mp4"
     more = {key: record[key] for key in ("domain", "sub_category")}
     asked, options = record["question"], with_letters(record["choices"])
@@ -242,6 +242,7 @@ def cg_bench(record, file):
 
 
 def charades_sta(record, file):
+    """timestamp: start and end of what the caption says, in seconds."""
     start, end = map(float, record["timestamp"])
     asked = f"When does this happen: {record['caption'].strip().rstrip('.')}?"
     path = f"Charades_v1_480/{record['video']}"
@@ -259,7 +260,7 @@ def charades_sta_train(record, file):
 
 
 @dataclass(frozen=True)
-class Set:
+class DataSet:
     """A data set or benchmark as published. What is not known for sure is left empty."""
 
     about: str  # what it is, and its paper
@@ -269,8 +270,8 @@ class Set:
     files: dict[str, tuple[str, int | None]]
     convert: Callable | None = None  # None: the files are read as they are
     fields: dict = field(default_factory=dict)  # field of a record as published -> its type
-    # first part of a medium's path -> files of the hub that hold it; {top} is its first folder,
-    # {parent} all of its folders; "" for media that are not on the hub
+    # first part of a medium's path -> files of the hub that hold it, where {0} and {1} are its
+    # first folders and {parent} is all of them; "" for media that the note tells about
     archives: dict[str, str] = field(default_factory=dict)
     media_hub: str = ""  # of the archives, if it is not the records'
     elsewhere: dict[str, str] = field(default_factory=dict)  # path -> where else media may lie
@@ -283,26 +284,22 @@ NTU = (
     "fine_grained_pose needs the videos of NTU RGB+D that video/MVBench_videos_ntu.txt lists, from "
     "https://rose1.ntu.edu.sg/dataset/actionRecognition, in video/nturgbd"
 )
-MVBENCH_ZIPS = {f"video/{name}": f"video/{name}.zip" for name in "ssv2_video vlnqa".split()} | {
-    f"video/{folder}/": f"video/{folder}.zip"
-    for folder in "Moments_in_Time_Raw FunQA_test perception sta scene_qa tvqa".split()
-}
 SETS = {
-    "video_r1_260k": Set(
+    "video_r1_260k": DataSet(
         "Video-R1 (2503.21776), RL: 116,248 videos, 146,823 images",
         "Video-R1/Video-R1-data",
         {"Video-R1-260k.json": ("Video-R1-260k", 263_071)},
-        archives={"": "{top}/*.zip"},
+        archives={"": "{0}/*.zip"},
         size="310 GB",
     ),
-    "video_r1_cot_165k": Set(
+    "video_r1_cot_165k": DataSet(
         "Video-R1 (2503.21776), cold start, on media of video_r1_260k",
         "Video-R1/Video-R1-data",
         {"Video-R1-COT-165k.json": ("Video-R1-COT-165k", 165_575)},
-        archives={"": "{top}/*.zip"},
+        archives={"": "{0}/*.zip"},
         size="310 GB",
     ),
-    "video_r1_eval": Set(
+    "video_r1_eval": DataSet(
         "Video-R1 (2503.21776), evaluation: six benchmarks",
         "Video-R1/Video-R1-eval",
         {
@@ -316,7 +313,7 @@ SETS = {
         archives={"": ""},
         note="the media are those of each benchmark; or prepare the benchmarks themselves",
     ),
-    "video_rts": Set(
+    "video_rts": DataSet(
         "Video-RTS (2507.06485), RL: questions of CG-Bench",
         "https://github.com/Ziyang412/Video-RTS, src/training_data",
         {"cgbench_train.jsonl": ("cgbench_selected_training_samples", 8_136)},
@@ -326,7 +323,7 @@ SETS = {
         media_hub="CG-Bench/CG-Bench",
         joined=True,
     ),
-    "longvideo_reason": Set(
+    "longvideo_reason": DataSet(
         "LongVILA-R1 (2507.07966), SFT and RL",
         "LongVideo-Reason/longvideo-reason",
         {
@@ -340,7 +337,7 @@ SETS = {
         media_hub="Perflow-Shuai/movie_mp4",
         note="the videos unpack to other folders than the records name; move them there",
     ),
-    "longvideo_reason_eval": Set(
+    "longvideo_reason_eval": DataSet(
         "LongVILA-R1 (2507.07966), evaluation",
         "LongVideo-Reason/longvideo-reason",
         {"longvideo_reason_eval.json": ("data/test-*", 1_000)},
@@ -352,25 +349,25 @@ SETS = {
         size="195 GB",
         note="always answering B scores 44.1 %",
     ),
-    "vsi_bench": Set(
+    "vsi_bench": DataSet(
         "VSI-Bench (2412.14171)",
         "nyu-visionx/VSI-Bench",
         {"vsi_bench.json": ("test|test-*", 5_130)},
         vsi_bench,
         {"dataset": str, "scene_name": str, "question_type": str, "question": str}
         | {"options": list | None, "ground_truth": str | int | float},
-        archives={"": "{top}.zip"},
+        archives={"": "{0}.zip"},
     ),
-    "video_mmmu": Set(
+    "video_mmmu": DataSet(
         "Video-MMMU (2501.13826)",
         "lmms-lab/VideoMMMU",
         {"video_mmmu.json": ("*/test-*", 900)},
         video_mmmu,
         {"id": str, "question": str, "options": list | None, "answer": str},
-        archives={"": "{top}.zip"},
+        archives={"": "{0}.zip"},
         note="questions of Adaptation are about an image, which is the end of the video",
     ),
-    "mmvu": Set(
+    "mmvu": DataSet(
         "MMVU (2501.12380), validation: 625 of 1,000 are multiple choice",
         "yale-nlp/MMVU",
         {"mmvu.json": ("validation", 1_000)},
@@ -379,20 +376,19 @@ SETS = {
         archives={"": "videos/*"},
         size="0.9 GB",
     ),
-    "mvbench": Set(
+    "mvbench": DataSet(
         "MVBench (2311.17005), 20 tasks",
         "OpenGVLab/MVBench",
         {"mvbench.json": ("json/*", 4_000)},
         mvbench,
         {"video": str, "question": str, "candidates": list, "answer": str},
-        archives=MVBENCH_ZIPS
-        | {"video/star": "video/star.zip video/data0613.zip"}
+        archives={"": "video/{1}.zip", "video/star": "video/star.zip video/data0613.zip"}
         | {"video/clevrer": "video/clevrer.zip video/data0613.zip", "video/nturgbd": ""},
         elsewhere={"video/": "video/data0613/"},
         size="16 GB",
         note=NTU,
     ),
-    "temp_compass": Set(
+    "temp_compass": DataSet(
         "TempCompass (2403.00476): 2,004 of 7,540 are captions",
         "lmms-lab/TempCompass",
         {"temp_compass.json": ("*/test-*", 7_540)},
@@ -401,7 +397,7 @@ SETS = {
         archives={"": "tempcompass_videos.zip"},
         size="0.4 GB",
     ),
-    "video_mme": Set(
+    "video_mme": DataSet(
         "Video-MME (2405.21075), without subtitles",
         "lmms-lab/Video-MME",
         {"video_mme.json": ("videomme/test-*", 2_700)},
@@ -410,7 +406,7 @@ SETS = {
         archives={"": "videos_chunked_*.zip"},
         size="101 GB",
     ),
-    "video_holmes": Set(
+    "video_holmes": DataSet(
         "Video-Holmes (2505.21374)",
         "TencentARC/Video-Holmes",
         {"video_holmes.json": ("test_Video-Holmes", 1_837)},
@@ -419,7 +415,7 @@ SETS = {
         archives={"": "videos.zip"},
         size="5 GB",
     ),
-    "long_video_bench": Set(
+    "long_video_bench": DataSet(
         "LongVideoBench (2407.15754), validation, without subtitles",
         "longvideobench/LongVideoBench",
         {"long_video_bench.json": ("lvb_val|validation-*", 1_337)},
@@ -429,7 +425,7 @@ SETS = {
         joined=True,
         size="162 GB",
     ),
-    "lvbench": Set(
+    "lvbench": DataSet(
         "LVBench (2406.08035)",
         "zai-org/LVBench",
         {"lvbench.json": ("video_info.meta", 1_549)},
@@ -438,7 +434,7 @@ SETS = {
         archives={"": ""},
         note="the videos are YouTube's; put that with the id KEY in videos/KEY.mp4",
     ),
-    "mlvu": Set(
+    "mlvu": DataSet(
         "MLVU (2406.04264), dev, seven multiple-choice tasks of nine",
         "MLVU/MVLU",
         {"mlvu.json": ("MLVU/json/*", None)},
@@ -448,7 +444,7 @@ SETS = {
         size="about 400 GB",
         note="2,174 questions are multiple choice",
     ),
-    "cg_bench": Set(
+    "cg_bench": DataSet(
         "CG-Bench (2412.12075); Video-RTS trains on two thirds of it",
         "CG-Bench/CG-Bench",
         {"cg_bench.json": ("cgbench", 12_129)},
@@ -457,7 +453,7 @@ SETS = {
         archives={"": "video*.zip"},
         joined=True,
     ),
-    "charades_sta": Set(
+    "charades_sta": DataSet(
         "Charades-STA (1705.02101), test: grounding in time",
         "lmms-lab/charades_sta",
         {"charades_sta.json": ("**/test-*", 3_720)},
@@ -466,7 +462,7 @@ SETS = {
         archives={"": "Charades_v1_480_part_*.zip"},
         size="16 GB",
     ),
-    "charades_sta_train": Set(
+    "charades_sta_train": DataSet(
         "Charades-STA (1705.02101), training: grounding in time",
         "https://github.com/jiyanggao/TALL",
         {"charades_sta_train.json": ("charades_sta_train", 12_408)},
@@ -476,7 +472,7 @@ SETS = {
         media_hub="lmms-lab/charades_sta",
         size="16 GB",
     ),
-    "gsm8k": Set(
+    "gsm8k": DataSet(
         "GSM8K (2110.14168): text without a medium",
         "openai/gsm8k",
         {"gsm8k_train.jsonl": ("main/train-*", 7_473), "gsm8k_test.jsonl": ("main/test-*", 1_319)},
@@ -491,7 +487,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 
 
 def published(folder, pattern):
-    """The files that a pattern of Set.files stands for; [] without any."""
+    """The files that a pattern of DataSet.files stands for; [] without any."""
     for part in pattern.split("|"):
         files = [f for f in folder.glob(f"{part}.*") if f.suffix in SUFFIXES]
         one_of_each = {f.with_suffix(""): f for f in sorted(files, reverse=True)}
@@ -500,7 +496,7 @@ def published(folder, pattern):
     return []
 
 
-def rows(file):
+def records_of(file):
     """The records of a file as published, as read_records returns them."""
     if file.suffix == ".parquet":
         return read_parquet(file)
@@ -510,20 +506,20 @@ def rows(file):
     return [(f"{file}, line {i}", lambda line=line: {"line": line}) for i, line in lines]
 
 
-def converted(row, read, where, file):
+def converted(data_set, read, where, file):
     """The records that one as published becomes. file: where it is from, relative to FOLDER.
     Raises DataError."""
     record = read()
-    expected = ", ".join(row.fields)
+    expected = ", ".join(data_set.fields)
     if not isinstance(record, dict):
         found = type(record).__name__
         raise DataError(f"{where}: a {found}, expected an object with {expected}")
-    for name, kind in row.fields.items():
+    for name, kind in data_set.fields.items():
         if not isinstance(record.get(name), kind):
             found = short_repr(record[name]) if name in record else "not there"
             raise DataError(f"{where}: {name!r} is {found}, expected {_name(kind)}")
     try:
-        return list(row.convert(record, file))
+        return list(data_set.convert(record, file))
     except DataError as e:
         raise DataError(f"{where}: {e}") from e
     except KeyError as e:
@@ -536,7 +532,7 @@ def _name(kind):
     return getattr(kind, "__name__", str(kind))
 
 
-def convert(row, folder, files):
+def convert(data_set, folder, files):
     """Files as published -> (records, where each is from, how many were left out, problems).
 
     A record that cannot be converted becomes one that says why, which no reader takes for a
@@ -546,23 +542,23 @@ def convert(row, folder, files):
     left_out = 0
     for file in files:
         name = file.relative_to(folder).as_posix()
-        for where, read in rows(file):
+        for where, read in records_of(file):
             try:
-                new = converted(row, read, where, name)
+                new = converted(data_set, read, where, name)
             except DataError as e:
                 new = [{"not_converted": str(e)}]
                 problems.append(str(e))
             left_out += not new
-            found += [settled(record, row, folder) for record in new]
+            found += [placed(record, data_set, folder) for record in new]
             places += [where] * len(new)
     return found, places, left_out, problems
 
 
-def settled(record, row, folder):
-    """The record, with the path at which its medium lies if that is one of row.elsewhere."""
+def placed(record, data_set, folder):
+    """The record, with the path at which its medium lies if that is one of data_set.elsewhere."""
     key = "path" if "path" in record else "videos"  # LongVideo-Reason's
     path = record.get(key, "")
-    for start, other in row.elsewhere.items():
+    for start, other in data_set.elsewhere.items():
         if path.startswith(start) and not (folder / path).exists():
             name = glob.escape(path.removeprefix(start))
             for file in folder.glob(other + name):
@@ -595,13 +591,14 @@ def missing_media(samples, folder):
     return missing, len(paths)
 
 
-def archives_of(path, row):
-    """The files of the hub that hold a medium, as patterns; [] if it is not on the hub."""
-    starts = [start for start in row.archives if path.startswith(start)]
+def archives_of(path, data_set):
+    """The files of the hub that hold a medium, as patterns; [] if they are not known."""
+    starts = [start for start in data_set.archives if path.startswith(start)]
     if not starts:
         return []
-    files = row.archives[max(starts, key=len)]
-    return files.format(top=path.split("/")[0], parent=PurePosixPath(path).parent).split()
+    *folders, _ = path.split("/")
+    files = data_set.archives[max(starts, key=len)]
+    return files.format(*folders, "", "", parent="/".join(folders)).split()
 
 
 def download(hub, folder, patterns):
@@ -632,34 +629,36 @@ def unpack(folder, pattern, joined):
 # ---- the command
 
 
-def prepare(name, folder):
+def prepare(name, folder, only_present=False):
     """Writes the records of a set, and prints what it found and what is to be done. Raises
-    DataError."""
-    row = SETS[name]
-    present = {out: published(folder, files) for out, (files, _) in row.files.items()}
+    DataError. only_present: also write those whose media are there."""
+    data_set = SETS[name]
+    present = {out: published(folder, files) for out, (files, _) in data_set.files.items()}
     if not any(present.values()):
-        expected = ", ".join(pattern for pattern, _ in row.files.values())
+        expected = ", ".join(pattern for pattern, _ in data_set.files.values())
         raise DataError(f"{folder}: no records of {name}, expected {expected}; {get(name, folder)}")
     missing = set()
     for out, files in present.items():
         if files:
-            missing |= set(prepare_file(row, folder, folder / out, files))
+            missing |= set(prepare_file(data_set, folder, folder / out, files))
+            if only_present:
+                write_present(folder / out)
         else:
-            print(f"{out}: not written, {folder} has no {row.files[out][0]}")
+            print(f"{out}: not written, {folder} has no {data_set.files[out][0]}")
     if missing:
-        print_missing(row, folder, sorted(missing))
-    if row.note:
-        print(f"note: {row.note}")
+        print_missing(data_set, folder, sorted(missing))
+    if data_set.note:
+        print(f"note: {data_set.note}")
 
 
-def prepare_file(row, folder, out, files):
+def prepare_file(data_set, folder, out, files):
     """Writes one file of records, if the set is not read as it is. Prints what is in it, and
     returns the paths of its missing media."""
     places, left_out, problems = [], 0, []
-    if row.convert is None:
+    if data_set.convert is None:
         (out,) = files
     else:
-        found, places, left_out, problems = convert(row, folder, files)
+        found, places, left_out, problems = convert(data_set, folder, files)
         if found and len(problems) == len(found):
             raise DataError(f"none of the {len(found)} records fits; the first: {problems[0]}")
         write_records(out, found)
@@ -671,10 +670,10 @@ def prepare_file(row, folder, out, files):
         elif "not_converted" not in found[i]:
             problems.append(f"{places[i]}: {message}")
     records = len(samples) + len(skipped)
-    published_number = row.files[out.name][1]
+    published_number = data_set.files[out.name][1]
     about = f"{published_number:,} as published" if published_number else "number not published"
     print(f"{out}: {records:,} records, {left_out:,} left out ({about})", end="")
-    print(", read as it is" if row.convert is None else "")
+    print(", read as it is" if data_set.convert is None else "")
     kinds = Counter(sample.problem_type for sample in samples)
     print("  " + ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common()))
     if problems:
@@ -688,41 +687,53 @@ def prepare_file(row, folder, out, files):
     return missing
 
 
-def print_missing(row, folder, missing):
+def write_present(file):
+    """Writes the records whose media are there to another file beside this one of records."""
+    skipped = {}
+    samples = data.load_samples(file, skipped=skipped)
+    records = [read for i, (_, read) in enumerate(read_records(file)) if i not in skipped]
+    there = [not sample.path or Path(sample.path).exists() for sample in samples]
+    found = [read() for read, is_there in zip(records, there) if is_there]
+    target = file.with_stem(f"{file.stem}_present")
+    write_records(target, found)
+    print(f"{target}: the {len(found):,} records whose media are there")
+
+
+def print_missing(data_set, folder, missing):
     """Prints the missing media by folder, and the commands that get them."""
     print(f"{len(missing):,} media are missing:")
     counts = Counter(str(PurePosixPath(path).parent) for path in missing)
-    sources = {str(PurePosixPath(path).parent): archives_of(path, row) for path in missing}
+    sources = {str(PurePosixPath(path).parent): archives_of(path, data_set) for path in missing}
     for place, n in counts.most_common(20):
-        source = " and ".join(sources[place]) or "not on the hub"
+        source = " and ".join(sources[place]) or "see the note"
         print(f"  {n:,} in {place}: {source}")
     if len(counts) > 20:
         print(f"  and {sum(counts.values()) - sum(n for _, n in counts.most_common(20)):,} more")
     patterns = sorted({pattern for found in sources.values() for pattern in found})
     if patterns:
         print("to get them:")
-        print(f"  {download(row.media_hub or row.hub, folder, patterns)}")
+        print(f"  {download(data_set.media_hub or data_set.hub, folder, patterns)}")
     for pattern in patterns:
-        if command := unpack(folder, pattern, row.joined):
+        if command := unpack(folder, pattern, data_set.joined):
             print(f"  {command}")
 
 
 def get(name, folder):
     """How to get the records of a set."""
-    row = SETS[name]
-    if "/" not in row.hub or row.hub.startswith("https:"):
-        return f"they are at {row.hub}"
-    patterns = [files.split("|")[0] for files, _ in row.files.values()]
+    data_set = SETS[name]
+    if "/" not in data_set.hub or data_set.hub.startswith("https:"):
+        return f"they are at {data_set.hub}"
+    patterns = [files.split("|")[0] for files, _ in data_set.files.values()]
     patterns = [p if p.endswith("*") else f"{p}.*" for p in patterns]
-    return f"to get them: {download(row.hub, folder, patterns)}"
+    return f"to get them: {download(data_set.hub, folder, patterns)}"
 
 
 def print_sets():
     """Prints all sets, one a line."""
-    for name, row in SETS.items():
-        numbers = [n for _, n in row.files.values()]
+    for name, data_set in SETS.items():
+        numbers = [n for _, n in data_set.files.values()]
         total = f"{sum(numbers):,}" if all(numbers) else "?"
-        print(f"{name:22} {total:>8} {row.size or '?':>12}  {row.about}; {row.hub}")
+        print(f"{name:22} {total:>8} {data_set.size or '?':>12}  {data_set.about}; {data_set.hub}")
 
 
 def main(argv=None):
@@ -730,6 +741,11 @@ def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("name", nargs="?", help="a set of the list", choices=SETS, metavar="NAME")
     p.add_argument("folder", nargs="?", help="the folder with its files as published")
+    p.add_argument(
+        "--present",
+        action="store_true",
+        help="also write NAME_present.json, the records whose media are there: to train on a part",
+    )
     args = p.parse_args(argv)
     if args.name is None:
         print_sets()
@@ -738,7 +754,7 @@ def main(argv=None):
         folder = args.folder or "FOLDER"
         p.error(f"{folder}: no such folder, expected that of {args.name}; {get(args.name, folder)}")
     try:
-        prepare(args.name, Path(args.folder))
+        prepare(args.name, Path(args.folder), args.present)
     except (DataError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
 

@@ -307,7 +307,7 @@ def test_media_that_are_not_on_the_hub(tmp_path, run):
     one = PUBLISHED["mvbench"].record
     write(tmp_path, "json/fine_grained_pose.json", one | {"video": "S1.avi"})
     printed = run("mvbench")
-    assert "1 in video/nturgbd: not on the hub" in printed and "hf download" not in printed
+    assert "1 in video/nturgbd: see the note" in printed and "hf download" not in printed
     assert "NTU RGB+D" in printed
 
 
@@ -321,6 +321,20 @@ def test_media_that_lie_in_another_folder_than_the_records_say(tmp_path, run):
     ):
         medium(tmp_path, path)
     assert "2 of 2 media are there" in run("mvbench")
+
+
+def test_a_part_of_a_set_whose_media_are_there(tmp_path, capsys):
+    """From a file that is read as it is, with a record that cannot be read."""
+    one = PUBLISHED["video_r1_260k"].record
+    paths = ["./STAR/1.mp4", "./CLEVRER/2.mp4", "./CLEVRER/3.mp4"]
+    records = [one | {"path": path, "problem_id": i} for i, path in enumerate(paths)]
+    write(tmp_path, "Video-R1-260k.json", records[0], one | {"solution": ""}, *records[1:])
+    medium(tmp_path, "CLEVRER/2.mp4")
+    medium(tmp_path, "CLEVRER/3.mp4")
+    prepare.main(["video_r1_260k", str(tmp_path), "--present"])
+    assert "Video-R1-260k_present.json: the 2 records whose media" in capsys.readouterr().out
+    samples = data.load_samples(tmp_path / "Video-R1-260k_present.json")
+    assert [sample.id for sample in samples] == ["1", "2"]
 
 
 @pytest.mark.skipif(not shutil.which("unzip"), reason="needs unzip")
