@@ -54,9 +54,10 @@ def question(name, asked, answer, path, options=(), kind="multiple choice", **mo
 
 def with_letters(texts):
     """Options with the letters A, B, C ... in order. Those that have them stay as they are."""
-    if all(text.startswith(f"{c}.") for c, text in zip(string.ascii_uppercase, texts)):
+    starts = [f"{string.ascii_uppercase[i]}." for i in range(len(texts))]
+    if all(text.startswith(start) for start, text in zip(starts, texts)):
         return texts
-    return [f"{c}. {text}" for c, text in zip(string.ascii_uppercase, texts)]
+    return [f"{start} {text}" for start, text in zip(starts, texts)]
 
 
 def from_dict(options):
@@ -181,7 +182,7 @@ def temp_compass(record, file):
     if task == "captioning":
         return
     if task == "yes_no":
-        options, answer = ["A. yes", "B. no"], letter(answer.lower(), ["yes", "no"])
+        options, answer = ["A. yes", "B. no"], letter(answer.lower().rstrip("."), ["yes", "no"])
     if task == "caption_matching":  # "Option 1: a man runs", or "Caption A: ..."
         asked, *texts = asked.split("\n")
         answer = letter(answer.split(":")[0], [text.split(":")[0] for text in texts])
@@ -365,6 +366,7 @@ SETS = {
         video_mmmu,
         {"id": str, "question": str, "options": list | None, "answer": str},
         archives={"": "{0}.zip"},
+        elsewhere={f"{folder}/": "**/" for folder in VIDEO_MMMU},
         note="questions of Adaptation are about an image, which is the end of the video",
     ),
     "mmvu": DataSet(
@@ -700,15 +702,14 @@ def write_present(file):
 
 
 def print_missing(data_set, folder, missing):
-    """Prints the missing media by folder, and the commands that get them."""
+    """Prints the missing media by archive, and the commands that get them."""
+    sources = {path: archives_of(path, data_set) for path in missing}
+    by_source = {}
+    for path, patterns in sources.items():
+        by_source.setdefault(" and ".join(patterns) or "elsewhere (see the note)", []).append(path)
     print(f"{len(missing):,} media are missing:")
-    counts = Counter(str(PurePosixPath(path).parent) for path in missing)
-    sources = {str(PurePosixPath(path).parent): archives_of(path, data_set) for path in missing}
-    for place, n in counts.most_common(20):
-        source = " and ".join(sources[place]) or "see the note"
-        print(f"  {n:,} in {place}: {source}")
-    if len(counts) > 20:
-        print(f"  and {sum(counts.values()) - sum(n for _, n in counts.most_common(20)):,} more")
+    for source, paths in by_source.items():
+        print(f"  {len(paths):,} from {source}, such as {paths[0]}")
     patterns = sorted({pattern for found in sources.values() for pattern in found})
     if patterns:
         print("to get them:")

@@ -268,8 +268,8 @@ def test_kinds_of_video_mmmu_and_open_answers_of_mmvu(tmp_path, run):
     more = [one | {"answer": "12.97"}, one | {"answer": "the Baroque"}]
     write(tmp_path, "Perception/test-0.json", *more)
     printed = run("video_mmmu")
-    assert "1 numerical, 1 free-form" in printed and "2 in Art: Art.zip" not in printed
-    assert "1 media are missing" in printed  # of two questions
+    assert "1 numerical, 1 free-form" in printed
+    assert "1 media are missing:\n  1 from Art.zip, such as Art/" in printed  # of two questions
     one = PUBLISHED["mmvu"].record
     write(tmp_path, "validation.json", one, one | {"question_type": "open-ended"})
     assert "1 records, 1 left out" in run("mmvu")
@@ -296,8 +296,8 @@ def test_missing_media_are_counted_with_their_archives_and_commands(tmp_path, ru
     medium(tmp_path, "scannet/b.mp4")
     printed = run("vsi_bench")
     assert "4 records" in printed and "1 of 3 media are there" in printed
-    assert "2 media are missing:\n  1 in arkitscenes: arkitscenes.zip\n" in printed
-    assert "  1 in scannet: scannet.zip\n" in printed and "scannetpp" not in printed
+    assert "2 media are missing:\n  1 from arkitscenes.zip, such as arkitscenes/c.mp4\n" in printed
+    assert "  1 from scannet.zip, such as scannet/a.mp4\n" in printed and "scannetpp" not in printed
     command = "hf download nyu-visionx/VSI-Bench --repo-type dataset --local-dir "
     assert f"{command}{tmp_path} --include arkitscenes.zip --include scannet.zip\n" in printed
     assert f"(cd {tmp_path} && unzip -n -q 'scannet.zip')\n" in printed
@@ -307,12 +307,15 @@ def test_media_that_are_not_on_the_hub(tmp_path, run):
     one = PUBLISHED["mvbench"].record
     write(tmp_path, "json/fine_grained_pose.json", one | {"video": "S1.avi"})
     printed = run("mvbench")
-    assert "1 in video/nturgbd: see the note" in printed and "hf download" not in printed
+    assert (
+        "1 from elsewhere (see the note), such as video/nturgbd/S1.avi" in printed
+        and "hf download" not in printed
+    )
     assert "NTU RGB+D" in printed
 
 
 def test_media_that_lie_in_another_folder_than_the_records_say(tmp_path, run):
-    """MVBench's late archive has a folder of its own."""
+    """MVBench's late archive has a folder of its own; Video-MMMU's may have none."""
     one = PUBLISHED["mvbench"].record
     write(tmp_path, "json/moving_count.json", one | {"video": "1.mp4"}, one | {"video": "2.mp4"})
     for path in (
@@ -321,6 +324,10 @@ def test_media_that_lie_in_another_folder_than_the_records_say(tmp_path, run):
     ):
         medium(tmp_path, path)
     assert "2 of 2 media are there" in run("mvbench")
+    p = PUBLISHED["video_mmmu"]
+    write(tmp_path, p.file, p.record)
+    medium(tmp_path, p.medium.removeprefix("Art/"))
+    assert "1 of 1 media are there" in run("video_mmmu")
 
 
 def test_a_part_of_a_set_whose_media_are_there(tmp_path, capsys):
@@ -500,4 +507,4 @@ def test_the_real_files(tmp_path, run, name, media):
         target = file.name if name == "video_r1_eval" else PUBLISHED[name].file
         shutil.copy(file, tmp_path / target)
     printed = run(name)
-    assert "do not fit" not in printed and f"in {media}" in printed
+    assert "do not fit" not in printed and f"such as {media}" in printed
