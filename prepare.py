@@ -616,7 +616,8 @@ def unpack(folder, pattern, joined):
     place = (folder / pattern).parent
     name = PurePosixPath(pattern).name
     if joined and name.endswith(".zip"):
-        what = f"cat $(ls -v {name}) > joined.zip && unzip -n -q joined.zip"
+        parts = f"$(printf '%s\\n' {name} | sort -V)"
+        what = f"cat {parts} > joined.zip && unzip -n -q joined.zip"
     elif joined:
         what = f"cat {name} | tar -x"
     elif name.endswith(".zip"):
