@@ -360,7 +360,8 @@ def model_folder(name):
     raise SystemExit(
         f"error: {name}: no folder with config.json. A simulation needs the small files of a "
         f"model, not its weights: {', '.join(SMALL_FILES)}, as far as the model has them. From the "
-        f'hub: hf download {hub} --include "*.json" "*.txt" --local-dir DIR; then add --config DIR'
+        f'hub: hf download {hub} --include "*.json" --include "*.txt" --local-dir DIR; then add '
+        "--config DIR"
     )
 
 
