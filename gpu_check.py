@@ -385,6 +385,13 @@ def write_folder(folder, shape):
     config.save_pretrained(folder)
 
 
+def fill(policy):
+    """Random numbers for weights that have none."""
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.normal_(std=0.02) if p.ndim > 1 else p.fill_(1.0)
+
+
 def train_two_steps(folder, flags, device):
     """Runs the step of train.py on videos that are alike -> the second's figures by phase."""
     own, words = simulate.parse_args(["--config", folder, *flags])
@@ -394,7 +401,10 @@ def train_two_steps(folder, flags, device):
     simulate.take_the_place_of_files(measured)
     with measured.phase("load"):
         run = simulate.open_run(run_args, *simulate.video_shape(run_args, own), device)
-    train.unwrap(run.policy).eos_ids = []  # every response has --max_new tokens
+    fill(run.policy)
+    if run.reference not in (None, run.policy):
+        fill(run.reference)
+    run.policy.eos_ids = []  # every response has --max_new tokens
     load = measured.phases["load"]
     for step in range(2):
         measured.reset("gather")
@@ -408,7 +418,7 @@ def train_two_steps(folder, flags, device):
         "phases": measured.phases,
         "step_seconds": seconds,
         "response_tokens": tokens,
-        "memory_estimate": sum(run.sharing.terms.values()),
+        "estimate": {name: sum(terms.values()) for name, terms in run.sharing.estimate.items()},
         "prompt_tokens": len(run.loader.prompts[0][1].ids),
         "grad_norm": entry.get("grad_norm"),
         "loss": entry.get("loss"),

@@ -41,14 +41,15 @@ class LoraLinear(nn.Linear):
     """A frozen linear layer with its adapter, in the place and under the name of that layer.
 
     lora_A (r, in), lora_B (out, r): trained, in fp32 (beside a float64 layer, in float64).
-    scale: alpha / r.  on: whether the adapter takes part.
+    scale: alpha / r.  on: whether the adapter takes part.  device: of the adapter, before the
+    layer's weight is read (Policy.load).
     """
 
-    def __init__(self, linear, rank, scale):
+    def __init__(self, linear, rank, scale, device=None):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         exact = torch.promote_types(linear.weight.dtype, torch.float32)
-        how = dict(dtype=exact, device=linear.weight.device)
+        how = dict(dtype=exact, device=device or linear.weight.device)
         self.lora_A = nn.Parameter(torch.zeros(rank, linear.in_features, **how))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **how))
         self.scale, self.on = scale, True
@@ -61,10 +62,10 @@ class LoraLinear(nn.Linear):
         low = F.linear(x, self.lora_A.to(x.dtype))  # (..., r)
         return y + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
-    def merged_weight(self):
-        """W + (alpha / r) B A (out, in), summed in at least fp32, then rounded to W's dtype."""
-        exact = self.weight.to(self.lora_A.dtype)
-        return (exact + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+    def merged(self, weight):
+        """W -> W + (alpha / r) B A (out, in), summed in at least fp32, then in the dtype of W."""
+        exact = weight.to(self.lora_A.dtype)
+        return (exact + self.scale * (self.lora_B @ self.lora_A)).to(weight.dtype)
 
 
 # ---- on and off
@@ -122,7 +123,7 @@ def add(policy, rank, alpha, seed=0):
     else:
         random = torch.Generator().manual_seed(seed)
         for name, linear in linears(policy.net).items():
-            layer = LoraLinear(linear, rank, alpha / rank)
+            layer = LoraLinear(linear, rank, alpha / rank, policy.device)
             bound = linear.in_features**-0.5
             drawn = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=random)
             layer.lora_A.data.copy_(drawn)
@@ -140,12 +141,22 @@ def merge(policy):
     A sum is computed in fp32 and rounded to the weights' dtype. bf16 keeps 8 significant bits, so
     there the merged policy differs from the one with adapters.
     """
+    weights = dict(policy.net.named_parameters())
+    for name, merged in take_off(policy).items():
+        weights[name].data = merged(weights[name])
+
+
+def take_off(policy):
+    """Removes the adapters, in place -> {name of a weight: function from it to the merged one}."""
+    changes = {}
     for name, layer in adapters(policy.net).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(layer.merged_weight()), layer.bias
+        linear.weight, linear.bias = layer.weight, layer.bias
         policy.net.set_submodule(name, linear)
+        changes[f"{name}.weight"] = layer.merged
     policy.adapter = None
     policy.requires_grad_(True)
+    return changes
 
 
 # ---- adapter folders, in PEFT's form
@@ -219,7 +230,8 @@ def load(policy, folder):
     known = linears(policy.net)
     names = [layer_name(folder, key, known) for key in tensors]
     for name in dict.fromkeys(names):
-        layer = LoraLinear(known[name], config["r"], config["lora_alpha"] / config["r"])
+        scale = config["lora_alpha"] / config["r"]
+        layer = LoraLinear(known[name], config["r"], scale, policy.device)
         for part, p in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             x = tensors.get(f"{PREFIX}{name}.{part}.weight")
             if x is None or x.shape != p.shape or not x.isfinite().all():

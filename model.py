@@ -35,10 +35,13 @@ from infra.families import FAMILIES, read_family
 from infra.flash import to_device
 from infra.model_folder import (
     base_folder,
+    build_network,
+    find_weights,
     load_tokenizer,
     local_folder,
-    read_network,
+    read_weights,
     side_files,
+    weights_dtype,
     write_network,
 )
 from infra.tf32 import TF32Linear
@@ -158,6 +161,7 @@ class Policy(nn.Module):
         cuda_graph=False,
         embedding_cache=None,
         merged=False,
+        prepare=None,
     ):
         """Loads a folder or hub name of a supported family, with every weight accounted for.
 
@@ -168,6 +172,8 @@ class Policy(nn.Module):
         cuda_graph: replay decode steps as CUDA graphs, on a CUDA device.
         embedding_cache: (folder, gigabytes) for the embeddings of a frozen vision tower.
         merged: add adapters to the weights of their base instead of keeping them beside.
+        prepare: a function that gets the policy before its weights are read, which have no numbers
+        yet, and may add adapters, freeze and shard it: each rank then reads its own part only.
         A response ends at any end token of the generation config or the tokenizer.
 
         Raises ModelError: no folder, no weights, another architecture; weights that are missing, of
@@ -176,14 +182,20 @@ class Policy(nn.Module):
         """
         found = local_folder(name)
         folder = base_folder(found)
-        net, saved_dtype = read_network(folder, dtype, MODEL_TYPES)
-        policy = cls(net, folder).to(device)
-        policy.saved_dtype = saved_dtype
+        net = build_network(folder, dtype, MODEL_TYPES)
+        weights = find_weights(folder, net)
+        policy = cls(net, folder)
+        for module in policy.modules():
+            for buffer, x in module._buffers.items():
+                module._buffers[buffer] = x if x is None else x.to(device)
+        policy.saved_dtype = weights_dtype(folder)
         policy.base_name = str(folder.resolve()) if Path(name).exists() else str(name)
         if found != folder:
             lora.load(policy, found)
-        if merged:
-            lora.merge(policy)
+        changes = lora.take_off(policy) if merged else {}
+        if prepare:
+            prepare(policy)
+        read_weights(folder, net, weights, device, changes)
         end = load_tokenizer(folder).eos_token_id
         if end is not None and end not in policy.eos_ids:
             policy.eos_ids.append(end)

@@ -35,6 +35,7 @@ on a 3B): sharded, every layer would communicate for every token.
 
 import contextlib
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ from infra.flash import make_blocks
 from infra.memory import device_memory
 from infra.model_folder import head_size
 from infra.ranks import WORLD, gather, say
+from rollout import PREFILL_TOKENS
 
 # renamed in torch 2.13
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -354,15 +356,19 @@ class RowSharing:
     def choose(self, prompts):
         """Sets `sp`, this rank's group, from the lengths of all ranks' prompts."""
         lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
-        size, estimate = smallest_group(
-            self.policy, self.reference, lengths, self.memory, self.args, WORLD
-        )
+        answers = max(gather(max([self.answers(p) for _, p in prompts], default=0)))
+        about = (self.policy, self.reference, lengths, answers, self.memory, self.args, WORLD)
+        size, estimate = smallest_group(*about)
         self.sp = sequence_parallel(size, self.patience)
         gpu = self.policy.device.type == "cuda"
         if (WORLD > 1 or gpu) and lengths and size != self.shown:
             self.shown = size
             shared = f"sequence parallelism: {size} ranks share each row"
             say(f"memory: {estimate}" if self.args.sp == "1" else f"{shared}; {estimate}")
+
+    def answers(self, prompt):
+        """Tokens of the responses to a prompt, at most."""
+        return self.args.group * self.args.max_new if prompt.target is None else len(prompt.target)
 
     def rows(self):
         """A context: inside, the policy and the reference share their rows over `sp`."""
@@ -389,38 +395,27 @@ def turn(rank, world, sp):
     return rank // share + parts * turn(rank % share, share, sp)
 
 
-def smallest_group(policy, reference, lengths, limit, args, world):
+def smallest_group(policy, reference, lengths, answers, limit, args, world):
     """The fewest ranks that can share a row -> (sp_size, the memory estimate as text).
 
     The estimate must fit 90 % of `limit` bytes, and there are no more groups of ranks than prompts;
-    else all ranks. lengths: of the step's prompts. All ranks must pass the same arguments.
+    else all ranks. lengths: of the step's prompts.  answers: tokens of the responses to a prompt,
+    at most. All ranks must pass the same arguments.
 
     Sharing a row costs time where memory does not need it (LongVILA-R1: below 256 frames).
     """
     sizes = [int(args.sp)] if args.sp != "auto" else auto_sizes(world, len(lengths))
-    longest, answers = max(lengths, default=0), args.group * args.max_new
     for size in sizes:
-        share = -(-len(lengths) * size // world)  # prompts of a group of ranks
-        prompts = sum(sorted(lengths, reverse=True)[:share])
-        together = min(share, max(1, CACHE_TOKENS // (longest + answers)))  # prompts decoded
-        row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
-        terms = memory(
-            policy,
-            reference,
-            row=row,
-            prompts=prompts,
-            answers=answers,
-            size=size,
-            decoded=(together * longest, together * answers),
-            shards=world if args.fsdp else 1,
-        )
+        most = most_tokens(lengths, answers, size, args, world)
+        phases = memory(policy, reference, most, size, world if args.fsdp else 1)
+        phase, terms = largest(phases)
         total = sum(terms.values())
         if total < 0.9 * limit:
             break
     listed = " + ".join(f"{name} {x / 1e9:.2f}" for name, x in terms.items() if x)
     return size, (
-        f"a row of up to {row} tokens takes an estimated {total / 1e9:.2f} GB "
-        f"of {limit / 1e9:.1f} on each rank ({listed})"
+        f"a row of up to {most.row} tokens takes an estimated {total / 1e9:.2f} GB "
+        f"of {limit / 1e9:.1f} on each rank, in {phase} ({listed})"
     )
 
 
@@ -434,55 +429,162 @@ def auto_sizes(world, prompts):
     return [n for n in divisors if world // n <= prompts] + [world]
 
 
-def memory(policy, reference, *, row, prompts, decoded, answers, size, shards=1):
-    """Estimated bytes of a step on each of `size` ranks that share rows -> {term: bytes}.
+class MostTokens(NamedTuple):
+    """What ranks that share rows meet in a step, at most."""
 
-    Without the activations of the vision tower.
+    row: int  # tokens of a packed row
+    prompts: int  # tokens of all prompts
+    answers: int  # tokens of the responses to a prompt
+    prefill: int  # tokens of a row of a prefill; 0 without a rollout
+    decoded: tuple[int, int, int]  # together: tokens of prompts, of responses; responses
 
-    In tokens, at most: row, of a packed row; prompts, of all prompts of the ranks; answers, of the
-    responses to one prompt; decoded, a pair: of the prompts that are decoded together, and of their
-    responses. shards: ranks over which FSDP shards the parameters (infra/fsdp.py). Training then
-    gathers what is not a layer, and two layers, with their gradients and an fp32 copy of these to
-    be averaged; decoding gathers all parameters.
+
+def most_tokens(lengths, answers, size, args, world):
+    """MostTokens of groups of `size` ranks. lengths, answers: see smallest_group."""
+    longest, share = max(lengths, default=0), -(-len(lengths) * size // world)
+    prompts = sum(sorted(lengths, reverse=True)[:share])  # of a group of ranks
+    row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
+    if args.algo == "sft":
+        return MostTokens(row, prompts, answers, 0, (0, 0, 0))
+    prefill = max(longest, min(PREFILL_TOKENS, prompts))
+    together = min(share, max(1, CACHE_TOKENS // (longest + answers)))  # prompts
+    decoded = (together * longest, together * answers, together * args.group)
+    return MostTokens(row, prompts, answers, prefill, decoded)
+
+
+def largest(phases):
+    """Of {phase: {term: bytes}}, the phase that takes most, and its terms."""
+    return max(phases.items(), key=lambda item: sum(item[1].values()))
+
+
+class Sizes:
+    """What `memory` counts with, in bytes: numbers are bf16 on a GPU, under autocast, else fp32."""
+
+    def __init__(self, policy, shards):
+        from model import PATCHES_PER_CALL  # here, because model.py imports this file
+
+        self.patches = PATCHES_PER_CALL
+        c, visual, layers = (
+            policy.config.text_config,
+            policy.net.model.visual,
+            policy.language_model.layers,
+        )
+        gpu, head = policy.device.type == "cuda", policy.net.lm_head.weight
+        n = self.number = 2 if gpu else 4
+        self.hidden = c.hidden_size * n  # of a token
+        heads = c.num_attention_heads * head_size(c)
+        # what a layer computes of a token; its backward pass takes twice that, with the gradients
+        self.layer = (4 * c.intermediate_size + 8 * c.hidden_size + 2 * heads) * n
+        self.kv = 2 * c.num_key_value_heads * head_size(c) * n  # of a token, in one layer
+        self.patch = visual.patch_embed.proj.out_channels * n  # of a patch
+        self.block = 22 * self.patch  # what one block of the tower computes of it
+        self.logits = 4 * c.vocab_size  # of a token
+        self.head = 4 * head.numel()
+        # Policy.lm_head_weight makes a copy
+        self.head_copy = self.head * (gpu and (shards > 1 or head.element_size() < 4))
+        # parameters: of the layers; of what FSDP does not shard, a frozen tower; of the rest
+        self.layers, self.whole = count(layers), count(visual) - count(visual, trained=True)
+        self.rest = count(policy) - self.layers - self.whole
+
+
+def memory(policy, reference, most, size, shards=1):
+    """Estimated bytes of a step on each of `size` ranks that share rows -> {phase: {term: bytes}}.
+
+    One phase follows the other, so a step takes what its largest phase takes. That is 0 to 15 %
+    above the peak of the step in simulate.py (tests/test_simulate.py, docs/memory.md).
+
+    most: MostTokens.  shards: ranks over which FSDP shards the parameters (infra/fsdp.py).
     """
-    c, gpu = policy.config.text_config, policy.device.type == "cuda"
-    number = 2 if gpu else 4  # bytes: bf16 under autocast, or fp32
-    visual, head = policy.net.model.visual, policy.net.lm_head.weight
-    total, trained = count(policy), count(policy, trained=True)
-    tower, layers = count(visual), count(policy.language_model.layers)
-    whole = tower - count(visual, trained=True)  # what FSDP does not shard: a frozen tower
-    frozen = frozen_bytes(policy) - frozen_bytes(visual)
-    recomputed = sum(layer.gradient_checkpointing for layer in policy.language_model.layers)
-    L, D, held = c.num_hidden_layers, c.hidden_size, row / size
-    heads = c.num_attention_heads * head_size(c)  # D in Qwen2.5-VL
-    kv = 2 * head_size(c) * c.num_key_value_heads * number  # a token in one layer
-    activations = held * (4 * D + 2 * heads + 3 * c.intermediate_size) * number
-    row_kv = 2 * row * kv  # as gathered, and in blocks
-    train = {
-        "layer inputs": recomputed * held * D * number,
-        "kept activations": (L - recomputed) * (activations + row_kv),
-        "one layer's activations": 2 * activations,
-        "one layer's K/V": 2 * row_kv,  # with their gradients
-        "logits": 4 * min(answers / size * c.vocab_size, LOGITS_PER_CHUNK) * 4,
+    visual, s = policy.net.model.visual, Sizes(policy, shards)
+    total, trained, tower = count(policy), count(policy, trained=True), count(visual)
+    frozen = (frozen_bytes(policy) - frozen_bytes(visual)) / shards + frozen_bytes(visual)
+    alone = shards == 1  # gradients are always there under DDP; under FSDP, in training only
+    always = {
+        "weights, moments": 12 * trained / shards + frozen,
+        "gradients": 4 * trained * alone,
+        "copies in bf16": 2 * trained * (alone and s.number == 2),
+        "reference": ((total - tower) / shards + tower) * s.number * (reference is not None),
+        "embeddings": most.prompts * policy.visual_width * s.number,
     }
-    decode = {"prompts' K/V": L * decoded[0] * kv, "responses' K/V": L * decoded[1] / size * kv}
-    if shards > 1:
-        gathered = total - whole - layers + 2 * layers / L
-        trained_layers = count(policy.language_model.layers, trained=True)
-        with_gradients = trained - trained_layers + 2 * trained_layers / L
-        gradients = with_gradients * (number + 4)
-        train["gathered weights and gradients"] = gathered * number + gradients
-        decode["gathered weights"] = (total - whole) * number
-    if gpu and (shards > 1 or head.element_size() < 4):  # Policy.lm_head_weight, and its gradient
-        train["head in fp32"] = (8 if head.requires_grad else 4) * c.vocab_size * D
-        decode["head in fp32"] = 4 * c.vocab_size * D
-    weights = 16 * trained / shards + frozen / shards + frozen_bytes(visual)
+    phases = training_phases(policy, s, most, size, shards)
+    if most.prefill:
+        phases |= rollout_phases(policy, s, most, size, shards)
+    for phase, terms in phases.items():
+        phases[phase] = always | terms
+        phases[phase]["small tensors"] = 0.01 * sum(phases[phase].values())
+    return phases
+
+
+def rollout_phases(policy, s, most, size, shards):
+    """What the phases of a rollout take beside what is always there -> {phase: {term: bytes}}.
+
+    s: Sizes. FSDP gathers all parameters.
+    """
+    gathered = {"gathered weights": (s.layers + s.rest) * s.number * (shards > 1)}
+    patches = min(s.patches, most.prompts * policy.merge**2 / size)
+    L = len(policy.language_model.layers)
+    prompts, answers, responses = most.decoded
+    cache = {"prompts' K/V": L * prompts * s.kv, "responses' K/V": L * answers / size * s.kv}
+    prefill = {
+        "a layer's activations": most.prefill / size * s.layer,
+        "a layer's K/V": 2 * most.prefill * s.kv,  # as gathered, and in blocks
+    }
+    decode = {
+        "head in fp32": s.head_copy,
+        "sampling": 8 * responses / size * s.logits,  # probabilities in fp64 among them
+    }
     return {
-        "weights, gradients, moments": weights,
-        "copies in bf16": 2 * trained * (gpu and shards == 1),
-        "reference": ((total - tower) / shards + tower) * number * (reference is not None),
-        "embeddings": prompts * policy.visual_width * number,
-        **max(train, decode, key=lambda terms: sum(terms.values())),  # one after the other
+        "encoding": gathered | {"a tower block's activations": patches * s.block},
+        "prefill": gathered | cache | prefill,
+        "decoding": gathered | cache | decode,
+    }
+
+
+def training_phases(policy, s, most, size, shards):
+    """What the phases of training take beside what is always there -> {phase: {term: bytes}}.
+
+    s: Sizes. FSDP gathers two layers at a time, and what is not a layer for the whole pass. It
+    averages gradients in fp32: a layer's as soon as they are there, those of the rest at the end.
+    """
+    layers, blocks = policy.language_model.layers, policy.net.model.visual.blocks
+    sharded, L, held = shards > 1, len(layers), most.row / size
+    trained, trained_layers = count(policy, trained=True), count(layers, trained=True)
+    recomputed = sum(layer.gradient_checkpointing for layer in layers)
+    row_kv = 2 * most.row * s.kv  # as gathered, and in blocks
+    patches = (most.row - most.answers) * policy.merge**2 / size
+    patches *= any(p.requires_grad for p in blocks.parameters())  # else the rollout's embeddings
+    recomputed_blocks = sum(block.gradient_checkpointing for block in blocks)
+    scored = min(most.answers / size * s.logits, 4 * LOGITS_PER_CHUNK)
+    head = s.head * policy.net.lm_head.weight.requires_grad
+    gathered = {"gathered weights": (s.rest + 2 * s.layers / L) * s.number * sharded}
+    kept = gathered | {
+        "layer inputs": recomputed * held * s.hidden,
+        "kept activations": (L - recomputed) * (held * s.layer + row_kv),
+        "tower inputs": recomputed_blocks * patches * s.patch,
+        "kept in the tower": (len(blocks) - recomputed_blocks) * patches * s.block,
+    }
+    logits = {
+        "head in fp32": s.head_copy,
+        # summed over chunks; or of the only one, and as bf16
+        "its gradient": head * (2 if most.answers / size * s.logits > scored else 1.5),
+        "logits": 5 * scored,
+    }
+    layer = {
+        "gradients to average": (head / 2 + 6 * trained_layers / L) * sharded,
+        "a layer's activations": 2 * held * s.layer,
+        "a layer's K/V": 2 * row_kv,
+    }
+    trained_rest, averaged = trained - trained_layers, 4 * trained_layers / shards
+    tower = {
+        "gradients to average": (trained_rest * s.number + averaged) * sharded,
+        "a tower block's activations": 2 * min(s.patches, patches) * s.block,
+    }
+    averaging = {"gradients to average": (6 * trained_rest + averaged) * sharded}
+    return {
+        "the loss": kept | logits,
+        "a layer's backward pass": kept | layer,
+        "the tower's backward pass": kept | tower,
+        "the gradients' average": averaging,
     }
 
 

@@ -14,7 +14,7 @@ but no numbers (infra/fake_gpu.py). One process is rank 0 of --gpus; the other r
 hold the same. Two steps run, because the first has no moments of Adam, and the second is shown. The
 step itself is unchanged. Around it:
 
-    weights      are made on the device, from config.json alone      blank_network
+    weights      have no numbers; only config.json is read           blank_weights
     prompts      are alike: one video of --frames and --size         Videos
     responses    all have --max_new tokens. The first and the last decode steps run, and stand for
                  all of them                                         skip_decode_steps
@@ -36,8 +36,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 import model
@@ -45,7 +46,7 @@ import mrsp
 import rollout
 import train
 from data import Media, PromptBuilder, Sample, supervised_response
-from infra import fake_cuda
+from infra import fake_cuda, fsdp
 from infra.errors import DataError, ModelError
 from infra.fake_gpu import EFFICIENCY, FakeGPU
 from infra.families import read_family
@@ -107,12 +108,6 @@ class Policy(model.Policy):
 
     gpu = None  # the FakeGPU
 
-    def to(self, device):
-        for module in self.modules():  # the parameters are there already
-            for name, x in module._buffers.items():
-                module._buffers[name] = x if x is None else x.to(device)
-        return self
-
     def __call__(self, *args, **kwargs):
         with self.gpu.phase("forward" if torch.is_grad_enabled() else "reference"):
             return super().__call__(*args, **kwargs)
@@ -122,18 +117,30 @@ class Policy(model.Policy):
             return super().encode(prompts)
 
 
-def blank_network(folder, dtype, model_types):
-    """read_network without weights: a network of folder/config.json on the device, with random
-    weights where the device is real."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in model_types:
-        expected = ", ".join(model_types)
-        raise ModelError(f"{folder}: model type {config.model_type!r}, expected one of {expected}")
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    if (Path(folder) / "generation_config.json").exists():
-        net.generation_config = GenerationConfig.from_pretrained(folder)
-    return net, torch.bfloat16
+def no_weights(folder, net):
+    """find_weights of a folder that has none."""
+    return {}
+
+
+def blank_weights(folder, net, found, device, merged):
+    """read_weights without files: parameters on the device, each rank's own part."""
+    made = {}  # a weight that two modules share is made once
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is None or p.device.type != "meta":
+                continue
+            if isinstance(p, DTensor):
+                fsdp.fill(p, torch.empty(p.to_local().shape, dtype=p.dtype, device=device))
+                continue
+            if p not in made:  # fake tensors cannot be swapped, as in `fill`
+                x = torch.empty(p.shape, dtype=p.dtype, device=device)
+                made[p] = nn.Parameter(x, p.requires_grad)
+            module._parameters[name] = made[p]
+
+
+def no_dtype(folder):
+    """weights_dtype of a folder without weights."""
+    return torch.bfloat16
 
 
 class Builder(PromptBuilder):
@@ -168,17 +175,18 @@ class Videos:
 
 
 class Sharing(mrsp.RowSharing):
-    """RowSharing that knows the prompts of all ranks, and keeps the terms of its estimate."""
+    """RowSharing that knows the prompts of all ranks, and keeps its estimate."""
 
     def choose(self, prompts):
         memory = mrsp.memory
 
         def kept(*args, **kwargs):
-            self.terms = memory(*args, **kwargs)
-            return self.terms
+            self.estimate = memory(*args, **kwargs)
+            return self.estimate
 
         lengths = [len(p.ids) for _, p in prompts]
-        about = (self.policy, self.reference, lengths, self.memory, self.args, WORLD)
+        answers = self.answers(prompts[0][1])
+        about = (self.policy, self.reference, lengths, answers, self.memory, self.args, WORLD)
         mrsp.memory = kept
         size, _ = mrsp.smallest_group(*about)
         mrsp.memory = memory
@@ -265,7 +273,8 @@ def start(args, own):
 def take_the_place_of_files(gpu):
     """From here on, models have no weights, and the parts of a step are phases of `gpu`."""
     model.local_folder = train.local_folder = Path
-    model.read_network = blank_network
+    model.find_weights, model.read_weights = no_weights, blank_weights
+    model.weights_dtype = no_dtype
     Policy.gpu = gpu
     name_phases(gpu)
 
@@ -290,7 +299,7 @@ def simulate(args, own):
         "size": size,
         "prompt_tokens": len(run.loader.prompts[0][1].ids),
         "sp": run.sharing.sp.size,
-        "estimate": run.sharing.terms,
+        "estimate": run.sharing.estimate,
         "phases": figures({"load": load} | gpu.phases),
     }
 
@@ -431,9 +440,10 @@ def table(found):
         )
     shares = ", ".join(f"{x:.0%} {name}" for name, x in EFFICIENCY.items())
     lines.append(f"seconds: a roofline, assumed to reach {shares}; without communication")
-    estimate, (peak, _) = sum(found["estimate"].values()), peak_of(found)
+    phase, terms = mrsp.largest(found["estimate"])
+    estimate, (peak, _) = sum(terms.values()), peak_of(found)
     lines.append(
-        f"{verdict(found)}; train.py's own estimate {estimate / 1e9:.2f} GB, "
+        f"{verdict(found)}; train.py's own estimate {estimate / 1e9:.2f} GB (in {phase}), "
         f"{estimate / peak:.2f} times the step's peak"
     )
     return "\n".join([*lines, *largest(phases), UNKNOWN])

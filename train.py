@@ -666,6 +666,21 @@ def load_policies(args, checkpoint, device, policy_class):
     """
     cache = (args.embedding_cache, args.cache_gb) if args.embedding_cache else None
     frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sharded = args.fsdp and WORLD > 1
+
+    def prepare(policy):
+        if args.lora:
+            lora.add(policy, args.lora, args.lora_alpha, args.seed)
+        if not args.train_vision:
+            policy.freeze_vision()
+        if sharded:
+            fsdp.shard(policy)
+
+    def prepare_reference(policy):
+        policy.requires_grad_(False)
+        if sharded:
+            fsdp.shard(policy)
+
     policy = policy_class.load(
         checkpoint or args.model,
         device=device,
@@ -674,14 +689,8 @@ def load_policies(args, checkpoint, device, policy_class):
         grad_checkpointing=args.grad_checkpointing,
         cuda_graph=args.cuda_graph,
         embedding_cache=cache,
+        prepare=prepare,
     )
-    if args.lora:
-        lora.add(policy, args.lora, args.lora_alpha, args.seed)
-    if not args.train_vision:
-        policy.freeze_vision()
-    sharded = args.fsdp and WORLD > 1
-    if sharded:
-        fsdp.shard(policy)
     reference = None
     if args.beta and args.algo != "sft":
         model = local_folder(args.model)
@@ -689,10 +698,7 @@ def load_policies(args, checkpoint, device, policy_class):
             reference = policy
         else:
             how = dict(device=device, dtype=frozen, merged=not args.lora)
-            reference = policy_class.load(model, **how)
-            reference.requires_grad_(False)
-            if sharded:
-                fsdp.shard(reference)
+            reference = policy_class.load(model, **how, prepare=prepare_reference)
     millions = f"{mrsp.count(policy) / 1e6:.1f} M parameters"
     if args.lora:
         millions += f", {mrsp.count(policy, trained=True):,} of them trained"

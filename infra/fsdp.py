@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,6 +24,8 @@ from infra.errors import ModelError
 
 def shard(policy):
     """Shards a policy's parameters over all ranks, in place; make its optimizer afterwards.
+
+    They may be on the meta device; `local_rows` and `fill` then give each rank its part.
 
     On GPUs, fp32 shards are gathered in bf16 and gradients averaged in fp32.
 
@@ -43,6 +46,27 @@ def shard(policy):
         ignored_params=whole,
         reshard_after_forward=True if frozen else None,  # None: not before the backward pass
     )
+
+
+def local_rows(p):
+    """The rows of a parameter that this rank keeps: all, or those of its shard -> slice."""
+    if not isinstance(p, DTensor):
+        return slice(None)
+    mesh, (placement,) = p.device_mesh, p.placements
+    of_rank = (p.shape[0], mesh.size(), mesh.get_local_rank())
+    n, first = placement.local_shard_size_and_offset(*of_rank)
+    return slice(first, first + n)
+
+
+def fill(p, x):
+    """Gives a parameter of the meta device its numbers x: of its `local_rows`, on the device.
+
+    It stays the same object, wherever it is used.
+    """
+    if isinstance(p, DTensor):
+        whole = dict(shape=p.shape, stride=p.stride())
+        x = DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, **whole)
+    torch.utils.swap_tensors(p, nn.Parameter(x, p.requires_grad))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """A model folder in Hugging Face's form.
 
-Finds it, reads the network with every weight accounted for, and writes it back. Where an adapter's
+Finds it, reads the network with every weight accounted for, and writes it back. A network is built
+without numbers first, so that it can be sharded before its weights are read. Where an adapter's
 folder (lora.py) stands for a model, `base_folder` is the model folder under it.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -13,8 +15,12 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 
+from infra import fsdp
 from infra.errors import DataError, ModelError
 from infra.ranks import RANK
 
@@ -148,21 +154,11 @@ def weight_files(folder):
 # ---- read
 
 
-def read_network(folder, dtype, model_types):
-    """transformers' network of a folder -> (network, dtype of the weights on disk).
-
-    Raises ModelError: an architecture that is not in `model_types`; quantised weights; weights that
-    are missing, of another shape, or not finite; files that cannot be read. Prints weights that the
-    architecture does not have.
-    """
+@contextlib.contextmanager
+def reading(folder):
+    """Inside, whatever a broken file raises becomes a ModelError that names the folder."""
     try:
-        check_config(folder, model_types)
-        net, info = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )  # mismatched sizes raise in check_weights
-        check_weights(folder, net, info)
-        check_rotary_sections(folder, net.config.text_config)
-        return net, weights_dtype(folder)
+        yield
     except ModelError:
         raise
     except (
@@ -176,6 +172,116 @@ def read_network(folder, dtype, model_types):
         StrictDataclassError,
     ) as e:
         raise ModelError(f"{folder}: cannot be loaded: {' '.join(str(e).split())}") from e
+
+
+def build_network(folder, dtype, model_types):
+    """transformers' network of a folder, by its text files alone.
+
+    Its parameters are on the meta device: they have shapes, and no numbers until `read_weights`.
+    Its buffers, which no file holds, are computed. Raises ModelError: an architecture that is not
+    in `model_types`; quantised weights; files that cannot be read.
+    """
+    with reading(folder):
+        check_config(folder, model_types)
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        # what transformers' from_pretrained does for buffers, which are on the meta device too
+        for p in net.parameters():
+            p._is_hf_initialized = True
+        net._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        net.initialize_weights()
+        named = {}
+        if not (folder / "generation_config.json").exists():
+            named = dict(config_file_name="config.json", _from_model_config=True)
+        net.generation_config = GenerationConfig.from_pretrained(folder, **named)
+        check_rotary_sections(folder, net.config.text_config)
+        return net
+
+
+def find_weights(folder, net):
+    """What a folder's files hold for a network -> {name of a parameter: slice of its file}.
+
+    Nothing is read but the files' headers. A weight that two parameters share is under one name.
+    Raises ModelError: weights that are missing or of another shape; files that cannot be read.
+    Prints weights that the architecture does not have.
+    """
+    with reading(folder):
+        check_files(folder)
+        parameters = net.state_dict(keep_vars=True)
+        names = get_model_conversion_mapping(net)  # from names in files to those in the network
+        found, extra = {}, []
+        for file in weight_files(folder):
+            opened = safe_open(file, "pt")
+            for key in opened.keys():
+                name, _ = rename_source_key(key, names, [], net.base_model_prefix, parameters)
+                name = key if name not in parameters and key in parameters else name
+                if name in parameters:
+                    found[name] = opened.get_slice(key)
+                elif not name.endswith("rotary_emb.inv_freq"):  # of old files: it is computed
+                    extra.append(name)
+        net._weight_conversions = [x for x in names if x.was_used()]  # `save_pretrained` goes back
+        check_shapes(folder, parameters, found)
+        share_weights(net, found)
+        missing = sorted(dict(net.named_parameters()).keys() - found)
+        if missing:
+            raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+    if extra and RANK == 0:
+        print(
+            f"{folder}: {len(extra)} weights have no place in this architecture and are not used, "
+            f"first {min(extra)}",
+            file=sys.stderr,
+        )
+    return found
+
+
+def check_shapes(folder, parameters, found):
+    """Raises ModelError for a weight of another shape than its parameter."""
+    for name, x in sorted(found.items()):
+        expected = list(parameters[name].shape)
+        if x.get_shape() != expected:
+            raise ModelError(f"{folder}: {name} has the shape {x.get_shape()}, expected {expected}")
+
+
+def share_weights(net, found):
+    """Of parameters that the configuration shares (embeddings and head), `found` keeps one.
+
+    Files may name either. If they hold both and these differ, nothing is shared: so does
+    transformers.
+    """
+    for name, first in list(net.all_tied_weights_keys.items()):
+        if name not in found:
+            continue
+        if first in found and not torch.equal(found[name][:], found[first][:]):
+            module, _, last = name.rpartition(".")
+            alone = nn.Parameter(torch.empty_like(net.get_parameter(name)))
+            setattr(net.get_submodule(module), last, alone)
+            net.all_tied_weights_keys.pop(name)
+            continue
+        x = found.pop(name)
+        found.setdefault(first, x)
+
+
+@torch.no_grad()
+def read_weights(folder, net, found, device, merged):
+    """Gives a network of `build_network` its numbers, one parameter at a time, on a device.
+
+    Of a parameter that is sharded (infra/fsdp.py), only this rank's rows are read and kept.
+    found: of `find_weights`.  merged: {name: function from a weight to what takes its place}.
+    Raises ModelError: a weight that is not finite; a file that cannot be read.
+    """
+    with reading(folder):
+        for name, p in list(net.named_parameters()):
+            if name not in found:  # an adapter's
+                continue
+            rows = fsdp.local_rows(p)
+            if name in merged:
+                x = merged[name](found[name][:].to(p.dtype))[rows].clone()
+            else:
+                x = found[name][rows].to(p.dtype, copy=True)
+            if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
+                raise ModelError(f"{folder}: {name} is not finite")
+            fsdp.fill(p, x.to(device))
 
 
 def check_config(folder, model_types):
@@ -194,6 +300,10 @@ def check_config(folder, model_types):
             f"{folder}: quantised weights, "
             "expected the checkpoint that they were made from, in bf16 or fp32"
         )
+
+
+def check_files(folder):
+    """Raises ModelError for an index that names files which are not there, or is not plain."""
     for file in weight_files(folder):
         if not file.exists():
             raise ModelError(
@@ -203,24 +313,6 @@ def check_config(folder, model_types):
     if index.exists() and not isinstance(read_object(index).get("metadata"), dict):
         raise ModelError(
             f"{index}: no object 'metadata', which transformers expects beside 'weight_map'"
-        )
-
-
-def check_weights(folder, net, info):
-    """info: transformers' loading info. Raises ModelError; prints weights that are not used."""
-    for name, found, expected in sorted(info["mismatched_keys"], key=str):
-        raise ModelError(f"{folder}: {name} has the shape {list(found)}, expected {list(expected)}")
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    for name, p in net.named_parameters():
-        if not torch.stack(torch.aminmax(p.detach())).isfinite().all():
-            raise ModelError(f"{folder}: {name} is not finite")
-    extra = sorted(info["unexpected_keys"])
-    if extra and RANK == 0:
-        print(
-            f"{folder}: {len(extra)} weights have no place in this architecture and are not used, "
-            f"first {extra[0]}",
-            file=sys.stderr,
         )
 
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 
 import attention  # noqa: E402
 import model  # noqa: E402
+import mrsp  # noqa: E402
 import rollout  # noqa: E402
 import simulate  # noqa: E402
 import train  # noqa: E402
@@ -22,6 +23,7 @@ from infra import fake_cuda  # noqa: E402
 from infra.fake_gpu import FakeGPU  # noqa: E402
 
 case, folder = sys.argv[1:]
+SIZE = (128, 128) if case == "qwen3_vl" else (112, 112)  # pixels; 4 x 4 visual tokens
 calls = {"tower": 0, "row": 0, "step": 0}  # since the last reset
 leaks = []  # what a decode step did that a CUDA graph must not do
 
@@ -53,13 +55,23 @@ def count_calls():
 
 def begin(*flags):
     """Opens a run of a narrow recipe -> (the fake GPU, the run)."""
-    words = ["--model", folder, "--frames", "8", "--size", "112x112", "--max_new", "64", *flags]
+    words = [
+        "--model",
+        folder,
+        "--frames",
+        "8",
+        "--size",
+        "x".join(map(str, SIZE)),
+        "--max_new",
+        "64",
+        *flags,
+    ]
     own, rest = simulate.parse_args(words)
     args = train.parse_args(["--data", "-", "--prompts", "8", "--group", "4", *rest])
     count_calls()
     gpu = simulate.start(args, own)
     gpu.__enter__()
-    return gpu, simulate.open_run(args, own.frames, (112, 112), torch.device("cuda", 0))
+    return gpu, simulate.open_run(args, own.frames, SIZE, torch.device("cuda", 0))
 
 
 def second_step(gpu, run):
@@ -73,24 +85,24 @@ def second_step(gpu, run):
     return gpu.phases
 
 
-def check(gpu, run, *, syncs, estimate):
+def check(gpu, run, *, syncs):
     """Two steps. In the second, each phase has at most so many syncs, encode for each call of the
-    tower and the others for each row; and the estimate of memory is within (least, most) times the
-    peak. Returns its phases.
-
-    These are today's figures. A lower number of syncs is better; so is an estimate near 1.
+    tower and the others for each row; and its peak is at most the estimate of memory, which is at
+    most 1.15 times as high. Returns its phases.
     """
     phases = second_step(gpu, run)
     prefills = calls["row"] - ("forward" in phases) - ("reference" in phases)  # one row a step
     number = {"encode": calls["tower"], "prefill": prefills}
     found = {name: phases[name].syncs.total() / number.get(name, 1) for name in syncs}
     peak, name = max((phase.peak, name) for name, phase in phases.items())
-    ratio = sum(run.sharing.terms.values()) / peak
-    print(f"{case}: syncs {found}; peak {peak / 1e9:.2f} GB ({name}), estimate {ratio:.3f} times")
+    phase, terms = mrsp.largest(run.sharing.estimate)
+    ratio = sum(terms.values()) / peak
+    print(
+        f"{case}: syncs {found}; peak {peak / 1e9:.2f} GB ({name}), estimate {ratio:.3f} ({phase})"
+    )
     for phase, most in syncs.items():
         assert found[phase] <= most, (phase, most, phases[phase].syncs)
-    least, most = estimate
-    assert least <= ratio <= most, (ratio, run.sharing.terms)
+    assert 1 <= ratio <= 1.15, (ratio, run.sharing.estimate)
     return phases
 
 
@@ -100,7 +112,7 @@ def check(gpu, run, *, syncs, estimate):
 def fsdp():
     gpu, run = begin("--algo", "tgrpo", "--fsdp", "--train_vision", "--beta", "0.04")
     syncs = dict(encode=4, prefill=4, reference=3, forward=3, backward=4, optimizer=1)
-    phases = check(gpu, run, syncs=syncs, estimate=(1.9, 1.95))
+    phases = check(gpu, run, syncs=syncs)
     assert {*simulate.PHASES} - {"load"} == {*phases}
     # a 7B's layer in bf16, gathered in a forward pass: at least that many bytes come in
     layer = sum(p.numel() for p in run.policy.language_model.layers[0].parameters())
@@ -110,20 +122,35 @@ def fsdp():
 def ddp():
     gpu, run = begin("--algo", "grpo", "--beta", "0.04")
     syncs = dict(encode=4, prefill=4, reference=3, forward=3, backward=8, optimizer=1)
-    check(gpu, run, syncs=syncs, estimate=(1.01, 1.02))
+    check(gpu, run, syncs=syncs)
     assert calls["tower"] == 1, "a frozen tower encodes once"
 
 
 def sp():
     gpu, run = begin("--algo", "grpo", "--fsdp", "--beta", "0.04", "--sp", "2")
     syncs = dict(encode=4, prefill=6, reference=6, forward=6, backward=4, optimizer=1)
-    check(gpu, run, syncs=syncs, estimate=(1.8, 1.9))
+    check(gpu, run, syncs=syncs)
+
+
+def lora():
+    gpu, run = begin("--algo", "grpo", "--beta", "0.04", "--lora", "16")
+    syncs = dict(encode=4, prefill=4, reference=3, forward=3, backward=4, optimizer=1)
+    check(gpu, run, syncs=syncs)
+    assert run.reference is run.policy
+    frozen = run.policy.language_model.layers[0].mlp.up_proj.weight
+    assert frozen.dtype == torch.bfloat16 and frozen.grad is None
+
+
+def qwen3_vl():
+    gpu, run = begin("--algo", "grpo", "--fsdp", "--train_vision", "--beta", "0.04")
+    syncs = dict(encode=6, prefill=4, reference=3, forward=4, backward=4, optimizer=1)
+    check(gpu, run, syncs=syncs)
 
 
 def sft():
     gpu, run = begin("--algo", "sft", "--fsdp", "--train_vision")
     syncs = dict(encode=4, forward=3, backward=1, optimizer=1)
-    phases = check(gpu, run, syncs=syncs, estimate=(1.95, 2.05))
+    phases = check(gpu, run, syncs=syncs)
     assert "decode" not in phases and "reference" not in phases
 
 

@@ -74,7 +74,7 @@ def test_a_layer_and_its_gradients_by_hand():
     torch.testing.assert_close(layer.lora_B.grad, 1.5 * g.T @ (x.detach() @ A.T))
     torch.testing.assert_close(x.grad, g @ (W + 1.5 * B @ A))
     assert layer.weight is W and layer.weight.grad is None
-    torch.testing.assert_close(layer.merged_weight(), W + 1.5 * B @ A)
+    torch.testing.assert_close(layer.merged(W), W + 1.5 * B @ A)
 
 
 def test_adapters_stay_in_fp32_beside_half_weights():
@@ -101,7 +101,7 @@ def test_merging_into_half_weights_rounds_once():
     layer = lora.LoraLinear(linear, rank=1, scale=1.0)
     layer.lora_A.data.copy_(torch.tensor([[2.0**-9, 2.0**-7]]))
     layer.lora_B.data.fill_(1.0)
-    merged = layer.merged_weight()
+    merged = layer.merged(layer.weight)
     assert merged.dtype == torch.bfloat16 and merged.tolist() == [[1.0, 1 + 2.0**-7]]
 
 

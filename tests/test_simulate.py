@@ -41,6 +41,25 @@ def wide_model(made_once):
     return made_once("wide_model", make)
 
 
+@pytest.fixture(scope="session")
+def wide_qwen3(made_once):
+    """A folder without weights: a Qwen3-VL of the 4B's width with two layers."""
+
+    def make(folder):
+        folder.mkdir()
+        tokenizer = toy.write_tokenizer(folder, ["What happens first in the video?"])
+        size = dict(hidden=2560, layers=2, heads=32, kv_heads=8, vision_hidden=1024)
+        config = toy.tiny_qwen3_config(tokenizer, **size)
+        text, vision = config.text_config, config.vision_config
+        text.intermediate_size, text.vocab_size, text.head_dim = 9728, 151936, 128
+        text.rope_parameters["mrope_section"] = [24, 20, 20]
+        vision.intermediate_size, vision.num_heads = 4096, 16
+        vision.num_position_embeddings = 2304
+        config.save_pretrained(folder)
+
+    return made_once("wide_qwen3", make)
+
+
 @pytest.mark.parametrize(
     ("case", "gpus"),
     [
@@ -49,6 +68,7 @@ def wide_model(made_once):
         ("ddp", 8),  # grpo, the tower frozen
         ("sp", 8),  # grpo, two ranks share a row
         ("sft", 8),
+        ("lora", 1),  # grpo
         ("greedy", 1),  # and other ways to sample
         ("faults", 1),
     ],
@@ -56,6 +76,12 @@ def wide_model(made_once):
 def test_steps_run_on_fake_gpus(case, gpus, wide_model):
     ranks = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(gpus))
     print(run("tests/simulate_worker.py", case, wide_model, **ranks))
+
+
+def test_a_qwen3_vl_runs_on_fake_gpus(wide_qwen3):
+    """grpo, sharded, the tower trained; heads that are wider than the model, with deepstack."""
+    ranks = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="8")
+    print(run("tests/simulate_worker.py", "qwen3_vl", wide_qwen3, **ranks))
 
 
 def test_a_folder_that_is_not_there_is_named_with_what_to_download(tmp_path):
