@@ -199,6 +199,11 @@ def graphs(args, device):
     other_tokens, other_logps = flat(runs["graph"])
     same = tokens.shape == other_tokens.shape and bool((tokens == other_tokens).all())
     found["same_tokens"] = same
+    with bf16(device), torch.no_grad():
+        scored, _ = policy(prompts, [group.responses for group in runs["graph"]], embeds)
+    sampled = [logp for group in runs["graph"] for logp in group.logps]
+    errors = torch.cat([(row[: len(x)].cpu() - x).abs() for row, x in zip(scored, sampled)])
+    found["sampler_and_scorer"] = {"mean": float(errors.mean()), "max": float(errors.max())}
     found["logp_difference"] = float((logps - other_logps).abs().max()) if same else None
     return found
 

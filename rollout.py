@@ -194,6 +194,7 @@ class Decoding:
 
     def step(self):
         """Runs the tokens drawn last, and draws the next."""
+        self.cache.open_slot()
         x = self.policy.embed(self.token[:, None])  # (N, 1, D)
         positions = (self.position + self.cache.t).expand(3, -1)[..., None]  # (3, N, 1)
         hidden = self.policy.run_layers(x, positions, self.cache)[:, 0]
@@ -202,7 +203,8 @@ class Decoding:
 
     def run(self, max_new):
         """Steps until every response has ended or has max_new tokens."""
-        window = WINDOW if self.policy.cuda_graph else 1
+        window = 1 if self.tokens.device.type == "cpu" and not self.policy.cuda_graph else WINDOW
+        self.cache.masked = window > 1
         recorded = replay = None
         # drawn: tokens sampled so far for every response; the last enters the cache in `step`
         for drawn in range(1, max_new):
@@ -212,7 +214,8 @@ class Decoding:
                 if not any(unfinished):
                     break
                 self.compact(unfinished, drawn)
-            self.cache.width = min(max_new, -(-drawn // window) * window)
+            slots = len(self.cache.mask)
+            self.cache.width = min(slots, -(-drawn // window) * window)
             shape = (len(self.alive), self.cache.width)
             if not self.policy.cuda_graph:
                 self.step()

@@ -534,9 +534,9 @@ def test_the_published_shapes(tmp_path, monkeypatch, size):
         patch=16, mean=(0.5,) * 3, std=(0.5,) * 3, time_text=True, deepstack=3
     )
     cache = attention.DecodeCache(
-        config.text_config, [10], 2, 4, device="meta", dtype=torch.bfloat16
+        config.text_config, [10], 2, 16, device="meta", dtype=torch.bfloat16
     )
-    assert cache.response_kv[0][0].shape == (2, 8, 4, 128)
+    assert cache.response_kv[0][0].shape == (2, 8, 16, 128)
 
 
 def test_transformers_opens_what_is_saved(tmp_path, policy, net, prompts):
