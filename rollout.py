@@ -28,7 +28,7 @@ from infra.ranks import say
 
 PREFILL_TOKENS = 16384  # prompt tokens of one packed row of a prefill
 COMPACT_EVERY = 4  # decode steps between two checks of who has finished; each is a host sync
-WINDOW = 64  # tokens that one CUDA graph serves; it masks those that are not yet written
+WINDOW = 256  # tokens that one CUDA graph serves; it masks those that are not yet written
 
 
 @dataclass(eq=False)
