@@ -276,9 +276,10 @@ def flag_lines(args):
     """The flags of a run as the lines of a flag file, one flag a line."""
     lines = []
     for name, value in vars(args).items():
-        if value is None or value is False or name == "resume":
+        if value is None or value is False or value == [] or name == "resume":
             continue
-        lines.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+        words = value if isinstance(value, list) else [] if value is True else [str(value)]
+        lines.append(shlex.join([f"--{name}", *words]))
     return lines
 
 
