@@ -1,16 +1,16 @@
 """The log in another library too: --track wandb, trackio or tensorboard.
 
 It gets the numbers of log.jsonl and, every --log_every steps, four samples. A resumed run continues
-the same run there: its name is in RUN/track.json. Once training has begun, a failure of the library
+the same run there: its id is in RUN/track.txt. Once training has begun, a failure of the library
 is printed, and the run goes on without it. wandb reads its own environment (WANDB_MODE=offline,
 WANDB_PROJECT); `tensorboard --logdir RUN` shows what tensorboard gets.
 """
 
 import importlib.util
-import json
 import math
 import os
 import uuid
+from numbers import Real
 
 from infra.errors import DataError
 from infra.files import write_whole
@@ -25,12 +25,12 @@ def missing(library):
     return None if importlib.util.find_spec(library) else f"not installed: pip install {library}"
 
 
-def to_wandb_or_trackio(library, out, name, config):
-    """Starts or continues the run `name` -> (log(step, {name: number}, rows of samples), close)."""
+def like_wandb(library, out, run_id, config):  # trackio is
+    """Starts or continues a run -> (log(step, {name: number}, rows of samples), close)."""
     module = importlib.import_module(library)
-    project = os.environ.get(f"{library.upper()}_PROJECT", "video-reasoning")
-    how = dict(id=name, name=str(out), dir=out) if library == "wandb" else dict(name=name)
-    run = module.init(project=project, config=config, resume="allow", **how)
+    how = dict(id=run_id, dir=out) if library == "wandb" else {}
+    how |= dict(name=f"{out.name}-{run_id}", config=config, resume="allow")
+    run = module.init(project=os.environ.get("WANDB_PROJECT", "video-reasoning"), **how)
 
     def log(step, numbers, rows):
         table = {"samples": module.Table(columns=COLUMNS, data=rows)} if rows else {}
@@ -43,7 +43,7 @@ def to_tensorboard(out, start):
     """The same for tensorboard; hides what was logged after `start`, the step that is resumed."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(out / "tensorboard", purge_step=start + 1)
+    writer = SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else 0)
 
     def log(step, numbers, rows):
         for key, x in numbers.items():
@@ -58,18 +58,15 @@ def to_tensorboard(out, start):
 
 def numbers_of(line):
     """The numbers of a line of log.jsonl by name; "seconds/step" for those of an inner object."""
-    found = {}
+    flat = {key: x for key, x in line.items() if key != "step"}
     for key, value in line.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        for name, x in inner:
-            if key != "step" and isinstance(x, (int, float)) and math.isfinite(x):
-                found[f"{key}/{name}" if name else key] = float(x)
-    return found
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": x for name, x in value.items()}
+    return {key: float(x) for key, x in flat.items() if isinstance(x, Real) and math.isfinite(x)}
 
 
 class Tracker:
-    """Writes lines of log.jsonl, and of samples.jsonl (all of one step), to a library; to none if
-    it is None. Raises DataError if the library cannot start."""
+    """Writes lines of log.jsonl and samples.jsonl to a library. Raises DataError at its start."""
 
     def __init__(self, library, out, config, start):
         self.library, self._log, self._close = library, None, None
@@ -77,11 +74,10 @@ class Tracker:
             if library == "tensorboard":
                 self._log, self._close = to_tensorboard(out, start)
             elif library:
-                file = out / "track.json"
+                file = out / "track.txt"
                 if start == 0 or not file.exists():
-                    write_whole(file, json.dumps({"name": f"{out.name}-{uuid.uuid4().hex[:8]}"}))
-                name = json.loads(file.read_text())["name"]
-                self._log, self._close = to_wandb_or_trackio(library, out, name, config)
+                    write_whole(file, uuid.uuid4().hex[:8])
+                self._log, self._close = like_wandb(library, out, file.read_text(), config)
         except Exception as e:  # whatever a library raises
             raise DataError(f"--track {library}: cannot start: {type(e).__name__}: {e}") from e
 
