@@ -127,8 +127,9 @@ def test_tensorboard_has_the_numbers_of_the_log(tmp_path, world, cold_start):
     log = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
     scalars, texts = events(out)
     assert set(scalars) == {*numbers_of(log[0]), *numbers_of(log[1])}
-    for name, values in scalars.items():
-        assert values == [(x["step"], pytest.approx(numbers_of(x)[name])) for x in log]
+    for x in log:
+        for name, number in numbers_of(x).items():
+            assert (x["step"], pytest.approx(number)) in scalars[name]
     assert [step for step, _ in texts["samples/0/text_summary"]] == [1, 2]
     assert "**response** " in texts["samples/3/text_summary"][0][1]
     later = Tracker("tensorboard", out, {}, 1)  # the run was killed: step 2 comes again
