@@ -818,6 +818,7 @@ def parse_args(argv=None, embedded=False):
     g.value("keep", 2, "newest checkpoints to keep", "at least 1")
     g.value("track", None, "log to this library too (infra/track.py)", choices=track.LIBRARIES)
     args = p.parse_args(argv)
+    args.reward = args.reward or []
     refuse_combinations(p, args, embedded)
     refuse_rewards(p, args)
     del args.family  # config.txt has --model instead
@@ -946,9 +947,7 @@ def refuse_combinations(p, args, embedded):
 
 
 def refuse_rewards(p, args):
-    """Ends the program for rewards, a judge or a tracker that cannot be. Makes args.reward a
-    list."""
-    args.reward = args.reward or []
+    """Ends the program for rewards, a judge or a library to log to that cannot be used."""
     for name in ("reward", "judge"):
         if args.algo == "sft" and getattr(args, name):
             p.error(f"--{name}: expected with --algo grpo or tgrpo; sft has no rewards")
