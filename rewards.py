@@ -2,6 +2,7 @@
 
     extract_answer           the text inside <answer> </answer>
     accuracy_reward          in [0, 1], by problem type: is the answer right?
+    accuracies               the same of a step's responses; free-form ones by a judge (--judge)
     format_reward            0 or 1: one <think> block, one <answer> block, nothing else
     length_reward            a small bonus for a right answer of the wanted length
     mean_relative_accuracy   VSI-Bench's score of a number, for evaluation

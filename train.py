@@ -846,7 +846,8 @@ def reward_flags(p):
     g.value(
         "judge",
         None,
-        "URL of an OpenAI-compatible server that grades free-form answers (infra/judge.py)",
+        "URL of an OpenAI-compatible server that grades free-form answers in training, in place "
+        "of the rule (infra/judge.py)",
     )
     g.value("judge_model", None, "name of its model")
     g.value(

@@ -278,8 +278,8 @@ def flag_lines(args):
     for name, value in vars(args).items():
         if value is None or value is False or value == [] or name == "resume":
             continue
-        words = value if isinstance(value, list) else [] if value is True else [str(value)]
-        lines.append(shlex.join([f"--{name}", *words]))
+        words = value if isinstance(value, list) else [str(value)]
+        lines.append(f"--{name}" if value is True else shlex.join([f"--{name}", *words]))
     return lines
 
 
