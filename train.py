@@ -261,7 +261,7 @@ def score_group(position, group, texts, judged, shuffled, args):
     }
     # the size of the length bonus is --len_bonus
     weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
-    for spec in args.reward:
+    for spec in args.reward or []:
         _, name, weights[name] = split_spec(spec)
     reward = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(texts))]
     return ScoredGroup(
@@ -569,7 +569,7 @@ def open_training(args, samples, device, at_end, policy_class):
     """Opens the run folder and loads all that the run needs -> (Run, the step to start at)."""
     at_end.enter_context(claimed(Path(args.out)))
     checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
-    own = load_rewards(args.reward)
+    own = load_rewards(args.reward or [])
     judge = None
     if args.judge:
         how = dict(fails=args.judge_fails, timeout=args.judge_timeout)
@@ -818,7 +818,6 @@ def parse_args(argv=None, embedded=False):
     g.value("keep", 2, "newest checkpoints to keep", "at least 1")
     g.value("track", None, "log to this library too (infra/track.py)", choices=track.LIBRARIES)
     args = p.parse_args(argv)
-    args.reward = args.reward or []
     refuse_combinations(p, args, embedded)
     refuse_rewards(p, args)
     del args.family  # config.txt has --model instead
@@ -953,7 +952,7 @@ def refuse_rewards(p, args):
         if args.algo == "sft" and getattr(args, name):
             p.error(f"--{name}: expected with --algo grpo or tgrpo; sft has no rewards")
     try:
-        for spec in args.reward:
+        for spec in args.reward or []:
             file, _, _ = split_spec(spec)
             if not Path(file).is_file():
                 p.error(f"--reward {spec}: {file}: no such file")

@@ -276,7 +276,7 @@ def flag_lines(args):
     """The flags of a run as the lines of a flag file, one flag a line."""
     lines = []
     for name, value in vars(args).items():
-        if value is None or value is False or value == [] or name == "resume":
+        if value is None or value is False or name == "resume":
             continue
         words = value if isinstance(value, list) else [str(value)]
         lines.append(f"--{name}" if value is True else shlex.join([f"--{name}", *words]))
