@@ -262,7 +262,8 @@ def score_group(position, group, texts, judged, shuffled, args):
     # the size of the length bonus is --len_bonus
     weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
     for spec in args.reward or []:
-        _, name, weights[name] = split_spec(spec)
+        _, name, weight = split_spec(spec)
+        weights[name] = weight
     reward = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(texts))]
     return ScoredGroup(
         position=position,
