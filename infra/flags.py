@@ -278,7 +278,8 @@ def flag_lines(args):
     for name, value in vars(args).items():
         if value is None or value is False or name == "resume":
             continue
-        lines.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+        words = value if isinstance(value, list) else [str(value)]
+        lines.append(f"--{name}" if value is True else shlex.join([f"--{name}", *words]))
     return lines
 
 
