@@ -52,11 +52,11 @@ FLAGS = {
 # training steps: the name, a shape of ways.SHAPES, and flags of train.py and simulate.py
 STEPS = {
     "cuda": [
-        ("LoRA, 4B", "qwen3-4b", "@configs/qwen3_vl_4b_lora_24gb.txt --size 256x480 --cuda_graph"),
+        ("LoRA, 4B", "qwen3-4b", "@configs/qwen3_vl_4b_lora_24gb.txt --size 256x480"),
         (
             "full, 3B",
             "3b",
-            "@configs/video_r1_3b.txt --beta 0 --prompts 1 --frames 16 --cuda_graph",
+            "@configs/video_r1_3b.txt --beta 0 --prompts 1 --frames 16",
         ),
         (
             "LoRA, 7B, 256 frames",
@@ -366,12 +366,13 @@ class Measured:
 
 def steps(args, device):
     """Two training steps of each of STEPS, the second measured, beside its simulation."""
-    found = {}
+    found, measured = {}, Measured(device)
+    simulate.take_the_place_of_files(measured)
     for name, shape, flags in STEPS[device.type]:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(folder, shape)
             try:
-                found[name] = train_two_steps(folder, flags.split(), device)
+                found[name] = train_two_steps(folder, flags.split(), measured)
             except torch.OutOfMemoryError as e:
                 found[name] = {"failed": str(e)}
             free()
@@ -397,13 +398,13 @@ def fill(policy):
             p.normal_(std=0.02) if p.ndim > 1 else p.fill_(1.0)
 
 
-def train_two_steps(folder, flags, device):
+def train_two_steps(folder, flags, measured):
     """Runs the step of train.py on videos that are alike -> the second's figures by phase."""
     own, words = simulate.parse_args(["--config", folder, *flags])
     run_args = train.parse_args(["--model", "-", "--data", "-", *words])
     run_args.model = folder
-    measured = Measured(device)
-    simulate.take_the_place_of_files(measured)
+    device = measured.device
+    measured.reset("")
     with measured.phase("load"):
         run = simulate.open_run(run_args, *simulate.video_shape(run_args, own), device)
     fill(run.policy)
@@ -433,8 +434,9 @@ def train_two_steps(folder, flags, device):
 
 def simulated(folder, flags, device):
     """The peak of each phase by simulate.py, or why there is none."""
-    if reason := fake_cuda.unsupported():
-        return reason
+    reason = fake_cuda.unsupported()
+    if reason or device.type != "cuda":
+        return reason or "there is no GPU to compare with"
     own, words = simulate.parse_args(["--config", folder, "--gpus", "1", *flags])
     found = simulate.run_rank(own, words)
     return {name: phase["peak"] for name, phase in found["phases"].items()} if found else "failed"
