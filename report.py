@@ -211,7 +211,7 @@ class Frames:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             read = pool.map(medium_sheets, self.media.items())
             n = len(self.media)
-            for sheets in tqdm(read, total=n, desc="frames", unit="medium", disable=n == 0):
+            for sheets in tqdm(read, total=n, desc="frames", unit="medium", disable=n < 2):
                 found |= sheets
         close_workers()
         ladders = {number: sheet.pop("ladder", []) for number, sheet in found.items()}
@@ -408,12 +408,11 @@ def evaluation(run, frames, notes):
     everything = [r for of_method in lines.values() for r in of_method.values()]
     questions = questions_of(everything)
     with_frames = most_interesting(everything, notes)
-    for r in everything:
-        for part in r["rounds"]:
-            part["logps"] = [x if x is None else round(x, 3) for x in part["logps"]]
-            if r["record"] in with_frames:
-                part["sheet"] = frames.want(r, (math.inf, part["frames"], part["frames"]))
-    shorten([part for r in everything for part in r["rounds"]], notes)
+    want_rounds([r for r in everything if r["record"] in with_frames], frames)
+    rounds = [part for r in everything for part in r["rounds"]]
+    for part in rounds:
+        part["logps"] = [x if x is None else round(x, 3) for x in part["logps"]]
+    shorten(rounds, notes)
     kept = ("record", "given", "score", "failure", "frames", "visual_tokens", "seconds", "rounds")
     methods = []
     for name, of_method in lines.items():
@@ -424,6 +423,13 @@ def evaluation(run, frames, notes):
         "questions": questions,
         "methods": methods,
     }
+
+
+def want_rounds(lines, frames):
+    """Asks for the frames of every round of these lines."""
+    for r in lines:
+        for part in r["rounds"]:
+            part["sheet"] = frames.want(r, (math.inf, part["frames"], part["frames"]))
 
 
 def read_evaluation(run, notes):
@@ -492,20 +498,39 @@ def page(run):
     config, flags = read_flags(run)
     frames, notes = Frames(), []
     shown = {
-        "run": str(run),
-        "written": time.strftime("%Y-%m-%d %H:%M"),
         "config": config,
         "algo": flags.get("algo"),
-        "notes": notes,
         "training": training(run, flags, frames, notes) if trained else None,
         "evaluation": evaluation(run, frames, notes) if evaluated else None,
+    }
+    return fill(str(run), shown, frames, notes)
+
+
+def asked_page(path, model, lines):
+    """The HTML of questions about one medium, as ask.py asks them.
+
+    lines: of eval.line; with a score and an answer of None if the right answer is not known.
+    """
+    frames, notes = Frames(), []
+    want_rounds(lines, frames)
+    shorten([part for r in lines for part in r["rounds"]], notes)
+    asked = {"model": model, "questions": questions_of(lines), "results": lines}
+    return fill(path, {"asked": asked}, frames, notes)
+
+
+def fill(title, shown, frames, notes):
+    """The template with what it shows -> the HTML."""
+    shown = shown | {
+        "run": title,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "notes": notes,
         "sheets": frames.sheets(),
     }
     text = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")  # no </script>
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     head, tail = template.split("DATA</script>")
-    head = head.replace("<title>TITLE", f"<title>{escape(str(run))}")
+    head = head.replace("<title>TITLE", f"<title>{escape(title)}")
     return f"{head}{text}</script>{tail}"
 
 

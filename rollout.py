@@ -198,7 +198,13 @@ class Decoding:
         self.sample(hidden)
 
     def run(self, max_new):
-        """Steps until every response has ended or has max_new tokens."""
+        """Steps until every response has ended or has max_new tokens.
+
+        policy.on_tokens, if set, gets each step's tokens (N,) as they are drawn: -1 after an end.
+        """
+        on_tokens = self.policy.on_tokens
+        if on_tokens:
+            on_tokens(self.tokens[:, 0])
         window = WINDOW if self.policy.cuda_graph else 1
         recorded = replay = None
         # drawn: tokens sampled so far for every response; the last enters the cache in `step`
@@ -219,6 +225,8 @@ class Decoding:
             else:
                 replay = replay or record(self.step)
                 replay()
+            if on_tokens:
+                on_tokens(self.tokens[:, drawn])
 
     def compact(self, unfinished, drawn):
         """Drops finished responses and prompts if that saves at least a quarter of the responses.
