@@ -195,9 +195,9 @@ def in_words(answer, none, options=()):
 
 def print_answer(q):
     """Prints the answer; the right one, if it is known; what was shown, and what it took."""
-    last, options = q.rounds[-1], q.sample.options
-    agree = "consensus" if len(set(last["votes"])) == 1 else "most votes"
-    name = agree if len(last["votes"]) > 1 else "answer"
+    last, options, name = q.rounds[-1], q.sample.options, "answer"
+    if len(last["votes"]) > 1 and q.search.answer is not None:
+        name = "consensus" if len(set(last["votes"])) == 1 else "most votes"
     why = " (cut off at --max_new)" if any(last["truncated"]) else ""
     print(f"\n{name}: {in_words(q.search.answer, f'none that is valid{why}', options)}")
     if q.sample.answer:
@@ -248,7 +248,7 @@ def answer_all(args, asker, answer):
 
 def parse_args(argv):
     """The flags, from argv; @FILE reads them from a file."""
-    p = Parser(__doc__)
+    p = Parser(__doc__, usage="ask.py [clip] [question] [--options ...] [--model DIR] [flags]")
     p.add_argument("clip", nargs="?", help="a video, an image or a folder of frames")
     p.add_argument("question", nargs="?", help="without it, ask.py asks for questions")
     g = p.section("run")
