@@ -19,6 +19,7 @@ import ask
 import data
 import eval as evaluation
 import model
+import rewards
 import rollout
 from conftest import SHARED, Script, needs_shared
 
@@ -223,6 +224,17 @@ def test_the_answer_in_words(capsys, m, rounds, gold, expected):
     printed = capsys.readouterr().out
     assert all(part in printed for part in expected)
     assert "4 frames of 56 x 28 pixels from 1.0 to 2.5 s, 4 visual tokens; " in printed
+
+
+@pytest.mark.parametrize("kind", rewards.PROBLEM_TYPES)
+def test_nobody_needs_to_know_the_right_answer(kind):
+    options = ["A. 3", "B. 4"] if kind == "multiple choice" else []
+    sample = data.Sample("0", "How many?", options, kind, "video", "x.mp4", "")
+    vote = rewards.normalize_answer("3", sample)
+    q = question(sample, evaluation.Method("", 4, 4, 1, 0.0), (4, [vote]))
+    q.rounds[0] |= dict(pixels=784, visual_tokens=4)
+    written = evaluation.line(q)
+    assert (written["gold"], written["given"], written["score"]) == (None, vote, 0.0)
 
 
 def test_numbers_are_printed_without_an_empty_fraction():
