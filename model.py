@@ -112,7 +112,8 @@ class Policy(nn.Module):
     net: transformers' network.  folder: of the checkpoint, its tokenizer and its other files.
     Settings, plain attributes: sp, the ranks that share a row (set by mrsp.share_rows alone);
     embedding_cache, or None; cuda_graph, whether decoding replays CUDA graphs; tf32_head, whether a
-    GPU computes logits in TF32; eos_ids, the tokens that end a response; saved_dtype, of the
+    GPU computes logits in TF32; on_tokens, a function of each decode step's tokens
+    (rollout.Decoding.run), or None; eos_ids, the tokens that end a response; saved_dtype, of the
     weights that `save` writes, None for the network's; adapter, what lora.py knows of the adapters,
     or None; base_name, what they name as their base.
     """
@@ -122,7 +123,7 @@ class Policy(nn.Module):
         self.net, self.folder, self.config = net, Path(folder), net.config
         self.language_model = net.model.language_model
         self.sp, self.embedding_cache, self.cuda_graph = mrsp.ONE_RANK, None, False
-        self.tf32_head = True
+        self.tf32_head, self.on_tokens = True, None
         self.saved_dtype, self.adapter, self.base_name = None, None, str(folder)
         self.side_files = side_files(folder)  # read now: an old checkpoint may be deleted later
         implementations = {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}

@@ -456,12 +456,11 @@ def evaluation(run, frames, notes):
     everything = [r for of_method in lines.values() for r in of_method.values()]
     questions = questions_of(everything)
     with_frames = most_interesting(everything, notes)
-    for r in everything:
-        for part in r["rounds"]:
-            part["logps"] = [x if x is None else round(x, 3) for x in part["logps"]]
-            if r["record"] in with_frames:
-                part["sheet"] = frames.want(r, (math.inf, part["frames"], part["frames"]))
-    shorten([part for r in everything for part in r["rounds"]], notes)
+    want_rounds([r for r in everything if r["record"] in with_frames], frames)
+    rounds = [part for r in everything for part in r["rounds"]]
+    for part in rounds:
+        part["logps"] = [x if x is None else round(x, 3) for x in part["logps"]]
+    shorten(rounds, notes)
     kept = ("record", "given", "score", "failure", "frames", "visual_tokens", "seconds", "rounds")
     methods = []
     for name, of_method in lines.items():
@@ -472,6 +471,13 @@ def evaluation(run, frames, notes):
         "questions": questions,
         "methods": methods,
     }
+
+
+def want_rounds(lines, frames):
+    """Asks for the frames of every round of these lines."""
+    for r in lines:
+        for part in r["rounds"]:
+            part["sheet"] = frames.want(r, (math.inf, part["frames"], part["frames"]))
 
 
 def read_evaluation(run, notes):
@@ -558,6 +564,24 @@ def contents(run, every=None, known=None):
         "evaluation": evaluation(run, frames, notes) if evaluated else None,
         "sheets": frames.sheets(),
     }
+
+
+def asked_page(path, model, lines):
+    """The HTML of questions about one medium, as ask.py asks them.
+
+    lines: of eval.line; with a score and an answer of None if the right answer is not known.
+    """
+    frames, notes = Frames(), []
+    want_rounds(lines, frames)
+    shorten([part for r in lines for part in r["rounds"]], notes)
+    shown = {
+        "run": path,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "asked": {"model": model, "questions": questions_of(lines), "results": lines},
+        "notes": notes,
+        "sheets": frames.sheets(),
+    }
+    return html(shown)
 
 
 def html(shown):

@@ -202,7 +202,13 @@ class Decoding:
         self.sample(hidden)
 
     def run(self, max_new):
-        """Steps until every response has ended or has max_new tokens."""
+        """Steps until every response has ended or has max_new tokens.
+
+        policy.on_tokens, if set, gets each step's tokens (N,) as they are drawn: -1 after an end.
+        """
+        on_tokens = self.policy.on_tokens
+        if on_tokens:
+            on_tokens(self.tokens[:, 0])
         window = 1 if self.tokens.device.type == "cpu" and not self.policy.cuda_graph else WINDOW
         self.cache.masked = window > 1
         recorded = replay = None
@@ -225,6 +231,8 @@ class Decoding:
             else:
                 replay = replay or self.record()
                 replay()
+            if on_tokens:
+                on_tokens(self.tokens[:, drawn])
 
     def warm_up(self):
         """A step before the one that is recorded. If it waits for the GPU, prints where, and every

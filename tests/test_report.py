@@ -855,6 +855,38 @@ def test_the_card_of_a_text_has_no_picture(browse, tmp_path, samples):
 
 
 @needs_chromium
+def test_asked_questions_are_cards_without_a_verdict_where_nobody_knows_the_answer(browse, samples):
+    """As ask.py asks them: a single response is open; the given option is marked, and called
+    neither right nor wrong, unless the record has an answer."""
+    known = samples[0]
+    unknown = dict(score=None, gold=None, answer=None)
+    lines = [
+        line(0, known, "B", draw(4, "B", "A"), draw(8, "B", "B"), **unknown),
+        line(1, known, "a bird", draw(4, "a bird"), **unknown | dict(options=[])),
+        line(2, known, None, draw(4, None), failure="no valid answer", **unknown),
+        line(3, known, known.answer, draw(4, known.answer)),
+    ]
+    page = report.asked_page(known.path, "a model", lines)
+    sheets = [sheet["of"] for sheet in blob(page)["sheets"]]
+    assert sheets == [4, 8]  # once for all questions
+    dom = browse(page)
+    assert "answers of a model, as of" in dom and known.path in dom and "accuracy" not in dom
+    assert dom.count('<details open="">') == 3  # of one response
+    first, second, third, fourth = articles(dom)
+    assert [kind for kind, _ in (first, second, third, fourth)] == [
+        "answered",
+        "answered",
+        "failed",
+        "right",
+    ]
+    assert first[1].startswith("question 1") and f"{known.options[1]} given" in first[1]
+    assert "round 2: 8 frames" in first[1] and "B × 2" in first[1]
+    assert "given a bird" in second[1] and "no valid answer" in third[1]
+    assert all("✓" not in text and "✗" not in text for _, text in (first, second, third))
+    assert "✓ right answer, given" in fourth[1]
+
+
+@needs_chromium
 def test_what_a_bad_record_holds_becomes_no_attribute(browse, tmp_path, samples):
     """An object where text is expected, in every field and key of the page."""
     hostile = {
