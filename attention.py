@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from infra.flash import BlockAttention, flash, make_blocks, merge, to_device
+from infra.flash import BlockAttention, flash, flash_masked, make_blocks, to_device
 from infra.model_folder import head_size
 
 CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 28 GB for a 7B in bf16
@@ -153,8 +153,8 @@ class DecodeCache:
     Responses are laid out [B, G]: number b * G + g is response g to prompt b. All step together, by
     one token. Prompts of equal length are attended to together; none is padded. `keep` drops
     finished ones. No shape in a step depends on t, so that a step can be a CUDA graph: a response
-    sees its first `width` slots, with those not written yet masked. Buffers start as zeros, because
-    a masked NaN would still be a NaN.
+    sees its first `width` slots, and with `masked` not those of them that are not written yet.
+    Buffers start as zeros, because a masked NaN would still be a NaN.
 
     lengths: of the prompts, ascending.
     Size: 2 * L * Hkv * d * (sum(P) + B * G * max_new) numbers.
@@ -162,9 +162,10 @@ class DecodeCache:
 
     def __init__(self, config, lengths, G, max_new, *, device, dtype):
         Hkv, d = config.num_key_value_heads, head_size(config)
-        self.G, self.width = G, max_new
+        slots = -(-max_new // 8) * 8  # a GPU reads masks 8 numbers at a time
+        self.G, self.width, self.masked = G, slots, True
         self.t = torch.zeros(1, dtype=torch.long, device=device)
-        self.slot_numbers = torch.arange(max_new, device=device)
+        self.mask = torch.full((slots,), float("-inf"), device=device, dtype=dtype)  # 0 if written
         self.sizes = [(P, lengths.count(P)) for P in dict.fromkeys(lengths)]  # (length, prompts)
         self._number_prompts()
 
@@ -176,7 +177,7 @@ class DecodeCache:
         self.prompt_kv, self.response_kv = [], []
         for _ in range(config.num_hidden_layers):
             self.prompt_kv.append([keys_and_values(n, P) for P, n in self.sizes])
-            self.response_kv.append(keys_and_values(len(lengths) * G, max_new))
+            self.response_kv.append(keys_and_values(len(lengths) * G, slots))
 
     def _number_prompts(self):
         """places: for each prompt, which buffer of a layer holds it, and where in that buffer."""
@@ -196,9 +197,11 @@ class DecodeCache:
         v_all.index_copy_(2, self.t, v)
         q = q.view(N, Hkv, -1, d)  # query heads beside the K/V head they share: (N, Hkv, r, d)
         with torch.autocast(q.device.type, enabled=False):
-            of_prompt = self.attend_to_prompt(layer, q, scale)
-            of_response = self.attend_to_responses(layer, q, scale)
-            out, _ = merge(*of_prompt, *of_response)
+            out_prompt, lse_prompt = self.attend_to_prompt(layer, q, scale)
+            out_response, lse_response = self.attend_to_responses(layer, q, scale)
+            # of the whole softmax, the prompt's share; flash.merge without a new log-sum-exp
+            share = (lse_prompt - lse_response).sigmoid()  # (N, Hkv, r)
+            out = torch.lerp(out_response, out_prompt, share[..., None])
         return out.to(v.dtype).flatten(1, 2)[:, None]
 
     def attend_to_prompt(self, layer, q, scale):
@@ -212,9 +215,10 @@ class DecodeCache:
         for q_n, (k, v) in zip(of_length, self.prompt_kv[layer]):
             q_n = q_n.unflatten(0, (-1, self.G)).transpose(1, 2)  # (n, Hkv, G, r, d)
             out, lse, _ = flash(q_n.flatten(2, 3), k, v, False, scale)  # (n, Hkv, G * r, d)
-            outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
-            lses.append(lse.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).to(at_least_fp32), torch.cat(lses).to(at_least_fp32)
+            outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2))  # (n, G, Hkv, r, d)
+            lses.append(lse.unflatten(2, (self.G, -1)).transpose(1, 2))
+        out, lse = torch.cat(outs).flatten(0, 1), torch.cat(lses).flatten(0, 1)
+        return out.to(at_least_fp32), lse.to(at_least_fp32)
 
     def attend_to_responses(self, layer, q, scale):
         """Each response reads itself.
@@ -222,15 +226,16 @@ class DecodeCache:
         q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
         """
         k, v = (x[:, :, : self.width] for x in self.response_kv[layer])  # (N, Hkv, width, d)
-        at_least_fp32 = torch.promote_types(
-            q.dtype, torch.float32
-        )  # a bf16 score of 50 is off by 0.1
-        scores = (q.to(at_least_fp32) * scale) @ k.to(at_least_fp32).mT  # (N, Hkv, r, width)
-        unwritten = self.slot_numbers[: self.width] > self.t
-        scores = scores.masked_fill(unwritten, float("-inf"))
-        lse = scores.logsumexp(-1)
-        probabilities = (scores - lse[..., None]).exp().to(v.dtype)
-        return (probabilities @ v).to(at_least_fp32), lse
+        if self.masked:
+            out, lse = flash_masked(q, k, v, self.mask[: self.width], scale)
+        else:
+            out, lse, _ = flash(q, k, v, False, scale)
+        at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
+        return out.to(at_least_fp32), lse.to(at_least_fp32)
+
+    def open_slot(self):
+        """Lets responses see slot t, which the next token's keys and values fill in every layer."""
+        self.mask.index_fill_(0, self.t, 0.0)
 
     def keep(self, prompts, responses, G, t):
         """Keeps some prompts and responses, and of these responses the first t tokens.

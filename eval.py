@@ -472,22 +472,10 @@ def parse_args(argv=None):
     )
     g.value("out", None, "folder of the answers (default: out/toy/eval, or out/eval-MODEL-DATA)")
     g.value("seed", 0, "random seed of the sampling")
-    g = media_flags(p, fps=float("inf"), max_pixels=256 * 28 * 28, max_prompt=65536)
-    g.value("frames", 16, "frames of a video, evenly spaced; not with --tts", "at least 2")
-    g = p.section("responses")
-    g.value("max_new", 1024, "tokens of a response, at most", "at least 1")
+    g = answer_flags(p)
     g.value(
         "batch", 32, "questions that are sampled together; fewer need less memory", "at least 1"
     )
-    g.switch("cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
-    g.switch(
-        "tts",
-        "sparse-to-dense: --m responses at --start frames; while they disagree, at twice as many, "
-        "up to --cap",
-    )
-    g.value("start", 32, "frames of the first round", "at least 2")
-    g.value("cap", 128, "frames of the last round", "at least 2")
-    g.value("m", 5, "responses per round", "at least 1")
     g.value(
         "temperature", 1.0, "of the m responses; a single one is greedy", "above 0, at most 100"
     )
@@ -509,20 +497,32 @@ def parse_args(argv=None):
     return args
 
 
+def answer_flags(p, workers=2):
+    """Adds the flags of media and responses that ask.py has too, and returns the last section."""
+    media = dict(fps=float("inf"), max_pixels=256 * 28 * 28, max_prompt=65536, workers=workers)
+    g = media_flags(p, **media)
+    g.value("frames", 16, "frames of a video, evenly spaced; not with --tts", "at least 2")
+    g = p.section("responses")
+    g.value("max_new", 1024, "tokens of a response, at most", "at least 1")
+    g.switch("cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
+    g.switch(
+        "tts",
+        "sparse-to-dense: --m responses at --start frames; while they disagree, at twice as many, "
+        "up to --cap",
+    )
+    g.value("start", 32, "frames of the first round", "at least 2")
+    g.value("cap", 128, "frames of the last round", "at least 2")
+    g.value("m", 5, "responses per round", "at least 1")
+    return g
+
+
 def check(p, args):
     """Ends the program if flags do not fit together."""
     if bool(args.model) != bool(args.data):
         p.error("--model and --data: expected both, or neither for the toy")
     if args.compare and not args.tts:
         p.error("--compare: expected with --tts")
-    typed = [place for place, _ in p.given.get("--frames", ()) if not place]
-    if args.tts and typed:  # a config.txt of an earlier version has --frames beside --tts
-        p.error(f"--frames {args.frames}: expected without --tts, which has --start and --cap")
-    ordered(p, args, ("min_pixels", "max_pixels"), ("min_pixels", "image_max_pixels"))
-    for name, least in (("frames", 2), ("start", 2), ("cap", args.start)):
-        n = getattr(args, name)
-        if n < least or n % 2:
-            p.error(f"--{name} {n}: expected at least {least}, even")
+    check_frames(p, args)
     if not args.filter:
         return
     target = Path(args.filter)
@@ -537,6 +537,18 @@ def check(p, args):
             f"--filter {args.filter}: expected without --tts, with --m of at least 2, and in a "
             "folder that exists"
         )
+
+
+def check_frames(p, args):
+    """Ends the program if numbers of frames or pixels do not fit together."""
+    typed = [place for place, _ in p.given.get("--frames", ()) if not place]
+    if args.tts and typed:  # a config.txt of an earlier version has --frames beside --tts
+        p.error(f"--frames {args.frames}: expected without --tts, which has --start and --cap")
+    ordered(p, args, ("min_pixels", "max_pixels"), ("min_pixels", "image_max_pixels"))
+    for name, least in (("frames", 2), ("start", 2), ("cap", args.start)):
+        n = getattr(args, name)
+        if n < least or n % 2:
+            p.error(f"--{name} {n}: expected at least {least}, even")
 
 
 def methods_of(args):

@@ -45,6 +45,7 @@ from infra.model_folder import (
     weights_dtype,
     write_network,
 )
+from infra.tf32 import TF32Linear
 
 MODEL_TYPES = tuple(FAMILIES)
 PATCHES_PER_CALL = 2**16  # of the vision tower: bounds its activations
@@ -111,9 +112,11 @@ class Policy(nn.Module):
 
     net: transformers' network.  folder: of the checkpoint, its tokenizer and its other files.
     Settings, plain attributes: sp, the ranks that share a row (set by mrsp.share_rows alone);
-    embedding_cache, or None; cuda_graph, whether decoding replays CUDA graphs; eos_ids, the tokens
-    that end a response; saved_dtype, of the weights that `save` writes, None for the network's;
-    adapter, what lora.py knows of the adapters, or None; base_name, what they name as their base.
+    embedding_cache, or None; cuda_graph, whether decoding replays CUDA graphs; tf32_head, whether a
+    GPU computes logits in TF32; on_tokens, a function of each decode step's tokens
+    (rollout.Decoding.run), or None; eos_ids, the tokens that end a response; saved_dtype, of the
+    weights that `save` writes, None for the network's; adapter, what lora.py knows of the adapters,
+    or None; base_name, what they name as their base.
     """
 
     def __init__(self, net, folder):
@@ -121,6 +124,7 @@ class Policy(nn.Module):
         self.net, self.folder, self.config = net, Path(folder), net.config
         self.language_model = net.model.language_model
         self.sp, self.embedding_cache, self.cuda_graph = mrsp.ONE_RANK, None, False
+        self.tf32_head, self.on_tokens = True, None
         self.saved_dtype, self.adapter, self.base_name = None, None, str(folder)
         self.side_files = side_files(folder)  # read now: an old checkpoint may be deleted later
         implementations = {"text_config": attention.NAME, "vision_config": attention.SEGMENTS}
@@ -355,10 +359,11 @@ class Policy(nn.Module):
         """Hidden states (..., D) -> next-token logits (..., vocabulary), vision tokens impossible.
 
         head: from `lm_head_weight`. In at least fp32, even under autocast: a bf16 logit is off by
-        up to 0.06, too much for a ratio or a KL.
+        up to 0.06, too much for a ratio or a KL. On a GPU, its products are TF32 (infra/tf32.py).
         """
         with torch.autocast(self.device.type, enabled=False):
-            logits = F.linear(hidden.to(head.dtype), head)
+            linear = TF32Linear.apply if self.tf32_head else F.linear
+            logits = linear(hidden.to(head.dtype), head)
             return logits.index_fill(-1, self.banned, -1e30)
 
     def run_row(self, prompts, responses, visual_embeds, cache=None, first_prompt=0):

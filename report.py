@@ -2,11 +2,12 @@
 
     python report.py out/toy/grpo           training: key figures, curves, sampled groups
     python report.py out/toy/eval --open    evaluation: methods; frames and votes of each question
+    python report.py out/toy/grpo --watch   the same while the run goes on: the page reloads itself
 
-Writes RUN/report.html, also for a run that is still going. The address of the page holds the view,
-so a view is a link: report.html#method=s2d-4-16&show=wrong. The frames are those that the model
-saw, read again from the videos. Frames and responses are reduced to a budget of bytes; the page
-says where.
+Writes RUN/report.html. At its top, and on the console, stands what is wrong with the last steps
+(`alarms`). The address of the page holds the view, so a view is a link:
+report.html#method=s2d-4-16&show=wrong. The frames are those that the model saw, read again from the
+videos. Frames and responses are reduced to a budget of bytes; the page says where.
 """
 
 import argparse
@@ -54,6 +55,8 @@ SHEETS = (  # number of frames, height, JPEG quality
 SAME = ("step", "position", "id", "path", "question")
 # keys of log.jsonl that are computed with the gradient, so a step without one does not have them
 GRADIENT = ("loss", "kl", "entropy", "clipped", "ratio", "mismatch", "grad_norm")
+# of a training run: over this many of the newest steps, and at least 3, alarms are taken
+ALARM_STEPS = 10
 # flags that determine which frames were shown
 COUNTS = {"fps": float, "min_frames": int, "max_frames": int}
 
@@ -130,7 +133,9 @@ def read_flags(run):
         return "", {}
     flags = {}
     for words in flag_words(file).values():
-        if len(words) == 2:
+        if words[:1] == ["--reward"]:
+            flags["reward"] = words[1:]
+        elif len(words) == 2:
             name, value = words
             flags[name.removeprefix("--")] = value
     for name in COUNTS.keys() & flags.keys():
@@ -183,9 +188,14 @@ def without_middle(text, limit):
 
 class Frames:
     """The frames of a page: one contact sheet (a JPEG) for each medium and number of frames, within
-    IMAGES bytes in total."""
+    IMAGES bytes in total.
 
-    def __init__(self):
+    known: what an earlier page has read, {(medium, counts): sheet, with a ladder of images}. It is
+    brought up to date.
+    """
+
+    def __init__(self, known=None):
+        self.known = {} if known is None else known
         self.media = {}  # {(path, data type, fps of a folder, segment): {counts: sheet number}}
         self.count = 0
 
@@ -207,20 +217,30 @@ class Frames:
         of: number of frames.  seconds: of the video.  jpeg: base64, "" without room in the budget.
         width, height: of a frame.  at: indices of the frames shown.
         """
-        found = {}
+        wanted = [(medium, counts) for medium, sheets in self.media.items() for counts in sheets]
+        for gone in self.known.keys() - set(wanted):
+            del self.known[gone]
+        unread = {medium: [] for medium, counts in wanted if (medium, counts) not in self.known}
+        for medium in unread:
+            unread[medium] = [c for c in self.media[medium] if (medium, c) not in self.known]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            read = pool.map(medium_sheets, self.media.items())
-            n = len(self.media)
-            for sheets in tqdm(read, total=n, desc="frames", unit="medium", disable=n == 0):
-                found |= sheets
+            read = pool.map(medium_sheets, unread.items())
+            n = len(unread)
+            for sheets in tqdm(read, "frames", n, leave=False, unit="medium", disable=n == 0):
+                self.known |= sheets
         close_workers()
-        ladders = {number: sheet.pop("ladder", []) for number, sheet in found.items()}
+        found = {self.media[medium][c]: self.known[medium, c] for medium, c in wanted}
+        ladders = {number: sheet.get("ladder", []) for number, sheet in found.items()}
         limit = largest(
             lambda most: sum(len(best(ladder, most)["jpeg"]) for ladder in ladders.values()),
             IMAGES,
             IMAGES,
         )
-        return [found[number] | best(ladders[number], limit) for number in sorted(found)]
+        shown = []
+        for number in sorted(found):
+            about = {key: x for key, x in found[number].items() if key != "ladder"}
+            shown.append(about | best(ladders[number], limit))
+        return shown
 
 
 def best(ladder, limit):
@@ -229,20 +249,22 @@ def best(ladder, limit):
 
 
 def medium_sheets(item):
-    """A medium and its {counts: number}, see Frames -> {number: sheet, with a ladder of images}."""
-    (path, data_type, folder_fps, segment), wanted = item
+    """A medium and its [counts], see Frames -> {(medium, counts): sheet, with a ladder of
+    images}."""
+    medium, wanted = item
+    path, data_type, folder_fps, segment = medium
     sample = Sample("-", "", [], "free-form", data_type, path, "", fps=folder_fps, segment=segment)
     size = {"min_pixels": 28 * 28, "max_pixels": 64 * 28 * 28}
     decoded, out = {}, {}
-    for (fps, least, most), number in wanted.items():
-        counts = {"fps": fps, "min_frames": least, "max_frames": most}
+    for counts in wanted:
+        names = dict(zip(COUNTS, counts))
         try:
-            media = load_media(sample, **counts, **size, decoded=decoded)
+            media = load_media(sample, **names, **size, decoded=decoded)
         except DataError as e:
-            out[number] = {"error": str(e).removeprefix("record -: ")}
+            out[medium, counts] = {"error": str(e).removeprefix("record -: ")}
             continue
         n = len(media.frames)
-        out[number] = {
+        out[medium, counts] = {
             "of": n,
             "seconds": round(media.seconds_per_grid / 2 * n, 2),
             "ladder": [contact_sheet(media.frames, *step) for step in SHEETS],
@@ -285,12 +307,38 @@ def training(run, flags, frames, notes):
                 card["sheet"] = frames.want(group[0], tuple(flags[name] for name in COUNTS))
     shorten(shown, notes)
     curves = curves_of(log)
+    own = [spec.rpartition(":")[2].partition("=")[0] for spec in flags.get("reward", [])]
     return {
+        "alarms": alarms(log),
         "figures": figures(curves, log, flags),
         "curves": curves,
+        "own": own,  # names of the rewards of --reward
         "groups": shown,
         "left_out": len(groups) - len(shown),
     }
+
+
+def alarms(log):
+    """What is wrong with the newest steps of a log -> {name: text}; docs/log.md says what to do."""
+    newest = [entry for entry in log if entry["step"] > 0][-ALARM_STEPS:]
+
+    def mean(key):
+        """None if fewer than 3 steps have it."""
+        values = [x[key] for x in newest if isinstance(x.get(key), (int, float))]
+        return sum(values) / len(values) if len(values) >= 3 else None
+
+    alone, cut = mean("zero_std_groups"), mean("truncated")
+    entropy, mismatch = mean("entropy"), mean("mismatch")
+    found = {}
+    if alone == 1:
+        found["no mixed groups"] = "no group had an advantage, so nothing is learned"
+    if cut is not None and cut > 0.5:
+        found["truncated"] = f"{cut:.0%} of the responses were cut off at --max_new"
+    if entropy is not None and entropy < 0.005:
+        found["entropy gone"] = f"{entropy:.4f} nats a token: all responses are alike"
+    if mismatch is not None and mismatch > 0.05:
+        found["mismatch"] = f"log-probs of sampler and scorer differ by {mismatch:.3f} on average"
+    return {name: f"{text} (last {len(newest)} steps)" for name, text in found.items()}
 
 
 def curves_of(log):
@@ -408,12 +456,11 @@ def evaluation(run, frames, notes):
     everything = [r for of_method in lines.values() for r in of_method.values()]
     questions = questions_of(everything)
     with_frames = most_interesting(everything, notes)
-    for r in everything:
-        for part in r["rounds"]:
-            part["logps"] = [x if x is None else round(x, 3) for x in part["logps"]]
-            if r["record"] in with_frames:
-                part["sheet"] = frames.want(r, (math.inf, part["frames"], part["frames"]))
-    shorten([part for r in everything for part in r["rounds"]], notes)
+    want_rounds([r for r in everything if r["record"] in with_frames], frames)
+    rounds = [part for r in everything for part in r["rounds"]]
+    for part in rounds:
+        part["logps"] = [x if x is None else round(x, 3) for x in part["logps"]]
+    shorten(rounds, notes)
     kept = ("record", "given", "score", "failure", "frames", "visual_tokens", "seconds", "rounds")
     methods = []
     for name, of_method in lines.items():
@@ -424,6 +471,13 @@ def evaluation(run, frames, notes):
         "questions": questions,
         "methods": methods,
     }
+
+
+def want_rounds(lines, frames):
+    """Asks for the frames of every round of these lines."""
+    for r in lines:
+        for part in r["rounds"]:
+            part["sheet"] = frames.want(r, (math.inf, part["frames"], part["frames"]))
 
 
 def read_evaluation(run, notes):
@@ -480,6 +534,14 @@ def most_interesting(lines, notes):
 def page(run):
     """The HTML of a run folder. Raises ValueError if there is no such folder, or neither a log nor
     answers in it."""
+    return html(contents(run))
+
+
+def contents(run, every=None, known=None):
+    """What the page of a run folder shows, a dict. Raises ValueError, see `page`.
+
+    every: seconds after which the page reloads itself, or None.  known: see Frames.
+    """
     run = Path(run)
     if not run.is_dir():
         raise ValueError(f"{run}: no such folder")
@@ -490,10 +552,11 @@ def page(run):
             "(METHOD.rankN.jsonl)"
         )
     config, flags = read_flags(run)
-    frames, notes = Frames(), []
-    shown = {
+    frames, notes = Frames(known), []
+    return {
         "run": str(run),
-        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "written": time.strftime("%Y-%m-%d %H:%M:%S" if every else "%Y-%m-%d %H:%M"),
+        "every": every,
         "config": config,
         "algo": flags.get("algo"),
         "notes": notes,
@@ -501,12 +564,87 @@ def page(run):
         "evaluation": evaluation(run, frames, notes) if evaluated else None,
         "sheets": frames.sheets(),
     }
+
+
+def asked_page(path, model, lines):
+    """The HTML of questions about one medium, as ask.py asks them.
+
+    lines: of eval.line; with a score and an answer of None if the right answer is not known.
+    """
+    frames, notes = Frames(), []
+    want_rounds(lines, frames)
+    shorten([part for r in lines for part in r["rounds"]], notes)
+    shown = {
+        "run": path,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "asked": {"model": model, "questions": questions_of(lines), "results": lines},
+        "notes": notes,
+        "sheets": frames.sheets(),
+    }
+    return html(shown)
+
+
+def html(shown):
+    """The page that shows these contents."""
     text = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")  # no </script>
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     head, tail = template.split("DATA</script>")
-    head = head.replace("<title>TITLE", f"<title>{escape(str(run))}")
+    head = head.replace("<title>TITLE", f"<title>{escape(shown['run'])}")
     return f"{head}{text}</script>{tail}"
+
+
+# ---- a run that goes on
+
+
+def watch(run, out, every, opened):
+    """Writes the page again whenever the run has written, until it is finished or ctrl-C; then once
+    more, as a page that stands still. Prints alarms as they come and go.
+
+    opened: a function to call once there is a page.
+    """
+    known, drawn, told, shown = {}, None, {}, None
+    print(f"{out}: redrawn every {every:g} s while the run goes on; ctrl-C ends", flush=True)
+    try:
+        while shown is None or not finished(run, shown):
+            written = {}
+            for name in ("log.jsonl", "samples.jsonl", "summary.json", "*.rank*.jsonl"):
+                written |= {file: file.stat().st_size for file in run.glob(name)}
+            if written and written != drawn:
+                shown = contents(run, every, known)
+                write_whole(out, html(shown), errors="replace")
+                told = tell(shown, told)
+                if drawn is None:
+                    opened()
+                drawn = written
+            time.sleep(every)
+    except KeyboardInterrupt:
+        print()
+    if drawn is not None:
+        write_whole(out, html(contents(run, None, known)), errors="replace")
+
+
+def tell(shown, before):
+    """Prints the alarms of a page that were not there before, and those that are over -> {name:
+    text} of today's."""
+    now = shown["training"]["alarms"] if shown["training"] else {}
+    for name in now:
+        if name not in before:
+            print(f"alarm: {name}: {now[name]}", flush=True)
+    for name in before:
+        if name not in now:
+            print(f"over: {name}", flush=True)
+    return now
+
+
+def finished(run, shown):
+    """Whether a run has made all its steps, or an evaluation has its summary."""
+    if shown["training"]:
+        _, done, of = shown["training"]["figures"][0]
+        return of == f"of {done}"
+    summary, answers = run / "summary.json", run.glob("*.rank*.jsonl")
+    newest = max(file.stat().st_mtime for file in answers)
+    return summary.exists() and summary.stat().st_mtime >= newest
 
 
 def main(argv=None):
@@ -519,15 +657,30 @@ def main(argv=None):
     parser.add_argument("run", help="folder of a training run or of an evaluation")
     parser.add_argument("--out", help="file of the page (default: RUN/report.html)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument("--watch", action="store_true", help="redraw it while the run goes on")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between (default: 10)")
     args = parser.parse_args(argv)
-    out = Path(args.out or Path(args.run) / "report.html")
+    if not 0.1 <= args.every < math.inf:
+        parser.error(f"--every {args.every:g}: expected at least 0.1 seconds")
+    run = Path(args.run)
+    out = Path(args.out or run / "report.html")
+
+    def opened():
+        if args.open:
+            webbrowser.open(out.resolve().as_uri())
+
     try:
-        write_whole(out, page(args.run), errors="replace")
+        if args.watch and run.is_dir():
+            watch(run, out, args.every, opened)
+        else:
+            shown = contents(run)
+            tell(shown, {})
+            write_whole(out, html(shown), errors="replace")
+            opened()
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-    if args.open:
-        webbrowser.open(out.resolve().as_uri())
+    if out.exists():
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

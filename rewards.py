@@ -2,6 +2,7 @@
 
     extract_answer           the text inside <answer> </answer>
     accuracy_reward          in [0, 1], by problem type: is the answer right?
+    accuracies               the same of a step's responses; free-form ones by a judge (--judge)
     format_reward            0 or 1: one <think> block, one <answer> block, nothing else
     length_reward            a small bonus for a right answer of the wanted length
     mean_relative_accuracy   VSI-Bench's score of a number, for evaluation
@@ -10,7 +11,8 @@
 
 Pure functions of strings: every response gets a number in range, never an exception.
 
-To add a reward: write a function of the response, like format_reward (a reward may be negative). In
+A reward of your own, without a change here: --reward my_file.py:score (infra/reward_file.py).
+To add one here: write a function of the response, like format_reward (it may be negative). In
 train.py, add its value and its weight to score_group, a flag for the weight to parse_args, and the
 flag to `warn`. Logs and report then show it; add its name by hand to the chart "parts of the
 reward" in report.html and to the tables of docs/log.md.
@@ -31,6 +33,7 @@ import re
 from fractions import Fraction
 
 from infra.answer_text import choice_letter, decimal, parse_number, plain, signed_words
+from infra.judge import Question
 from infra.rouge import rouge, stems, word_error_rate, words
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
@@ -49,6 +52,27 @@ def extract_answer(response):
 def accuracy_reward(response, sample):
     """How right the response's answer is, in [0, 1]; 0 without a valid answer."""
     return grade(normalize_answer(extract_answer(response), sample), sample)
+
+
+def accuracies(texts, samples, judge=None):
+    """Responses (B, G) and the samples of the groups (B,) -> accuracies (B, G).
+
+    judge: an infra.judge.Judge, which grades the free-form answers in place of the rule.
+    """
+    found = [[accuracy_reward(text, s) for text in of] for of, s in zip(texts, samples)]
+    if judge is None:
+        return found
+    places, questions = [], []
+    for b, (of_group, s) in enumerate(zip(texts, samples)):
+        for g, text in enumerate(of_group):
+            answer = normalize_answer(extract_answer(text), s)
+            if s.problem_type == "free-form" and answer is not None:
+                places.append((b, g))
+                questions.append(Question(s.name, s.question, s.answer, answer))
+    for (b, g), score in zip(places, judge(questions)):
+        if score is not None:
+            found[b][g] = score
+    return found
 
 
 def grade(answer, sample):

@@ -13,8 +13,10 @@ rank holds the prompts' keys and values and decodes its share of the responses.
 Shapes: B prompts, G responses, N = B * G responses, R tokens of a response, D hidden.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from functools import singledispatch
+from pathlib import Path
 
 import torch
 
@@ -22,10 +24,11 @@ from attention import CACHE_TOKENS, DecodeCache
 from data import Prompt
 from infra.errors import ModelError
 from infra.packing import pack
+from infra.ranks import say
 
 PREFILL_TOKENS = 16384  # prompt tokens of one packed row of a prefill
 COMPACT_EVERY = 4  # decode steps between two checks of who has finished; each is a host sync
-WINDOW = 64  # tokens that one CUDA graph serves; it masks those that are not yet written
+WINDOW = 256  # tokens that one CUDA graph serves; it masks those that are not yet written
 
 
 @dataclass(eq=False)
@@ -187,10 +190,11 @@ class Decoding:
         self.logps[self.alive, t] = torch.where(self.done, 0.0, logp)
         self.entropies[self.alive, t] = torch.where(self.done, 0.0, entropy)
         self.token.copy_(token)
-        self.done |= torch.isin(token, self.eos)
+        self.done |= (token[:, None] == self.eos).any(dim=1)  # torch.isin may wait for the GPU
 
     def step(self):
         """Runs the tokens drawn last, and draws the next."""
+        self.cache.open_slot()
         x = self.policy.embed(self.token[:, None])  # (N, 1, D)
         positions = (self.position + self.cache.t).expand(3, -1)[..., None]  # (3, N, 1)
         hidden = self.policy.run_layers(x, positions, self.cache)[:, 0]
@@ -198,8 +202,15 @@ class Decoding:
         self.sample(hidden)
 
     def run(self, max_new):
-        """Steps until every response has ended or has max_new tokens."""
-        window = WINDOW if self.policy.cuda_graph else 1
+        """Steps until every response has ended or has max_new tokens.
+
+        policy.on_tokens, if set, gets each step's tokens (N,) as they are drawn: -1 after an end.
+        """
+        on_tokens = self.policy.on_tokens
+        if on_tokens:
+            on_tokens(self.tokens[:, 0])
+        window = 1 if self.tokens.device.type == "cpu" and not self.policy.cuda_graph else WINDOW
+        self.cache.masked = window > 1
         recorded = replay = None
         # drawn: tokens sampled so far for every response; the last enters the cache in `step`
         for drawn in range(1, max_new):
@@ -209,16 +220,43 @@ class Decoding:
                 if not any(unfinished):
                     break
                 self.compact(unfinished, drawn)
-            self.cache.width = min(max_new, -(-drawn // window) * window)
+            slots = len(self.cache.mask)
+            self.cache.width = min(slots, -(-drawn // window) * window)
             shape = (len(self.alive), self.cache.width)
             if not self.policy.cuda_graph:
                 self.step()
             elif recorded != shape:
                 recorded, replay = shape, None
-                self.step()  # warms up
+                self.warm_up()
             else:
-                replay = replay or record(self.step)
+                replay = replay or self.record()
                 replay()
+            if on_tokens:
+                on_tokens(self.tokens[:, drawn])
+
+    def warm_up(self):
+        """A step before the one that is recorded. If it waits for the GPU, prints where, and every
+        step from here on runs eagerly: a recording that fails would leave torch's random numbers
+        and its allocator broken."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.step()
+        torch.cuda.set_sync_debug_mode(mode)
+        waits = [w for w in caught if "synchronizing" in str(w.message)]
+        if waits:
+            where = f"{Path(waits[0].filename).name}:{waits[0].lineno}"
+            say(f"decoding without CUDA graphs: a step waits for the GPU at {where}")
+            self.policy.cuda_graph = False
+
+    def record(self):
+        """Records the step as a CUDA graph -> the function that replays it."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may call CUDA meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.step()
+        return graph.replay
 
     def compact(self, unfinished, drawn):
         """Drops finished responses and prompts if that saves at least a quarter of the responses.
@@ -236,14 +274,6 @@ class Decoding:
         self.cache.keep(prompts, kept, most, drawn - 1)
         self.alive, self.position = self.alive[kept], self.position[kept]
         self.done, self.token = self.done[kept], self.token[kept]
-
-
-def record(step):
-    """Records the step as a CUDA graph -> the function that replays it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def sample(logits, uniform, temperature, top_p):

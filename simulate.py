@@ -123,7 +123,7 @@ def no_weights(folder, net):
 
 
 def blank_weights(folder, net, found, device, merged):
-    """read_weights without files: parameters on the fake device, each rank's own part."""
+    """read_weights without files: parameters on the device, each rank's own part."""
     made = {}  # a weight that two modules share is made once
     for module in net.modules():
         for name, p in module._parameters.items():
@@ -263,14 +263,20 @@ def start(args, own):
     fake_cuda.pretend(own.memory * 1e9, WORLD)
     if WORLD > 1:
         fake_cuda.fake_ranks(WORLD, partial(of_rank, prompts=args.prompts))
+    args.cuda_graph, args.embedding_cache = False, None
+    gpu = FakeGPU(ROOT, hidden=[Path(__file__).resolve()])
+    skip_decode_steps(gpu)
+    take_the_place_of_files(gpu)
+    return gpu
+
+
+def take_the_place_of_files(gpu):
+    """From here on, models have no weights, and the parts of a step are phases of `gpu`."""
     model.local_folder = train.local_folder = Path
     model.find_weights, model.read_weights = no_weights, blank_weights
     model.weights_dtype = no_dtype
-    args.cuda_graph, args.embedding_cache = False, None
-    Policy.gpu = gpu = FakeGPU(ROOT, hidden=[Path(__file__).resolve()])
-    skip_decode_steps(gpu)
+    Policy.gpu = gpu
     name_phases(gpu)
-    return gpu
 
 
 def simulate(args, own):
@@ -363,7 +369,8 @@ def model_folder(name):
     raise SystemExit(
         f"error: {name}: no folder with config.json. A simulation needs the small files of a "
         f"model, not its weights: {', '.join(SMALL_FILES)}, as far as the model has them. From the "
-        f'hub: hf download {hub} --include "*.json" "*.txt" --local-dir DIR; then add --config DIR'
+        f'hub: hf download {hub} --include "*.json" --include "*.txt" --local-dir DIR; then add '
+        "--config DIR"
     )
 
 

@@ -51,7 +51,7 @@ import torch
 from data import Prompt
 from infra.packing import pack
 from infra.ranks import seed
-from rewards import accuracy_reward
+from rewards import accuracies
 from rollout import generate
 
 # ---- the formulas
@@ -159,19 +159,20 @@ def shuffle_prompts(prompts, visual_embeds, step, args):
     return shuffled
 
 
-def run_on_shuffled(policy, prompts, groups, visual_embeds, builder, step, args):
+def run_on_shuffled(policy, prompts, groups, visual_embeds, builder, step, args, judge=None):
     """Runs the policy on this rank's shuffled videos -> {position: ShuffleEffect}.
 
     groups: the ordered responses to each prompt, as rollout.generate returned them.
+    judge: of free-form answers, see rewards.accuracies.
     """
     shuffled = shuffle_prompts(prompts, visual_embeds, step, args)
     if args.temporal == "contrast":
         ordered = {position: group for (position, _), group in zip(prompts, groups)}
         return rescore(policy, shuffled, ordered, args)
-    return respond_to_shuffled(policy, shuffled, builder, step, args)
+    return respond_to_shuffled(policy, shuffled, builder, step, args, judge)
 
 
-def respond_to_shuffled(policy, shuffled, builder, step, args):
+def respond_to_shuffled(policy, shuffled, builder, step, args, judge=None):
     """Samples G // 2 responses to each shuffled video, and judges them -> {position:
     ShuffleEffect}."""
     groups = generate(
@@ -184,11 +185,11 @@ def respond_to_shuffled(policy, shuffled, builder, step, args):
         seeds=[seed(args.seed, step, s.position, "shuffled 0") for s in shuffled],
         visual_embeds=known_embeds(shuffled),
     )
+    texts = [[builder.decode(r) for r in group.responses] for group in groups]
+    accuracy = accuracies(texts, [s.prompt.sample for s in shuffled], judge)  # (videos, G')
     found = {}
-    for s, group in zip(shuffled, groups):
-        texts = [builder.decode(r) for r in group.responses]
-        accuracies = [accuracy_reward(text, s.prompt.sample) for text in texts]
-        found[s.position] = ShuffleEffect(s.order, accuracies=accuracies)
+    for s, of_group in zip(shuffled, accuracy):
+        found[s.position] = ShuffleEffect(s.order, accuracies=of_group)
     return found
 
 

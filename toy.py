@@ -273,7 +273,7 @@ def tiny_config(
         vision_config=vision,
         tie_word_embeddings=True,
         initializer_range=INIT_STD,
-        **_vision_tokens(tokenizer),
+        **vision_tokens(tokenizer),
     )
 
 
@@ -300,7 +300,7 @@ def tiny_qwen3_config(
         text_config=text | dict(head_dim=d),
         vision_config=vision,
         tie_word_embeddings=True,
-        **_vision_tokens(tokenizer),
+        **vision_tokens(tokenizer),
     )
 
 
@@ -324,7 +324,7 @@ def _text_config(tokenizer, hidden, layers, heads, kv_heads, rotary):
     )
 
 
-def _vision_tokens(tokenizer):
+def vision_tokens(tokenizer):
     """The ids of the tokens around and in the place of pixels, by their names in config.json."""
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     return dict(

@@ -53,17 +53,19 @@ import tgrpo
 import toy
 from data import Loader, PromptBuilder, load_samples
 from eval import Method, Question, answer, look_for_media
-from infra import fsdp
+from infra import fsdp, track
 from infra.checkpoints import save
 from infra.clock import new_step, seconds, timed
 from infra.ddp import passes, unwrap
 from infra.errors import DataError, ModelError
 from infra.flags import MEDIA, Parser, flag_words, media_flags, ordered, peek
+from infra.judge import Judge
 from infra.model_folder import base_folder, local_folder
 from infra.optimizer import Update, learning_rate, make_optimizer, update
 from infra.packing import pack
 from infra.progress import LoadErrors, Progress
 from infra.ranks import RANK, WORLD, gather, ranks, say, seed
+from infra.reward_file import load_rewards, own_rewards, split_spec
 from infra.run_folder import claimed, open_run, resumable, resume_command, stop_signals
 from infra.step_log import (
     LossTotals,
@@ -77,7 +79,7 @@ from infra.step_log import (
 )
 from infra.video import close_workers
 from model import Policy
-from rewards import accuracy_reward, format_reward, length_reward
+from rewards import accuracies, format_reward, length_reward
 from rollout import Group, generate
 
 
@@ -95,6 +97,8 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     errors: LoadErrors | None = None
     sharing: mrsp.RowSharing | None = None  # sequence parallelism
+    own: tuple = ()  # the functions of --reward
+    judge: Judge | None = None  # of free-form answers
 
 
 # ---- GRPO
@@ -129,6 +133,7 @@ def grpo_step(run, prompts, step):
 
     entry = step_metrics(groups, teaching, bonus, totals, updates, args)
     entry |= {"trained_groups": len(trained), "refills": refills}
+    entry |= run.judge.step_counts() if run.judge else {}
     applied = torch.zeros_like(reward).index_copy(0, kept, A)  # 0 for groups that were dropped
     sp_size = unwrap(run.policy).sp.size
     lines = sample_lines(local, groups[:2], bonus, applied, step, sp_size)  # two groups a step
@@ -152,7 +157,7 @@ class ScoredGroup:
     truncated: list[bool]  # (G,)
     entropy: list[float]  # (G,) summed over a response's tokens
     reward: list[float]  # (G,) the weighted sum of its parts, without T-GRPO's bonus
-    parts: dict[str, list[float]]  # accuracy, format, length_bonus: (G,) each
+    parts: dict[str, list[float]]  # accuracy, format, length_bonus, those of --reward: (G,) each
     frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
     shuffled: tgrpo.ShuffleEffect | None = None  # T-GRPO; None where nothing can be shuffled
@@ -183,14 +188,14 @@ def sample_groups(run, prompts, step):
 
     Returns ({position: LocalGroup} of this rank, [ScoredGroup] of all ranks, number of refills).
     """
-    args, policy = run.args, unwrap(run.policy)
-    local, groups = rollout_and_reward(policy, prompts, run.builder, step, args)
+    args = run.args
+    local, groups = rollout_and_reward(run, prompts, step)
     refills, teach = 0, count_teaching(groups, args)
     while args.drop_zero_std and teach < args.prompts and refills < args.refill:
         refills += 1
         with timed("data"):
             prompts = run.refill(step, refills)
-        more_local, more_groups = rollout_and_reward(policy, prompts, run.builder, step, args)
+        more_local, more_groups = rollout_and_reward(run, prompts, step)
         local, groups = local | more_local, groups + more_groups
         teach = count_teaching(groups, args)
     if args.refill and teach < args.prompts:
@@ -201,9 +206,12 @@ def sample_groups(run, prompts, step):
     return local, groups, refills
 
 
-def rollout_and_reward(policy, prompts, builder, step, args):
+def rollout_and_reward(run, prompts, step):
     """Encodes, samples and scores -> ({position: LocalGroup} of this rank, [ScoredGroup] of all
     ranks, by position)."""
+    args, policy, builder = run.args, unwrap(run.policy), run.builder
+    # of the ranks that share rows, only the first one's rewards are kept: the others ask nobody
+    judge, own = (run.judge, run.own) if policy.sp.rank == 0 else (None, ())
     with fsdp.unsharded(policy):  # inside, ranks may call the policy different numbers of times
         with timed("encode"), torch.no_grad():
             visual_embeds = policy.encode([p for _, p in prompts])
@@ -222,32 +230,40 @@ def rollout_and_reward(policy, prompts, builder, step, args):
         if args.algo == "tgrpo":
             with timed("shuffled"):
                 compared = tgrpo.run_on_shuffled(
-                    policy, prompts, groups, visual_embeds, builder, step, args
+                    policy, prompts, groups, visual_embeds, builder, step, args, judge
                 )
     with timed("reward"):
+        texts = [[builder.decode(r) for r in group.responses] for group in groups]
+        samples = [p.sample for _, p in prompts]
+        accuracy = accuracies(texts, samples, judge)  # (B, G)
+        extra = own_rewards(own, texts, samples)  # {name: (G,)} of each group
         local = {}
-        for (position, _), group, embeds in zip(prompts, groups, visual_embeds):
-            texts = [builder.decode(r) for r in group.responses]
-            scored = score_group(position, group, texts, compared.get(position), args)
-            local[position] = LocalGroup(group, embeds, texts, scored)
+        for b, (position, _) in enumerate(prompts):
+            judged = {"accuracy": accuracy[b], **extra[b]}
+            shuffled = compared.get(position)
+            scored = score_group(position, groups[b], texts[b], judged, shuffled, args)
+            local[position] = LocalGroup(groups[b], visual_embeds[b], texts[b], scored)
         everywhere = gather([x.scored for x in local.values()], every=policy.sp.size)
         return local, sorted(sum(everywhere, []), key=lambda g: g.position)
 
 
-def score_group(position, group, texts, shuffled, args):
-    """The rewards of a group's responses -> ScoredGroup."""
+def score_group(position, group, texts, judged, shuffled, args):
+    """The rewards of a group's responses -> ScoredGroup. judged: accuracy and those of --reward."""
     frames, pixels = group.prompt.frames_x_pixels
-    sample = group.prompt.sample
     lengths = [len(r) for r in group.responses]
-    accuracy = [accuracy_reward(text, sample) for text in texts]
+    accuracy = judged["accuracy"]
     rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
     parts = {
         "accuracy": accuracy,
         "format": [format_reward(text) for text in texts],
         "length_bonus": [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)],
+        **judged,
     }
     # the size of the length bonus is --len_bonus
     weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
+    for spec in args.reward or []:
+        _, name, weight = split_spec(spec)
+        weights[name] = weight
     reward = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(texts))]
     return ScoredGroup(
         position=position,
@@ -554,6 +570,11 @@ def open_training(args, samples, device, at_end, policy_class):
     """Opens the run folder and loads all that the run needs -> (Run, the step to start at)."""
     at_end.enter_context(claimed(Path(args.out)))
     checkpoint = open_run(args, parse_args(["--model", "", "--data", ""]))
+    own = load_rewards(args.reward or [])
+    judge = None
+    if args.judge:
+        how = dict(fails=args.judge_fails, timeout=args.judge_timeout)
+        judge = Judge(args.judge, args.judge_model, args.out, **how)
     policy, reference = load_policies(args, checkpoint, device, policy_class)
     loader = make_loader(args, policy, samples)
     at_end.callback(close_workers)
@@ -575,6 +596,7 @@ def open_training(args, samples, device, at_end, policy_class):
         return update(policy, optimizer, step, args)
 
     parts = dict(loader=loader, optimizer=optimizer, errors=errors, sharing=sharing)
+    parts |= dict(own=own, judge=judge)
     return Run(args, wrapped, reference, loader.builder, refill, optimize, **parts), start
 
 
@@ -647,7 +669,8 @@ def warn(args):
     """Prints a line for every flag that keeps the run from learning."""
     if args.lr == 0:
         say("--lr 0: no step changes the weights")
-    if args.algo != "sft" and not (args.w_accuracy or args.w_format or args.len_bonus):
+    rewards = args.w_accuracy or args.w_format or args.len_bonus or args.reward
+    if args.algo != "sft" and not rewards:
         only = " but for the temporal bonus" if args.algo == "tgrpo" and args.alpha else ""
         result = only or ", so nothing is learned"
         say(f"--w_accuracy 0, --w_format 0 and --len_bonus 0: every reward is 0{result}")
@@ -772,12 +795,7 @@ def parse_args(argv=None, embedded=False):
     g.value("minibatches", 1, "optimizer steps on the groups of one rollout", "at least 1")
     g.value("row_tokens", 16384, "tokens of a packed row; a longer group gets one", "at least 1")
     g.switch("cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
-    g = p.section("reward = w_accuracy * accuracy + w_format * format + length bonus")
-    g.value("w_accuracy", 1.0, "weight of the accuracy reward")
-    g.value("w_format", 1.0, "weight of the format reward")
-    g.value("len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
-    g.value("len_lo", 320, "shortest response with the bonus")
-    g.value("len_hi", 512, "longest response with the bonus")
+    reward_flags(p)
     temporal_flags(p)
     loss_flags(p)
     g = p.section("optimizer")
@@ -805,11 +823,46 @@ def parse_args(argv=None, embedded=False):
     g.value("eval_every", 100, "steps between evaluations, also at both ends", "at least 1")
     g.value("save_every", 100, "steps between checkpoints, also at the end", "at least 1")
     g.value("keep", 2, "newest checkpoints to keep", "at least 1")
+    g.value("track", None, "log to this library too (infra/track.py)", choices=track.LIBRARIES)
     args = p.parse_args(argv)
     refuse_combinations(p, args, embedded)
+    refuse_rewards(p, args)
     del args.family  # config.txt has --model instead
     args.lora_alpha = args.lora_alpha or 2 * args.lora
     return args
+
+
+def reward_flags(p):
+    """The flags of the rewards but T-GRPO's."""
+    g = p.section("reward = w_accuracy * accuracy + w_format * format + length bonus + --reward")
+    g.value("w_accuracy", 1.0, "weight of the accuracy reward")
+    g.value("w_format", 1.0, "weight of the format reward")
+    g.value("len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
+    g.value("len_lo", 320, "shortest response with the bonus")
+    g.value("len_hi", 512, "longest response with the bonus")
+    g.value(
+        "reward",
+        None,
+        "functions of your own, (response, sample) -> 0 to 1, each with its weight, by default 1: "
+        "a.py:score b.py:short=0.5; with (responses, samples), a list (infra/reward_file.py)",
+        nargs="+",
+        action="extend",
+        metavar="FILE:FUNCTION",
+    )
+    g.value(
+        "judge",
+        None,
+        "URL of an OpenAI-compatible server that grades free-form answers in training, in place "
+        "of the rule (infra/judge.py)",
+    )
+    g.value("judge_model", None, "name of its model")
+    g.value(
+        "judge_fails",
+        "stop",
+        "a judge that fails for good stops the run, or rules grade instead, counted in the log",
+        choices=("stop", "rules"),
+    )
+    g.value("judge_timeout", 60.0, "seconds of a request to the judge", "above 0")
 
 
 def temporal_flags(p):
@@ -898,6 +951,26 @@ def refuse_combinations(p, args, embedded):
             "--embedding_cache: expected a frozen vision tower; "
             "with --train_vision its embeddings change with every step"
         )
+
+
+def refuse_rewards(p, args):
+    """Ends the program for rewards, a judge or a library to log to that cannot be used."""
+    for name in ("reward", "judge"):
+        if args.algo == "sft" and getattr(args, name):
+            p.error(f"--{name}: expected with --algo grpo or tgrpo; sft has no rewards")
+    try:
+        for spec in args.reward or []:
+            file, _, _ = split_spec(spec)
+            if not Path(file).is_file():
+                p.error(f"--reward {spec}: {file}: no such file")
+    except DataError as e:
+        p.error(str(e))
+    if args.judge and not args.judge.startswith(("http://", "https://")):
+        p.error(f"--judge {args.judge}: expected http://HOST:PORT or https://HOST/v1")
+    if bool(args.judge) != bool(args.judge_model):
+        p.error("--judge and --judge_model: expected both or none")
+    if args.track and (missing := track.missing(args.track)):
+        p.error(f"--track {args.track}: {missing}")
 
 
 # ---- the command

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import rollout
 import train
-from bench import Plain
 from model import Policy
+from ways import Plain
 
 
 class PlainPolicy(Policy):

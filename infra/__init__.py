@@ -6,6 +6,7 @@ A run
     run_folder       what a run leaves behind, and resuming it
     checkpoints      checkpoints that survive a kill or a full disk at any moment
     fsdp             shards weights, gradients and optimizer state across ranks (FSDP2)
+    track            the log in wandb, trackio or tensorboard too
     clock            where the time of a step goes
     memory           how much memory a device has
     files            files that are complete or absent, logs, locks, digests
@@ -27,5 +28,7 @@ Answers
     answers          a folder of an evaluation's answers, one line per question
     summary          from scores to a table, with intervals
     rouge            word error rate and ROUGE
+    judge            a model that grades free-form answers, over HTTP
+    reward_file      rewards of one's own: functions in a file
     stem             the Porter stemmer, for ROUGE
 """

@@ -192,8 +192,9 @@ MEDIA = (
 )
 
 
-def media_flags(p, *, fps, max_pixels, max_prompt):
-    """Adds the section of media and prompts, with a script's own defaults, and returns it."""
+def media_flags(p, *, fps, max_pixels, max_prompt, workers=2):
+    """Adds the section of media and prompts, with a script's own defaults, and returns it.
+    workers: 0 for a script that loads nothing ahead."""
     g = p.section("media and prompts")
     g.value("fps", fps, "at most this many frames per second of video", "above 0")
     g.value("min_frames", 4, "at least this many frames, whatever --fps says", "at least 2")
@@ -218,7 +219,9 @@ def media_flags(p, *, fps, max_pixels, max_prompt):
         "seconds to decode one video; then its decoder is killed and the sample skipped",
         "above 0, at most 86400",
     )
-    g.value("workers", 2, "threads that load media ahead, each with its own decoder", "at least 1")
+    if workers:
+        ahead = "threads that load media ahead, each with its own decoder"
+        g.value("workers", workers, ahead, "at least 1")
     return g
 
 
@@ -278,7 +281,8 @@ def flag_lines(args):
     for name, value in vars(args).items():
         if value is None or value is False or name == "resume":
             continue
-        lines.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+        words = value if isinstance(value, list) else [str(value)]
+        lines.append(f"--{name}" if value is True else shlex.join([f"--{name}", *words]))
     return lines
 
 

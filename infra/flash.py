@@ -157,6 +157,23 @@ def flash(q, k, v, causal, scale):
     return out, lse, state[:6]
 
 
+def flash_masked(q, k, v, mask, scale):
+    """As `flash`, with a mask (b,) of the keys, 0 or -inf, in the dtype of q -> out, log-sum-exp.
+
+    Without a gradient.
+    """
+    n, H, a, _ = q.shape
+    mask = mask.expand(n, H, a, -1)
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=mask, scale=scale
+        )
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, scale=scale
+    )
+    return out, lse[:, :, :a]  # padded to a multiple of 32 queries
+
+
 def flash_backward(grad, q, k, v, out, lse, causal, scale, state):
     """The gradients of q, k and v, from that of out."""
     tensors = (grad, q, k, v, out, lse)

@@ -9,6 +9,7 @@ from infra.clock import seconds
 from infra.errors import DataError
 from infra.files import append
 from infra.ranks import RANK, gather, say
+from infra.track import Tracker
 
 IDLE_STEPS = 10  # after this many steps in a row without learning, a line says what may help
 EMPTY_STEPS = 10  # a run ends if most samples of this many steps in a row could not be loaded
@@ -17,7 +18,7 @@ ON_LINE = ("zero_std_groups", "truncated")
 
 
 class Progress:
-    """Logs each step of a run. `close` ends the bar.
+    """Logs each step of a run. `close` ends the bar, and what --track names.
 
     out: the run folder.  args: the run's flags.  start: the step that the run starts or resumes at.
     """
@@ -29,9 +30,11 @@ class Progress:
         self.bar = tqdm(
             total=args.steps, initial=start, disable=hidden, desc=args.algo, unit="step"
         )
+        self.tracker = Tracker(args.track if RANK == 0 else None, out, vars(args), start)
 
     def close(self):
         self.bar.close()
+        self.tracker.close()
 
     def log(self, step, entry):
         """Appends a step's entry to log.jsonl and shows it. Step 0 is the evaluation at the start.
@@ -41,8 +44,10 @@ class Progress:
         if torch.cuda.is_available():
             entry = entry | {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         rounded = {phase: round(t, 4) for phase, t in seconds.items()}
+        line = {"step": step, **entry, "seconds": rounded}
         if RANK == 0:
-            append(self.out / "log.jsonl", [{"step": step, **entry, "seconds": rounded}])
+            append(self.out / "log.jsonl", [line])
+        self.tracker.log(line)
         self.skipped_updates += entry.get("skipped_updates", 0)
         figures = {key: f"{entry[key]:.3f}" for key in ON_BAR if key in entry}
         self.bar.set_postfix(figures)
@@ -58,9 +63,11 @@ class Progress:
             self._watch(step, entry)
 
     def samples(self, lines):
-        """Appends to samples.jsonl."""
+        """Appends to samples.jsonl. Every --log_every steps, --track gets the first four."""
         if RANK == 0:
             append(self.out / "samples.jsonl", lines)
+        if lines and lines[0]["step"] % self.args.log_every == 0:
+            self.tracker.samples(lines[:4])
 
     def _show_step(self, step, entry, figures):
         figures = figures | {key: f"{entry[key]:.3f}" for key in ON_LINE if key in entry}

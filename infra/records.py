@@ -1,6 +1,7 @@
 """Records of questions about videos: a JSON file, and the checked fields of a record.
 
     read_records    the records of a file, each with the words that errors call it by
+    read_parquet    the same of a parquet file, for prepare.py
     text, number    a field of one type
     question, medium, solution, segment, ...    what a record has, whatever its data set calls it
     from_gsm8k      a record of GSM8K -> a record with the fields of this file
@@ -68,6 +69,34 @@ def read_records(path):
     if whole and len(lines) > 1:
         raise DataError(f"{path}: holds one JSON {type(whole).__name__}, expected {FORM}")
     return lines
+
+
+def read_parquet(path):
+    """The rows of a parquet file, as read_records returns records; bytes, such as those of images,
+    are left out. Raises DataError."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"{path}: is a parquet file, which takes pyarrow to read: pip install pyarrow"
+        ) from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as e:
+        raise DataError(f"{path}: cannot be read: {e}") from e
+    named = [(f"{path}, record {i}", row) for i, row in enumerate(rows)]
+    return [(where, partial(_same, _without_bytes(row))) for where, row in named]
+
+
+def _without_bytes(row):
+    """A row without fields that JSON cannot hold: bytes, and objects with bytes."""
+    kept = {}
+    for name, value in row.items():
+        inside = value.values() if isinstance(value, dict) else [value]
+        if not any(isinstance(x, bytes) for x in inside):
+            kept[name] = value
+    return kept
 
 
 def read_json(file):

@@ -3,6 +3,8 @@
     config.txt      the flags: `python train.py @RUN/config.txt --out NEW` repeats the run
     log.jsonl       one object a step
     samples.jsonl   all responses of two groups a step, with their rewards
+    judge-0.jsonl   with --judge: what it said, by rank
+    track.txt       with --track: the id of the run there
     checkpoint-N/   a model folder (weights, config, tokenizer) with optimizer.pt and state.json.
                     The weights keep the dtype of the model that the run started from; unless that
                     is fp32, optimizer.pt also holds the trained ones in fp32, to resume from.
@@ -41,6 +43,8 @@ from infra.ranks import RANK, WORLD, gather, say
 MAY_CHANGE = (
     "out",
     "resume",
+    "judge",
+    "track",
     "data",
     "media_root",
     "eval_data",

@@ -6,6 +6,11 @@ import pytest
 import torch
 
 import bench
+import gpu_check
+import model
+import rollout
+import simulate
+import train
 from conftest import run
 from experiments.plain import PlainPolicy
 from rollout import generate
@@ -92,6 +97,37 @@ def test_a_share_of_a_rate_that_cannot_be_is_refused_by_name(share, possible):
     assert "ours trains at 50% of the matrix rate" in text
     assert (f"decodes at {share:.0%} of the copy rate" in text) == possible
     assert (f"decode_floor_share refused: {share:.0%} of the copy rate" in text) == (not possible)
+
+
+@pytest.mark.slow
+def test_what_a_gpu_must_confirm_runs_on_a_cpu_too(monkeypatch, tmp_path):
+    """gpu_check.py at its smallest. On a CPU there are no graphs and no TF32: nothing differs."""
+    monkeypatch.setattr(rollout, "WINDOW", 4)
+    for name in ("local_folder", "find_weights", "read_weights", "weights_dtype"):
+        monkeypatch.setattr(model, name, getattr(model, name))  # put back: `steps` replaces them
+    monkeypatch.setattr(train, "local_folder", train.local_folder)
+    monkeypatch.setattr(train, "timed", train.timed)
+    monkeypatch.setattr(rollout, "prefill", rollout.prefill)
+    words = [
+        *gpu_check.FLAGS["cpu"].split(),
+        "--new",
+        "4",
+        "--json",
+        str(tmp_path / "figures.json"),
+    ]
+    args = bench.parse_args([*words, "--gpu_check"])
+    found = gpu_check.run(args, torch.device("cpu"))
+    assert [*found] == [*gpu_check.CHECKS]
+    assert not [name for name, figures in found.items() if "failed" in figures]
+    assert json.loads((tmp_path / "figures.json").read_text()) == found
+    for way in ("plain", "ours"):
+        assert 0 < found["log_probs"][way]["logp_error_mean"] < 0.1  # bf16 against fp32
+        assert 0 < found["log_probs"][way]["gradient_error"] < 0.1
+    assert found["graphs"]["same_tokens"] and found["graphs"]["logp_difference"] == 0
+    assert found["options"]["TF32 changes"] == {"logp": 0, "gradient of the head": 0}
+    (step,) = found["steps"].values()
+    assert step["mismatch"] < 1e-4 and step["response_tokens"] == 2 * 8
+    assert {*step["phases"]} == {*simulate.PHASES} - {"load"}
 
 
 def test_a_missing_model_is_an_error_before_the_work(tmp_path):

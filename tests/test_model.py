@@ -688,6 +688,40 @@ def test_processors_open_the_toy_and_what_is_saved(tmp_path, world, policy):
             assert "requires the Torchvision library" in str(e)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_checkpoint_has_all_files_that_vllm_reads(tmp_path, family):
+    """From a model as published: weights in shards; template and video processor in own files."""
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    tokenizer = toy.write_tokenizer(base, ["Which lamp flashes?"])
+    toy.write_model(base, toy.TINY[family](tokenizer), tokenizer)
+    net = AutoModelForImageTextToText.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    net.save_pretrained(base, max_shard_size="1MB")
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": toy.CHAT_TEMPLATE}))
+    processor = json.loads((base / "preprocessor_config.json").read_text())
+    processor["video_processor_type"] = "Qwen3VLVideoProcessor"
+    (base / "video_preprocessor_config.json").write_text(json.dumps(processor))
+    shards = model_folder.weight_files(base)
+    assert len(shards) > 1
+
+    model.Policy.load(base).save(saved)
+    copied = ["tokenizer.json", "tokenizer_config.json", "chat_template.json"]
+    copied += ["preprocessor_config.json", "video_preprocessor_config.json"]
+    for name in copied:
+        assert (saved / name).read_bytes() == (base / name).read_bytes()
+    for name in ("config.json", "generation_config.json"):
+        found, expected = (json.loads((folder / name).read_text()) for folder in (saved, base))
+        assert found == expected
+    assert found["eos_token_id"] and not (saved / "model.safetensors.index.json").exists()
+    weights = load_file(saved / "model.safetensors")
+    published = {name: x for shard in shards for name, x in load_file(shard).items()}
+    assert weights.keys() == published.keys()
+    assert all(torch.equal(x, published[name]) for name, x in weights.items())
+    parts = {"qwen2_5_vl": ("visual.", "model."), "qwen3_vl": ("model.",)}  # as on the hub
+    assert all(name.startswith(parts[family]) for name in weights)
+
+
 @pytest.mark.slow
 @needs_shared
 def test_a_small_model_of_the_real_architecture(tmp_path, prompts):

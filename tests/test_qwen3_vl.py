@@ -32,6 +32,7 @@ import rollout
 import tgrpo
 import toy
 import train
+import ways
 from conftest import SHARED, flags, needs_shared, run
 from experiments.plain import PlainPolicy
 from infra import families, model_folder, video
@@ -504,7 +505,7 @@ def published_names(config):
 
 def test_bench_times_the_shape_of_the_4b():
     """bench.py --model qwen3-4b: deepstack from layers 5, 11 and 17, as published."""
-    policy = bench.random_policy("qwen3-4b", torch.device("meta"), torch.bfloat16)
+    policy = ways.random_policy("qwen3-4b", torch.device("meta"), torch.bfloat16)
     assert sum(p.numel() for p in policy.parameters()) == SHAPES["4B"][1]
     vision, text = policy.config.vision_config, policy.config.text_config
     assert vision.deepstack_visual_indexes == DEPTH_24["deepstack_visual_indexes"]
@@ -533,9 +534,9 @@ def test_the_published_shapes(tmp_path, monkeypatch, size):
         patch=16, mean=(0.5,) * 3, std=(0.5,) * 3, time_text=True, deepstack=3
     )
     cache = attention.DecodeCache(
-        config.text_config, [10], 2, 4, device="meta", dtype=torch.bfloat16
+        config.text_config, [10], 2, 16, device="meta", dtype=torch.bfloat16
     )
-    assert cache.response_kv[0][0].shape == (2, 8, 4, 128)
+    assert cache.response_kv[0][0].shape == (2, 8, 16, 128)
 
 
 def test_transformers_opens_what_is_saved(tmp_path, policy, net, prompts):

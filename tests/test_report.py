@@ -583,6 +583,97 @@ def test_no_decoder_is_left_behind(answers):
     assert not left
 
 
+# ---- alarms, and a run that goes on
+
+
+def steps(n, **figures):
+    """Lines of log.jsonl, of steps that have nothing to complain of but these figures."""
+    fine = dict(zero_std_groups=0.5, truncated=0.1, entropy=0.2, mismatch=1e-6)
+    return [dict(step=i, **fine | figures) for i in range(1, n + 1)]
+
+
+@pytest.mark.parametrize(
+    "figures, expected",
+    [
+        ({}, []),
+        (dict(zero_std_groups=1), ["no mixed groups"]),
+        (dict(zero_std_groups=0.99), []),
+        (dict(truncated=0.51), ["truncated"]),
+        (dict(truncated=0.5), []),
+        (dict(entropy=0.004), ["entropy gone"]),
+        (dict(entropy=0.006), []),
+        (dict(mismatch=0.06), ["mismatch"]),
+        (dict(mismatch=0.05), []),
+        (dict(zero_std_groups=1, truncated=1), ["no mixed groups", "truncated"]),
+    ],
+)
+def test_alarms(figures, expected):
+    """Means of the last 10 steps; of fewer than 3 steps there is none."""
+    assert list(report.alarms(steps(12, **figures))) == expected
+    assert report.alarms(steps(2, **figures)) == {}
+    assert report.alarms(steps(2, **figures) + steps(10)) == {}  # it has recovered
+    assert report.alarms([dict(step=0, eval_accuracy=0.5), dict(step=1, loss=None)]) == {}
+
+
+def test_an_alarm_says_what_it_saw():
+    found = report.alarms(steps(4, truncated=0.625, entropy=0.001))
+    assert found == {
+        "truncated": "62% of the responses were cut off at --max_new (last 4 steps)",
+        "entropy gone": "0.0010 nats a token: all responses are alike (last 4 steps)",
+    }
+
+
+def test_a_run_is_watched_until_it_is_finished(tmp_path, capsys):
+    """The first page reloads itself; the last one, of the finished run, does not."""
+    log, out = tmp_path / "log.jsonl", tmp_path / "report.html"
+    (tmp_path / "config.txt").write_text("--steps 13\n--reward a.py:score=0.5 b.py:short\n")
+    write_lines(log, steps(3, zero_std_groups=1))
+    pages = []
+
+    def go_on():  # once there is a page
+        pages.append(blob(out.read_text()))
+        write_lines(log, steps(3, zero_std_groups=1) + steps(13)[3:])
+
+    report.watch(tmp_path, out, 0.05, go_on)
+    (first,), last = pages, blob(out.read_text())
+    assert (first["every"], first["training"]["figures"][0][:2]) == (0.05, ["steps", "3"])
+    assert list(first["training"]["alarms"]) == ["no mixed groups"]
+    assert (last["every"], last["training"]["figures"][0][:2]) == (None, ["steps", "13"])
+    assert last["training"]["own"] == ["score", "short"] and last["training"]["alarms"] == {}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{out}: redrawn every 0.05 s while the run goes on; ctrl-C ends"
+    assert said[1].startswith("alarm: no mixed groups: no group had") and said[2:] == [
+        "over: no mixed groups"
+    ]
+
+
+def test_ctrl_c_ends_the_watch_with_a_page_that_stands_still(tmp_path, monkeypatch):
+    def ctrl_c(seconds):
+        assert blob((tmp_path / "report.html").read_text())["every"] == 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.time, "sleep", ctrl_c)
+    write_lines(tmp_path / "log.jsonl", steps(3))
+    report.main([str(tmp_path), "--watch", "--every", "3"])
+    assert blob((tmp_path / "report.html").read_text())["every"] is None
+
+
+def test_frames_that_were_read_are_not_read_again(tmp_path, monkeypatch, samples):
+    """The second page is the same, without its media; frames of what is gone are forgotten."""
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "config.txt").write_text("--fps 2.0\n--min_frames 4\n--max_frames 8\n")
+    two = list({s.path: s for s in samples}.values())[:2]
+    lines = [x for i, s in enumerate(two) for x in group(i, s, (1.0, 0.0), position=0)]
+    write_lines(tmp_path / "samples.jsonl", lines)
+    known = {}
+    first = report.contents(tmp_path, known=known)["sheets"]
+    assert len(known) == 2 and all(sheet["jpeg"] for sheet in first)
+    monkeypatch.setattr(report, "load_media", None)
+    assert report.contents(tmp_path, known=known)["sheets"] == first
+    write_lines(tmp_path / "samples.jsonl", lines[:2])
+    assert len(report.contents(tmp_path, known=known)["sheets"]) == len(known) == 1
+
+
 # ---- in a browser
 
 chromium = shutil.which("chromium")
@@ -764,6 +855,38 @@ def test_the_card_of_a_text_has_no_picture(browse, tmp_path, samples):
 
 
 @needs_chromium
+def test_asked_questions_are_cards_without_a_verdict_where_nobody_knows_the_answer(browse, samples):
+    """As ask.py asks them: a single response is open; the given option is marked, and called
+    neither right nor wrong, unless the record has an answer."""
+    known = samples[0]
+    unknown = dict(score=None, gold=None, answer=None)
+    lines = [
+        line(0, known, "B", draw(4, "B", "A"), draw(8, "B", "B"), **unknown),
+        line(1, known, "a bird", draw(4, "a bird"), **unknown | dict(options=[])),
+        line(2, known, None, draw(4, None), failure="no valid answer", **unknown),
+        line(3, known, known.answer, draw(4, known.answer)),
+    ]
+    page = report.asked_page(known.path, "a model", lines)
+    sheets = [sheet["of"] for sheet in blob(page)["sheets"]]
+    assert sheets == [4, 8]  # once for all questions
+    dom = browse(page)
+    assert "answers of a model, as of" in dom and known.path in dom and "accuracy" not in dom
+    assert dom.count('<details open="">') == 3  # of one response
+    first, second, third, fourth = articles(dom)
+    assert [kind for kind, _ in (first, second, third, fourth)] == [
+        "answered",
+        "answered",
+        "failed",
+        "right",
+    ]
+    assert first[1].startswith("question 1") and f"{known.options[1]} given" in first[1]
+    assert "round 2: 8 frames" in first[1] and "B × 2" in first[1]
+    assert "given a bird" in second[1] and "no valid answer" in third[1]
+    assert all("✓" not in text and "✗" not in text for _, text in (first, second, third))
+    assert "✓ right answer, given" in fourth[1]
+
+
+@needs_chromium
 def test_what_a_bad_record_holds_becomes_no_attribute(browse, tmp_path, samples):
     """An object where text is expected, in every field and key of the page."""
     hostile = {
@@ -895,6 +1018,38 @@ def test_a_training_run_in_the_browser(browse, training_page):
     mixed = articles(browse(training_page, "show=mixed"))
     assert {kind for kind, _ in mixed} == {"mixed"} and "1 of 4 responses right" in mixed[0][1]
     assert mixed[0][1].count("advantage -0.25") == 3 and mixed[0][1].count("advantage +0.75") == 1
+
+
+@needs_chromium
+def test_alarms_and_own_rewards_in_the_browser(browse, tmp_path):
+    """Own rewards stand beside the other parts of the reward, not in charts of their own."""
+    (tmp_path / "config.txt").write_text("--reward a.py:score\n")
+    lines = [x | dict(score=i / 4, format=i % 2) for i, x in enumerate(steps(4, truncated=1))]
+    write_lines(tmp_path / "log.jsonl", lines)
+    dom = browse(report.page(tmp_path))
+    assert '<div class="alarm" role="alert"><b>! truncated</b>: 100% of' in dom
+    assert 'data-chart="parts of the reward"' in dom and 'data-chart="score"' not in dom
+    assert "reloads" not in dom
+
+
+@needs_chromium
+@pytest.mark.parametrize("address, reloads", [("", True), ("watch=off", False)])
+def test_a_watched_page_reloads_where_it_was_scrolled_to(
+    browse, training, tmp_path, address, reloads
+):
+    """After a second it reloads, where it was scrolled to; then the test pauses it. The title
+    counts the loads."""
+    page = tmp_path / "page.html"
+    page.write_text(report.html(report.contents(training, every=1)), errors="replace")
+    script = """
+        const n = +sessionStorage.n || 0;
+        sessionStorage.n = n + 1;
+        if (n) document.querySelector("button").click(); else scrollTo(0, 700);
+        document.title = `${n} at ${scrollY}`;"""
+    dom = browse(page, address, script)
+    loads, top = re.search(r"<title>(\d) at (\d+)", dom).groups()
+    assert (int(loads), int(top)) == (int(reloads), 700)
+    assert dom.count('aria-pressed="true">pause<') == 1
 
 
 ACCURACY = "document.querySelector('[data-chart=accuracy] > svg')"

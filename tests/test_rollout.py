@@ -122,8 +122,9 @@ def test_a_step_that_could_be_a_cuda_graph(talkative, prompts, monkeypatch):
     the responses stay the same. Without a GPU nothing can be recorded: the step replays itself."""
     shapes = []
     monkeypatch.setattr(rollout, "WINDOW", 16)
+    monkeypatch.setattr(rollout.Decoding, "warm_up", rollout.Decoding.step)
     monkeypatch.setattr(
-        rollout, "record", lambda step: shapes.append(len(step.__self__.alive)) or step
+        rollout.Decoding, "record", lambda self: shapes.append(len(self.alive)) or self.step
     )
     plain = rollout.generate(talkative, prompts, 8, max_new=40, seeds=range(6))
     talkative.cuda_graph = True
@@ -139,7 +140,7 @@ def test_cuda_graph_is_eager(world, prompts, monkeypatch):
     policy = model.Policy.load(world / "model", device="cuda", dtype=torch.bfloat16)
     policy.cuda_graph = True
     graph = rollout.generate(policy, prompts, 8, max_new=40, seeds=range(6))
-    monkeypatch.setattr(rollout, "record", lambda step: step)
+    monkeypatch.setattr(rollout.Decoding, "record", lambda self: self.step)
     eager = rollout.generate(policy, prompts, 8, max_new=40, seeds=range(6))
     for a, b in zip(eager, graph, strict=True):
         assert [x.tolist() for x in a.responses] == [x.tolist() for x in b.responses]
