@@ -145,7 +145,7 @@ def answers(tmp_path_factory, samples):
 @pytest.fixture(scope="module")
 def answers_page(answers):
     printed = run("report.py", answers)
-    assert f"{answers}/report.html: 0.0 MB" in printed
+    assert f"{answers}/report.html: 0.1 MB" in printed
     return answers / "report.html"
 
 
