@@ -153,8 +153,9 @@ class DecodeCache:
     Responses are laid out [B, G]: number b * G + g is response g to prompt b. All step together, by
     one token. Prompts of equal length are attended to together; none is padded. `keep` drops
     finished ones. No shape in a step depends on t, so that a step can be a CUDA graph: a response
-    sees its first `width` slots, with those not written yet masked. Buffers start as zeros, because
-    a masked NaN would still be a NaN.
+    sees its first `width` slots. With `masked`, those not written yet are masked, and without, all
+    `width` slots must be written. Buffers start as zeros, because a masked NaN would still be a
+    NaN.
 
     lengths: of the prompts, ascending.
     Size: 2 * L * Hkv * d * (sum(P) + B * G * max_new) numbers.
@@ -162,7 +163,7 @@ class DecodeCache:
 
     def __init__(self, config, lengths, G, max_new, *, device, dtype):
         Hkv, d = config.num_key_value_heads, head_size(config)
-        self.G, self.width = G, max_new
+        self.G, self.width, self.masked = G, max_new, True
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.slot_numbers = torch.arange(max_new, device=device)
         self.sizes = [(P, lengths.count(P)) for P in dict.fromkeys(lengths)]  # (length, prompts)
@@ -212,9 +213,10 @@ class DecodeCache:
         for q_n, (k, v) in zip(of_length, self.prompt_kv[layer]):
             q_n = q_n.unflatten(0, (-1, self.G)).transpose(1, 2)  # (n, Hkv, G, r, d)
             out, lse, _ = flash(q_n.flatten(2, 3), k, v, False, scale)  # (n, Hkv, G * r, d)
-            outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
-            lses.append(lse.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).to(at_least_fp32), torch.cat(lses).to(at_least_fp32)
+            outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2))  # (n, G, Hkv, r, d)
+            lses.append(lse.unflatten(2, (self.G, -1)).transpose(1, 2))
+        out, lse = torch.cat(outs).flatten(0, 1), torch.cat(lses).flatten(0, 1)
+        return out.to(at_least_fp32), lse.to(at_least_fp32)
 
     def attend_to_responses(self, layer, q, scale):
         """Each response reads itself.
@@ -222,10 +224,11 @@ class DecodeCache:
         q (N, Hkv, r, d) -> out (N, Hkv, r, d), log-sum-exp (N, Hkv, r).
         """
         k, v = (x[:, :, : self.width] for x in self.response_kv[layer])  # (N, Hkv, width, d)
-        at_least_fp32 = torch.promote_types(
-            q.dtype, torch.float32
-        )  # a bf16 score of 50 is off by 0.1
-        scores = (q.to(at_least_fp32) * scale) @ k.to(at_least_fp32).mT  # (N, Hkv, r, width)
+        at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
+        if not self.masked:
+            out, lse, _ = flash(q, k, v, False, scale)
+            return out.to(at_least_fp32), lse.to(at_least_fp32)
+        scores = fp32_product(q, k.mT) * scale  # (N, Hkv, r, width)
         unwritten = self.slot_numbers[: self.width] > self.t
         scores = scores.masked_fill(unwritten, float("-inf"))
         lse = scores.logsumexp(-1)
@@ -253,6 +256,17 @@ class DecodeCache:
                 copy_responses(v, responses, t),
             )
         self.G = G
+
+
+def fp32_product(a, b):
+    """Matrix products a (N, H, m, k) @ b (N, H, k, n) in at least fp32: a score of 50, rounded to
+    bf16, is off by 0.1. On a GPU, half precision is multiplied as it is and only added up in fp32;
+    a CPU has no such product, and copies."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        product = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return product.unflatten(0, a.shape[:2])
+    at_least_fp32 = torch.promote_types(a.dtype, torch.float32)
+    return a.to(at_least_fp32) @ b.to(at_least_fp32)
 
 
 def select(x, indices):

@@ -200,6 +200,7 @@ class Decoding:
     def run(self, max_new):
         """Steps until every response has ended or has max_new tokens."""
         window = WINDOW if self.policy.cuda_graph else 1
+        self.cache.masked = window > 1
         recorded = replay = None
         # drawn: tokens sampled so far for every response; the last enters the cache in `step`
         for drawn in range(1, max_new):
