@@ -37,7 +37,9 @@ class PromptProcessor(ProcessorMixin):
     """
 
     def __init__(self, tokenizer, prompts, config, family):
-        self.tokenizer, self.prompts, self.config, self.family = tokenizer, prompts, config, family
+        self.tokenizer, self.prompts, self.family = tokenizer, prompts, family
+        self.image_token = config.image_token_id
+        self.visual = torch.tensor([config.image_token_id, config.video_token_id])
         self.tokenizer.padding_side = "left"
         self.chat_template = tokenizer.chat_template
         self.image_processor = SimpleNamespace(merge_size=MERGE)
@@ -47,10 +49,8 @@ class PromptProcessor(ProcessorMixin):
         for [number] in images:
             prompt = self.prompts[int(number)]
             [media] = prompt.media
-            visual = (prompt.ids == self.config.video_token_id) | (
-                prompt.ids == self.config.image_token_id
-            )
-            ids.append(prompt.ids.masked_fill(visual, self.config.image_token_id).tolist())
+            visual = torch.isin(prompt.ids, self.visual)
+            ids.append(prompt.ids.masked_fill(visual, self.image_token).tolist())
             kinds.append(visual.int().tolist())
             mean, std = self.family.mean, self.family.std
             patches, grid = patchify(normalize(media.frames, torch.float32, mean, std))
@@ -166,19 +166,18 @@ def settings(args, config, rows, equal, out):
 
 
 def reward_functions(prompts, drawn):
-    """The rules of rewards.py as TRL calls them, or `drawn` in place of the accuracy."""
+    """The rules of rewards.py as TRL calls them, or `drawn` in their place."""
+
+    accuracy_reward = drawn or rewards.accuracy_reward
 
     def accuracy(completions, number, **_):
-        found = []
-        for i, [message] in zip(number, completions):
-            reward = drawn or rewards.accuracy_reward
-            found.append(reward(message["content"], prompts[i].sample))
-        return found
+        texts = [message["content"] for [message] in completions]
+        return [accuracy_reward(text, prompts[i].sample) for i, text in zip(number, texts)]
 
     def form(completions, **_):
         return [rewards.format_reward(message["content"]) for [message] in completions]
 
-    return [accuracy, form]
+    return [accuracy] if drawn else [accuracy, form]
 
 
 class Turns(TrainerCallback):
@@ -186,10 +185,6 @@ class Turns(TrainerCallback):
 
     def __init__(self, pipe, figures):
         self.pipe, self.figures, self.spent = pipe, figures, {}
-
-    def note(self, context, took):
-        """Adds what one of TRL's own stopwatches says."""
-        self.spent[context.name] = self.spent.get(context.name, 0.0) + took
 
     def wait(self):
         self.pipe.recv()
@@ -229,7 +224,11 @@ def run(args, samples, rows, drawn, out, pipe, figures):
         turn = {"role": "user", "content": [{"type": "image", "image": str(i)}]}
         rows_of_data.append({"prompt": [turn], "number": i})
     turns = Turns(pipe, figures)
-    ProfilingContext._log_metrics = lambda context, took: turns.note(context, took)
+
+    def note(context, took):  # what one of TRL's own stopwatches says
+        turns.spent[context.name] = turns.spent.get(context.name, 0.0) + took
+
+    ProfilingContext._log_metrics = note
     trainer = GRPOTrainer(
         model=net,
         reward_funcs=reward_functions(prompts, drawn),
