@@ -7,6 +7,7 @@ file before it starts its workers and runs no test, would take 5 s for them.
 import atexit
 import fcntl
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -73,12 +74,15 @@ def made_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(made_once):
-    """A small toy world: train.json, cot.json, test.json, media/, model/."""
+    """A small toy world: train.json, cot.json, test.json, media/, model/. few.json is two records
+    of test.json, a video and an image, for runs that evaluate often."""
 
     import toy
 
     def make(folder):
         toy.write(folder, seed=7, clips={"cot": 20, "train": 20, "test": 4})
+        held = {r["data_type"]: r for r in json.loads((folder / "test.json").read_text())}
+        (folder / "few.json").write_text(json.dumps([held["video"], held["image"]]))
 
     return made_once("world", make)
 
@@ -213,6 +217,7 @@ def run(*command, expect=0, timeout=300, **how):
 
 
 TINY = "--min_pixels 784 --max_new 16 --prompts 4 --group 4 --log_every 1 --train_vision".split()
+TINY += ["--workers", "1"]  # each is a process that imports NumPy and PyAV
 
 
 def flags(world, out, algo="grpo", **extra):
