@@ -316,9 +316,9 @@ def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world, cold_start,
     and one of them is killed.
     """
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    extra = dict(
-        steps=7, save_every=2, eval_data=world / "few.json", eval_every=3, model=cold_start
-    )
+    steps = 7 if algo == "sft" else 5  # those of sft are short, and the kill comes before the last
+    extra = dict(steps=steps, save_every=2, eval_every=3, model=cold_start)
+    extra |= dict(eval_data=world / "few.json")
     if algo == "grpo":
         extra |= dict(beta=0.1)
     if ranks > 1:
@@ -328,14 +328,14 @@ def test_killed_in_the_middle_of_a_step_and_resumed(tmp_path, world, cold_start,
     script.wait_until(lambda: lines_of(cut / "log.jsonl") >= 4)  # step 0 is the first line
     os.kill(script.pids()[-1], signal.SIGKILL)
     script.output(timeout=90)
-    assert not (cut / "checkpoint-000007").exists() and (cut / "checkpoint-000002").exists()
+    assert not (cut / f"checkpoint-00000{steps}").exists() and (cut / "checkpoint-000002").exists()
     with open(cut / "log.jsonl", "a") as f:
         f.write('{"step": 99, "lo')  # half a line, as a kill in mid-write leaves it
     run(*flags(world, cut, algo, **extra), "--resume", ranks=ranks)
     assert without_times(log(cut)) == without_times(log(whole))
     assert any(e.get("grad_norm") for e in log(cut))
-    for name, tensor in weights(whole, 7).items():
-        assert torch.equal(tensor, weights(cut, 7)[name]), name
+    for name, tensor in weights(whole, steps).items():
+        assert torch.equal(tensor, weights(cut, steps)[name]), name
     assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
