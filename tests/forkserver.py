@@ -240,8 +240,8 @@ def become(request, stdout, stderr):
     try:
         run_script(name, arguments, request["cwd"])
     except SystemExit as e:
-        code = e.code
-        if isinstance(code, str):
+        code = e.code or 0
+        if not isinstance(code, int):
             print(code, file=sys.stderr)
             code = 1
     except BaseException:
@@ -253,7 +253,7 @@ def become(request, stdout, stderr):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code or 0)
+    os._exit(code)
 
 
 def run_script(name, arguments, folder):
