@@ -245,7 +245,7 @@ def test_two_ranks_take_the_same_steps(tmp_path, world, cold_start):
     extra = dict(steps=3, model=cold_start, eval_data=world / "few.json", prompts=6, beta=0.1)
     extra |= dict(lr=1e-4, workers=2)
     run(*flags(world, tmp_path / "one", **extra))
-    one, start = weights(tmp_path / "one", 3), weights(cold_start, 40)
+    one, start = weights(tmp_path / "one", 3), weights(cold_start, 60)
     assert log(tmp_path / "one")[1]["grad_norm"] > 0
     assert max((one[n] - start[n]).abs().max() for n in one) > 1e-4  # three steps of Adam
     run(*flags(world, tmp_path / "whole", **extra), ranks=2)
@@ -501,7 +501,7 @@ def test_a_half_model_is_saved_in_half_and_resumes_bit_for_bit(tmp_path, world, 
     Two ranks are sharded.
     """
     half = tmp_path / "half"
-    shutil.copytree(cold_start / "checkpoint-000040", half)
+    shutil.copytree(cold_start / "checkpoint-000060", half)
     start = {name: x.bfloat16() for name, x in load_file(half / "model.safetensors").items()}
     save_file(start, half / "model.safetensors", metadata={"format": "pt"})
     extra = dict(steps=3, save_every=1, keep=9, model=half, fsdp=True)
@@ -1341,7 +1341,7 @@ def test_every_flag_file_is_a_command(world):
 
 def test_a_frozen_vision_tower_stays_as_it_is(tmp_path, world, cold_start):
     run(*without_vision(flags(world, tmp_path / "a", steps=1, model=cold_start)))
-    before, after = weights(cold_start, 40), weights(tmp_path / "a", 1)
+    before, after = weights(cold_start, 60), weights(tmp_path / "a", 1)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("visual" in name for name in changed)
 
