@@ -237,7 +237,7 @@ def cold_start(made_once, world):
     """A run folder whose policy keeps the format and guesses.
 
     Rewards differ within a group, so there is something to learn, and they depend on the order of
-    frames, so T-GRPO's bonus moves gradients. After half of these examples it moves too few.
+    frames, so T-GRPO's bonus moves gradients.
     """
 
     def make(folder):
