@@ -1,8 +1,13 @@
-"""What the tests share: a tiny world of real files, a tiny random Qwen2.5-VL in float64, run()."""
+"""What the tests share: a tiny world of real files, a tiny random Qwen2.5-VL in float64, run().
+
+torch and the project are imported where they are used: pytest-xdist's controller, which reads this
+file before it starts its workers and runs no test, would take 5 s for them.
+"""
 
 import atexit
 import fcntl
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -13,16 +18,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: several processes share the cores
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # real tokenizer, videos and records, where they are at hand
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
 import forkserver  # noqa: E402
-import model  # noqa: E402
-import toy  # noqa: E402
 
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="needs the real tokenizer, videos and records in ../shared"
@@ -36,6 +37,12 @@ def pytest_xdist_auto_num_workers(config):
     """For `-n auto` of pytest.ini: a worker for each core, but none for single tests."""
     single = config.option.keyword or any("::" in arg for arg in config.args)
     return 0 if single else min(os.cpu_count(), 8)
+
+
+def pytest_configure(config):
+    """The controller of several workers starts the fork server that they share."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ["FORK_SERVER"] = fork_server()
 
 
 def pytest_collection_modifyitems(items):
@@ -67,22 +74,30 @@ def made_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(made_once):
-    """A small toy world: train.json, cot.json, test.json, media/, model/."""
+    """A small toy world: train.json, cot.json, test.json, media/, model/. few.json is two records
+    of test.json, a video and an image, for runs that evaluate often."""
+    import toy
 
     def make(folder):
         toy.write(folder, seed=7, clips={"cot": 20, "train": 20, "test": 4})
+        held = {r["data_type"]: r for r in json.loads((folder / "test.json").read_text())}
+        (folder / "few.json").write_text(json.dumps([held["video"], held["image"]]))
 
     return made_once("world", make)
 
 
 @pytest.fixture(scope="session")
 def builder(world):
+    import data
+
     return data.PromptBuilder(world / "model", min_pixels=784)
 
 
 @pytest.fixture(scope="session")
 def prompts(world, builder):
     """Six prompts of unequal length: videos of 16, 8 and 6 frames, of three sizes; two images."""
+    import data
+
     samples = data.load_samples(world / "train.json")
     images = [s for s in samples if s.data_type == "image"]
     videos = [s for s in samples if s.data_type == "video"]
@@ -99,6 +114,8 @@ def prompts(world, builder):
 @pytest.fixture(scope="session")
 def text_prompts(builder):
     """Two prompts of unequal length without a medium."""
+    import data
+
     questions = ["How many are 3 and 4?", "A lamp flashes twice a minute. How often in an hour?"]
     about = dict(options=[], problem_type="numerical", data_type="text", path="", answer="7")
     return [builder(data.Sample(f"text {i}", q, **about)) for i, q in enumerate(questions)]
@@ -106,6 +123,10 @@ def text_prompts(builder):
 
 def pixel_inputs(prompt):
     """What transformers' forward takes of a prompt's medium: pixels and grid; {} for text."""
+    import torch
+
+    import data
+
     inputs = {}
     for media in prompt.media:  # one, or none
         pixels = data.patchify(data.normalize(media.frames, torch.float64))[0]
@@ -117,6 +138,10 @@ def pixel_inputs(prompt):
 @pytest.fixture()
 def policy(world):
     """The toy's checkpoint in float64, checkpointing off."""
+    import torch
+
+    import model
+
     return model.Policy.load(world / "model", dtype=torch.float64, grad_checkpointing=0)
 
 
@@ -127,10 +152,12 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]  # standalone: on a p
 
 @functools.cache
 def fork_server():
-    """This pytest process's own, started with the first command."""
+    """The address of this session's fork server, which starts with the first command."""
+    if "FORK_SERVER" in os.environ:
+        return os.environ["FORK_SERVER"]
     server = forkserver.Server()
     atexit.register(server.close)
-    return server
+    return server.address
 
 
 class Script:
@@ -149,7 +176,9 @@ class Script:
                 [sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=out, stderr=error
             )
         else:
-            self.process = fork_server().start(command, out, error, cwd=ROOT, env=env, ranks=ranks)
+            self.process = forkserver.start(
+                fork_server(), command, out, error, cwd=ROOT, env=env, ranks=ranks
+            )
 
     def output(self, timeout=300):
         """Waits for the end -> standard output, then standard error. Kills it after `timeout` s."""
@@ -187,6 +216,7 @@ def run(*command, expect=0, timeout=300, **how):
 
 
 TINY = "--min_pixels 784 --max_new 16 --prompts 4 --group 4 --log_every 1 --train_vision".split()
+TINY += ["--workers", "1"]  # each is a process that imports NumPy and PyAV
 
 
 def flags(world, out, algo="grpo", **extra):
@@ -206,7 +236,8 @@ def flags(world, out, algo="grpo", **extra):
 def cold_start(made_once, world):
     """A run folder whose policy keeps the format and guesses.
 
-    Rewards differ within a group, so there is something to learn.
+    Rewards differ within a group, so there is something to learn, and they depend on the order of
+    frames, so T-GRPO's bonus moves gradients.
     """
 
     def make(folder):

@@ -5,10 +5,11 @@ environment, arguments and output, then runs the real script as `__main__`, as `
 N ranks get the environment and the store that torchrun gives them. When one fails, the others are
 stopped, as torchrun does.
 
-A fork does not show how Python or torchrun start, and all forks of a server hash strings alike.
-Tests of those use the real ones: run(..., torchrun=True) in conftest.py.
+A fork does not show how Python or torchrun start and end, and all forks of a server hash strings
+alike. Tests of those use the real ones: run(..., torchrun=True) in conftest.py.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -16,14 +17,15 @@ import json
 import os
 import random
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
-
-import torch.distributed as dist
 
 LIBRARIES = (
     "numpy",
@@ -47,33 +49,41 @@ GRACE = 30  # seconds from SIGTERM to SIGKILL, as torchrun has it
 
 
 class Server:
-    """The server process. start() forks one command from it."""
+    """The server process. start() asks it, by its address, for the process of a command."""
 
     def __init__(self):
-        self.socket, theirs = socket.socketpair()
+        self.folder = tempfile.TemporaryDirectory()
+        self.address = f"{self.folder.name}/socket"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.address)
+        listener.listen()
+        self.alive, theirs = socket.socketpair()
+        files = [listener.fileno(), theirs.fileno()]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
+            [sys.executable, __file__, *map(str, files)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=files,
             start_new_session=True,
         )
+        listener.close()
         theirs.close()
-
-    def start(self, command, stdout, stderr, *, cwd, env, ranks=1):
-        """Starts `python command` on N ranks, with its output to two open files -> Forked."""
-        ours, theirs = socket.socketpair()
-        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
-        socket.send_fds(self.socket, [b"fork"], files)
-        theirs.close()
-        return Forked(
-            ours, dict(command=[str(x) for x in command], cwd=str(cwd), env=env, ranks=ranks)
-        )
 
     def close(self):
-        self.socket.close()  # the server reads the end of its input, and leaves
+        self.alive.close()  # the server reads its end, and leaves
         self.process.wait()
+        self.folder.cleanup()
+
+
+def start(address, command, stdout, stderr, *, cwd, env, ranks=1):
+    """Starts `python command` on N ranks, with its output to two open files -> Forked."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    socket.send_fds(connection, [b"fork"], [stdout.fileno(), stderr.fileno()])
+    return Forked(
+        connection, dict(command=[str(x) for x in command], cwd=str(cwd), env=env, ranks=ranks)
+    )
 
 
 class Forked:
@@ -83,11 +93,15 @@ class Forked:
     """
 
     def __init__(self, connection, request):
-        self.stream = connection.makefile("rw")
         self.connection = connection
         self.returncode = None
-        print(json.dumps(request), file=self.stream, flush=True)
-        self.pids = json.loads(self.stream.readline())
+        connection.sendall(f"{json.dumps(request)}\n".encode())
+        line = b""
+        while not line.endswith(b"\n"):  # and no byte of the return code, which may be next
+            byte = connection.recv(1)
+            assert byte, "the fork server has ended"
+            line += byte
+        self.pids = json.loads(line)
         self.pid = self.pids[0]
 
     def poll(self):
@@ -118,25 +132,30 @@ class Forked:
 # ---- the side of the server
 
 
-def serve(tests):
+def serve(listener, alive):
     """Forks a keeper for each request. Returns in the forked rank only -> (its request, files)."""
     while True:
-        message, files, _, _ = socket.recv_fds(tests, 4, 3)
+        ready, _, _ = select.select([listener, alive], [], [])
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that have ended
                 pass
-        if not message:
+        if alive in ready:
             os._exit(0)  # the tests have ended
-        if os.fork() == 0:
-            tests.close()
-            stdout, stderr, connection = files
-            return keep(socket.socket(fileno=connection), stdout, stderr)
+        connection, _ = listener.accept()
+        _, files, _, _ = socket.recv_fds(connection, 4, 2)
+        if files and os.fork() == 0:  # without files: who asked has ended
+            listener.close()
+            alive.close()
+            return keep(connection, *files)
+        connection.close()
         for file in files:
             os.close(file)
 
 
 def keep(connection, stdout, stderr):
     """What torchrun is to its ranks: forks them, waits for all, reports. Returns in a rank."""
+    import torch.distributed as dist  # not above: the tests' side has no need of it
+
     stream = connection.makefile("rw")
     request = json.loads(stream.readline())
     ranks, env = request["ranks"], request["env"]
@@ -217,22 +236,46 @@ def become(request, stdout, stderr):
     sys.modules["numpy"].random.seed()
     name, *arguments = request["command"]
     sys.argv = [name, *arguments]
+    code = 0
+    try:
+        run_script(name, arguments, request["cwd"])
+    except SystemExit as e:
+        code = e.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    # the end of a Python process, but for 0.3 s that free what the fork shares with its server
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def run_script(name, arguments, folder):
+    """As `python name arguments` in the folder."""
     if name == "-c":
         sys.path[0], sys.argv = "", ["-c", *arguments[1:]]
         exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
     elif name == "-m":
-        sys.path[0], sys.argv = request["cwd"], arguments
+        sys.path[0], sys.argv = folder, arguments
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = str(Path(request["cwd"], name).parent)
+        sys.path[0] = str(Path(folder, name).parent)
         runpy.run_path(name, run_name="__main__")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tests = socket.socket(fileno=int(sys.argv[1]))
+    listener, alive = (socket.socket(fileno=int(x)) for x in sys.argv[1:])
     for library in LIBRARIES:
         importlib.import_module(library)
+    # transformers' table of renamed weights: 1,076 regular expressions that every run would compile
+    sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("")
     gc.collect()
     gc.freeze()  # so that a fork's collections do not touch, and copy, what it shares
-    become(*serve(tests))
+    become(*serve(listener, alive))

@@ -27,7 +27,7 @@ from experiments import (
 TINY = dict(
     shrink=600,
     clips={"cot": 20, "train": 12, "test": 3},
-    flags=("--prompts", 2, "--group", 2, "--max_new", 8, "--workers", 1),
+    flags=("--prompts", 2, "--group", 2, "--max_new", 4, "--workers", 1),
 )
 
 

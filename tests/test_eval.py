@@ -26,7 +26,7 @@ TTS = ["--tts", "--compare", "--start", 8, "--cap", 16, "--m", 3]
 
 
 def flags(world, cold_start, out, *more, records="train.json"):
-    small = ["--min_pixels", 784, "--max_new", 16, "--temperature", 1.5]
+    small = ["--min_pixels", 784, "--max_new", 16, "--temperature", 1.5, "--workers", 1]
     return ["--model", cold_start, "--data", world / records, "--out", out, *small, *more]
 
 
@@ -513,7 +513,7 @@ def test_a_folder_keeps_its_model_its_records_and_its_flags(tmp_path, world, col
     out = tmp_path / "out"
     evaluate(*flags(world, cold_start, out, "--frames", 4))
     (out / "vote-4.rank0.jsonl").write_text('{"record": 0}\n')
-    printed = evaluate(*flags(world, cold_start, out, "--frames", 8, "--workers", 1))
+    printed = evaluate(*flags(world, cold_start, out, "--frames", 8, "--workers", 2))
     assert [m["method"] for m in summary(out)] == ["greedy-8", "greedy-4"]
     assert "greedy-4 " in printed
     assert "vote-4: has answers to 1 of 39 questions, so it is not in summary.json" in printed

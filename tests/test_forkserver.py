@@ -1,9 +1,11 @@
 """forkserver.py: a fork runs a command as `python` and torchrun would."""
 
+import socket
 import time
 
 import pytest
 
+import forkserver
 from conftest import Script, run
 
 RANKS = """
@@ -33,6 +35,19 @@ def test_the_return_code(code, expected):
     printed = script.output()
     assert script.process.returncode == expected
     assert ("ZeroDivisionError" in printed) == ("/" in code) and ("no" in printed) == ("no" in code)
+
+
+def test_the_return_code_of_what_ends_at_once_is_not_lost():
+    """It may have arrived before the process ids are read."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"[7]\n3")
+    forked = forkserver.Forked(ours, {})
+    assert forked.pids == [7] and forked.wait(timeout=5) == 3
+
+
+def test_what_runs_at_exit_runs():
+    code = "import atexit; atexit.register(print, 'at exit'); print('before')"
+    assert run("-c", code) == "before\nat exit\n"
 
 
 def test_ranks_meet():

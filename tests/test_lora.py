@@ -523,7 +523,7 @@ def test_from_a_cold_start_to_answers(tmp_path, world, cold_start):
     """
     sft, rl, other = (tmp_path / name for name in ("sft", "rl", "other"))
     run(*command(world, sft, "sft", model=cold_start, steps=2))
-    how = dict(steps=3, beta=0.1, save_every=1, keep=9, eval_data=world / "test.json")
+    how = dict(steps=3, beta=0.1, save_every=1, keep=9, eval_data=world / "few.json")
     run(*command(world, rl, model=sft, **how))
     run(*command(world, other, model=cold_start, **how))
     for out in (rl, other):

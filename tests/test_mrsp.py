@@ -36,11 +36,15 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, world):
+def results(made_once, world):
     """What tests/mrsp_worker.py computes on one to four ranks."""
-    out = tmp_path_factory.mktemp("mrsp")
-    for ranks in (1, 2, 3, 4):
-        run("tests/mrsp_worker.py", world, out / f"of{ranks}", ranks=ranks)
+
+    def make(folder):
+        folder.mkdir()
+        for ranks in (1, 2, 3, 4):
+            run("tests/mrsp_worker.py", world, folder / f"of{ranks}", ranks=ranks)
+
+    out = made_once("mrsp", make)
     return {
         ranks: [torch.load(out / f"of{ranks}.{r}") for r in range(ranks)] for ranks in (1, 2, 3, 4)
     }

@@ -273,11 +273,15 @@ def test_two_ranks_have_the_gradient_of_one(world, tmp_path, many, gradient_of_o
 
 
 @pytest.fixture(scope="module")
-def gradient_of_one(world, tmp_path_factory):
+def gradient_of_one(world, made_once):
     """What one rank computes of the same step."""
-    out = tmp_path_factory.mktemp("one") / "g"
-    run("tests/gradient_worker.py", world, world / "model", out, "--algo", "sft")
-    found = torch.load(f"{out}.0")["grads"]
+
+    def make(folder):
+        folder.mkdir()
+        command = [world, world / "model", folder / "g", "--algo", "sft"]
+        run("tests/gradient_worker.py", *command)
+
+    found = torch.load(made_once("gradient_qwen3_vl", make) / "g.0")["grads"]
     assert max(float(x.abs().max()) for n, x in found.items() if "deepstack" in n) > 1e-6
     return found
 
