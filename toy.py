@@ -425,8 +425,9 @@ def _texts(samples):
     for sample in samples:
         response = data.supervised_response(sample.reasoning, sample.answer)
         texts += [sample.question, *sample.options, sample.reasoning, response]
-    # fixed: a new problem type here would change the tokenizer, and with it the random model
-    kinds = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+    # these five whatever the world asks: otherwise its tokenizer and random model would change
+    kinds = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
+    kinds += sorted({s.problem_type for s in samples} - {*kinds})
     instructions = [data.INSTRUCTION + data.CLOSING[kind] for kind in kinds]
     return texts + ["system\nuser\nassistant\nOptions:\n", *instructions] * 50
 

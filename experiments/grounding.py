@@ -5,7 +5,7 @@ python -m experiments.claims grounding
 
 import toy
 from experiments.lab import log
-from experiments.shared import STEP, Claim, Panel, rl
+from experiments.shared import rl
 
 
 def run(lab):
@@ -32,7 +32,7 @@ def write_when(folder, seed, clips):
     frames."""
     splits = {"cot": clips["cot"], "train": clips["train"]}
     splits |= {"shuffled": clips["train"], "test": clips["test"]}
-    toy.write(folder, seed, splits, when_scenes)
+    toy.write(folder, seed, splits, when_scenes, hidden=64, layers=3)
 
 
 def when_scenes(split, clips, rng):
