@@ -300,5 +300,13 @@ def test_the_world_of_the_claim():
         assert questions["when"] == same["when, shuffled"] and (clip != mixed).any()
         assert sorted(f.tobytes() for f in clip) == sorted(f.tobytes() for f in mixed)
     assert len(list(grounding.when_scenes("train", 3, random.Random(0)))) == 3
-    ((_, questions),) = grounding.when_scenes("shuffled", 1, random.Random(0))
-    assert list(questions) == ["when, shuffled"]
+
+
+def test_the_best_guesses_by_hand(tmp_path):
+    """0 to 1, 2 to 3 and 0 to 2: 0 to 1 has IoUs of 1, 0, 1/2, 0 to 2 has 1/2, 0, 1; both are the
+    best. With the length known, 0 to 1 for two of them has 1, 0 and 0 to 2 has 1."""
+    solutions = ("0 to 1", "2 to 3", "0 to 2")
+    file = tmp_path / "test.json"
+    file.write_text(json.dumps([RECORD | {"solution": text} for text in solutions]))
+    found = grounding.best_guesses(file)
+    assert found == {"best constant": 1.5 / 3, "best for each length": 2 / 3}

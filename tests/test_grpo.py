@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import grpo
+from conftest import flags, run
 
 REWARDS = torch.tensor(
     [[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 3.0, 0.0, 0.0]], dtype=torch.float64
@@ -393,3 +396,29 @@ def test_the_limits_of_sapo():
         torch.testing.assert_close(soft, unclipped, rtol=1e-9, atol=0)
         sharp = gradient(logp, old, A, variant="sapo", tau_pos=1e3, tau_neg=1e3)
         torch.testing.assert_close(sharp, torch.tensor([0.0, A, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_the_moving_std_is_the_same_after_a_resume_and_on_two_ranks(tmp_path, world, cold_start):
+    """state.json keeps the moments of each problem type: a run cut after two of three steps ends
+    bit for bit as if it had not been."""
+    how = dict(steps=3, model=cold_start, prompts=6, norm="ema", save_every=1)
+    run(*flags(world, tmp_path / "one", **how))
+    shutil.copytree(tmp_path / "one", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-000003")
+    run(*flags(world, tmp_path / "cut", **how), "--resume")
+    run(*flags(world, tmp_path / "two", **how), ranks=2)
+    last, logged = {}, {}
+    for name in ("one", "cut", "two"):
+        last[name] = tmp_path / name / "checkpoint-000003"
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logged[name] = [json.loads(line)["reward_std"] for line in lines]
+    state = {name: json.loads((folder / "state.json").read_text()) for name, folder in last.items()}
+    assert state["one"]["moments"].keys() == {"multiple choice", "numerical"}
+    assert state["one"] == state["cut"] and logged["one"] == logged["cut"]
+    a, b = (load_file(last[name] / "model.safetensors") for name in ("one", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # what the third step divided by is the std of the moments that it saved
+    std = {k: math.sqrt(sq - m * m) for k, (m, sq) in state["one"]["moments"].items()}
+    assert {k: pytest.approx(std[k]) for k in logged["one"][2]} == logged["one"][2]
+    assert logged["two"][0] == logged["one"][0]
