@@ -20,8 +20,8 @@ def run(lab):
     teacher watches well, but mostly writes down a span that begins a second late. The test asks
     about every clip twice, the second time with its frames shuffled."""
     world = lab.world("when", write_when)
-    cold = lab.train("when-cold", "sft", world / "model", world / "cot.json", 300, points=1)
-    trained = rl(lab, "when-grpo", cold, world / "train.json", steps=60, points=4)
+    cold = lab.train("when-cold", "sft", world / "model", world / "cot.json", 240, points=1)
+    trained = rl(lab, "when-grpo", cold, world / "train.json", steps=40, points=4)
     before, after = scores(lab, cold), scores(lab, trained)
     guesses = best_guesses(world / "test.json")
     recall = {}
