@@ -87,7 +87,7 @@ class Question:
 
     def __post_init__(self):
         how = dict(start=self.method.start, cap=self.method.cap, m=self.method.m)
-        if self.sample.problem_type == "grounding":  # two spans are never quite the same
+        if self.sample.problem_type == "grounding":  # two time spans are never quite the same
             how["similarity"] = rewards.temporal_iou
         self.search = tts.Search(**how)
         self.decoded = {} if self.method.start < self.method.cap else None

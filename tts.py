@@ -7,9 +7,9 @@ More frames until the answers agree:
     4. if n = cap, the answer with most votes in this round wins
     5. otherwise n <- min(2n, cap), back to 1
 
-Two answers agree if they are the same. Spans of time (grounding questions) hardly ever are, so they
-have a `similarity`, their temporal IoU: they agree if it exceeds 0.5, and a vote counts for every
-span as much as it is like it. The span that overlaps most with the votes wins.
+Two answers agree if they are the same. Time spans (grounding questions) hardly ever are, so they
+have a `similarity`, their temporal IoU: all m agree if that of every two exceeds 0.5, and a vote
+counts for each answer as much as the two are alike. So the one that overlaps the votes most wins.
 
 Pure: no model and no file. The video is behind `ask`; a vote is what rewards.normalize_answer reads
 in a response, None if invalid. Where the paper and its release are silent, or the release is wrong:

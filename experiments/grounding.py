@@ -10,15 +10,15 @@ from data import load_samples
 from eval import grounding
 from experiments.lab import log
 from experiments.shared import STEP, Claim, Panel, rl
-from infra.answer_text import parse_span
+from infra.answer_text import parse_times
 from infra.summary import mean
-from rewards import normalize_span, temporal_iou
+from rewards import normalize_times, temporal_iou
 
 
 def run(lab):
     """When is the lamp lit? GRPO from a cold start, with the temporal IoU as its reward. The
-    teacher watches well, but mostly writes down a span that begins a second late. The test asks
-    about every clip twice, the second time with its frames shuffled."""
+    teacher watches well, but mostly writes down times that are a second late. The test asks about
+    every clip twice, the second time with its frames shuffled."""
     world = lab.world("when", write_when)
     cold = lab.train("when-cold", "sft", world / "model", world / "cot.json", 240, points=1)
     trained = rl(lab, "when-grpo", cold, world / "train.json", steps=40, points=4)
@@ -63,12 +63,12 @@ def scores(lab, run):
 
 def best_guesses(test):
     """What answers without the order of frames can reach, chosen with the gold answers known ->
-    {name: mIoU}: one answer to all questions, and one for each length of a span, which shuffled
-    frames still show."""
-    golds = [normalize_span(sample.answer) for sample in load_samples(test)]
+    {name: mIoU}: one answer to all questions, and one for each length, which shuffled frames
+    still show."""
+    golds = [normalize_times(sample.answer) for sample in load_samples(test)]
     by_length = {}
     for gold in golds:
-        start, end = parse_span(gold)
+        start, end = parse_times(gold)
         by_length.setdefault(end - start, []).append(gold)
     known = sum(len(some) * best_constant(some) for some in by_length.values())
     return {"best constant": best_constant(golds), "best for each length": known / len(golds)}

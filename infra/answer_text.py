@@ -6,7 +6,7 @@ see through that.
 
     choice_letter   the option that an answer names             "Option B: right"  -> "B"
     parse_number    the number that an answer is                r"\boxed{1,000}"   -> 1000.0
-    parse_span      the start and the end of a span of time    "[12.3s, 18.9s]"  -> (12.3, 18.9)
+    parse_times     the start and the end that an answer is     "[12.3s, 18.9s]"  -> (12.3, 18.9)
     plain           a text without invisible characters, one space between words
     signed_words    words and the signs between them            "x = -5"           -> [x] = [] - [5]
 
@@ -227,15 +227,16 @@ def parse_number(text):
 AROUND = re.compile(r"[\s\[\](){}<>*_`$\"'“”‘’「」]+")  # brackets, quotes and markup, as one space
 TIME = r"((?:\d+:){0,2}\d+(?:\.\d+)?|\.\d+)"  # 12, 12.3, .5, 1:02.5, 0:01:02
 UNIT = r"(?: ?(?:s|secs?|seconds?))?"
-SPAN = re.compile(rf"(?:from |between )?{TIME}{UNIT} ?(?:to|until|and|-|,) ?{TIME}{UNIT}\.?")
+TIMES = re.compile(rf"(?:from |between )?{TIME}{UNIT} ?(?:to|until|and|-|,) ?{TIME}{UNIT}\.?")
 
 
-def parse_span(text):
-    """A span of time -> (start, end) in seconds, rounded to milliseconds; None for anything else.
+def parse_times(text):
+    """A time span -> (start, end) in seconds, rounded to milliseconds; None for anything else.
 
     Two times with to, until, and, a dash or a comma between them, in seconds or as minutes:seconds
     or hours:minutes:seconds. Skipped: s, sec and seconds, from and between before the times, a full
-    stop after them, brackets, quotes and markup. A comma is never a decimal comma.
+    stop after them, brackets, quotes and markup. A comma is never a decimal comma. None if the end
+    is not after the start.
 
         12.3 to 18.9   12.3 - 18.9   12.3s–18.9s   [12.3, 18.9]   from 12.3 to 18.9 seconds.
         <12.3 seconds> to <18.9 seconds>   00:12.3 to 00:18.9            -> (12.3, 18.9)
@@ -245,7 +246,7 @@ def parse_span(text):
     if any(unicodedata.category(c) == "No" for c in text):  # 1² is not 12
         return None
     plain_form = LATEX.sub("", visible(text)).translate(DASHES).lower()
-    found = SPAN.fullmatch(AROUND.sub(" ", plain_form).strip())
+    found = TIMES.fullmatch(AROUND.sub(" ", plain_form).strip())
     if not found:
         return None
     start, end = (_seconds(time) for time in found.groups())
@@ -255,15 +256,14 @@ def parse_span(text):
 
 
 def _seconds(time):
-    """The seconds of a TIME; None if they are not finite, or if its minutes or seconds after a
-    colon reach 60."""
+    """The seconds of a TIME; None beyond 1e9, or if what is after a colon reaches 60."""
     first, *rest = (float(part) for part in time.split(":"))
     total = first
     for part in rest:
         if part >= 60:
             return None
         total = 60 * total + part
-    return round(total, 3) if math.isfinite(total) else None
+    return round(total, 3) if total <= 1e9 else None
 
 
 # ---- words and signs

@@ -13,7 +13,7 @@ import toy
 import tts
 from conftest import run
 from experiments import grounding
-from infra.answer_text import parse_span
+from infra.answer_text import parse_times
 from infra.errors import DataError
 from infra.summary import table
 
@@ -61,8 +61,8 @@ def sample(answer):
     ],
 )
 def test_two_times_in_the_usual_forms(text):
-    assert parse_span(text) == (12.3, 18.9)
-    assert rewards.normalize_span(text) == "12.3 to 18.9"
+    assert parse_times(text) == (12.3, 18.9)
+    assert rewards.normalize_times(text) == "12.3 to 18.9"
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,11 @@ def test_two_times_in_the_usual_forms(text):
         ("3,5", (3, 5)),  # a comma is never a decimal comma
         ("59 to 1:00", (59, 60)),
         ("75 to 80", (75, 80)),
+        ("999999998.5 to 1000000000", (999999998.5, 1e9)),
     ],
 )
 def test_times_by_hand(text, span):
-    assert parse_span(text) == span
+    assert parse_times(text) == parse_times(rewards.normalize_times(text)) == span
 
 
 @pytest.mark.parametrize(
@@ -105,10 +106,11 @@ def test_times_by_hand(text, span):
         "It lasts from 3 to 5",
         "three to five",
         "3 to 9" + "9" * 400,  # no float holds it
+        "3 to 1000000001",
     ],
 )
 def test_what_is_not_two_times(text):
-    assert parse_span(text) is None
+    assert parse_times(text) is None
     assert rewards.accuracy_reward(f"<answer>{text}</answer>", sample("3 to 5")) == 0
 
 
@@ -276,8 +278,8 @@ def test_a_toy_clip_shows_the_span_that_its_answer_says():
         floor = frames[0, 27, 27]
         lit = [t for t in range(16) if (frames[t, 23, 1] != floor).any()]
         assert lit == list(range(lit[0], lit[-1] + 1))  # frames of half a second
-        assert parse_span(answer) == (lit[0] / 2, (lit[-1] + 1) / 2)
-        assert answer in spans and all(parse_span(span)[1] <= 8 for span in spans)
+        assert parse_times(answer) == (lit[0] / 2, (lit[-1] + 1) / 2)
+        assert answer in spans and all(parse_times(span)[1] <= 8 for span in spans)
 
 
 def test_the_careless_teacher_writes_the_span_a_second_late(tmp_path):
@@ -285,7 +287,7 @@ def test_the_careless_teacher_writes_the_span_a_second_late(tmp_path):
     toy.write_split(tmp_path, "cot", [toy.when_clip(rng) for _ in range(60)], rng)
     late = 0
     for s in data.load_samples(tmp_path / "cot.json"):
-        (start, end), seen = parse_span(s.answer), parse_span(s.reasoning.split("from ")[1])
+        (start, end), seen = parse_times(s.answer), parse_times(s.reasoning.split("from ")[1])
         assert end - start == seen[1] - seen[0]
         late += (start, end) != seen
         assert start in (seen[0], seen[0] + 1, 0)  # after the last span comes the first
