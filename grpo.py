@@ -166,8 +166,8 @@ def policy_objective(
     clip_low,
     clip_high,
     dual_clip,
-    tau_pos=1.0,
-    tau_neg=1.05,
+    tau_pos,
+    tau_neg,
 ):
     """What the policy maximises at each token -> (ratio, objective, clipped), each (N, R).
 
@@ -182,7 +182,8 @@ def policy_objective(
                       farther rho is from 1. tau -> 0: no clip at all (rho A, up to a constant);
                       tau -> infinity: no gradient but at rho = 1.
              On pi_old (rho = 1, a first update) all four have the same gradient, GSPO only with
-             average "sequence". They differ from a rollout's second update on.
+             average "sequence". They differ from a rollout's second update on. (The objective of
+             "sapo" is 2 / tau A there, not A.)
     dual_clip: c > 1 bounds the loss of a token with A < 0 at -c A (arXiv 1912.09729, c = 3). It
     acts only where rho > c; 0 is off. Not in "cispo" and "sapo".
     clipped: where a clip acts; nowhere in "sapo".
