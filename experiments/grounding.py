@@ -3,6 +3,7 @@
 python -m experiments.claims grounding
 """
 
+import random
 from itertools import combinations
 
 import toy
@@ -12,16 +13,17 @@ from experiments.lab import log
 from experiments.shared import STEP, Claim, Panel, rl
 from infra.answer_text import parse_times
 from infra.summary import mean
-from rewards import normalize_times, temporal_iou
+from rewards import extract_answer, normalize_times, temporal_iou
 
 
 def run(lab):
-    """When is the lamp lit? GRPO from a cold start, with the temporal IoU as its reward. The
-    teacher watches well, but mostly writes down times that are a second late. The test asks about
-    every clip twice, the second time with its frames shuffled."""
+    """When is the lamp lit? GRPO from a cold start, with the temporal IoU as its reward. The teacher
+    watches well, but mostly writes down times that are a second late. The test asks about every
+    clip twice, the second time with its frames shuffled."""
     world = lab.world("when", write_when)
-    cold = lab.train("when-cold", "sft", world / "model", world / "cot.json", 240, points=1)
-    trained = rl(lab, "when-grpo", cold, world / "train.json", steps=40, points=4)
+    cot = lab.records("cot", late, world / "watched.json")
+    cold = lab.train("when-cold", "sft", world / "model", cot, 120, points=1)
+    trained = rl(lab, "when-grpo", cold, world / "train.json", steps=30, points=3)
     before, after = scores(lab, cold), scores(lab, trained)
     guesses = best_guesses(world / "test.json")
     recall = {}
@@ -84,9 +86,9 @@ def best_constant(golds):
 
 
 def write_when(folder, seed, clips):
-    """Writes a world with this question only, and a smaller model."""
-    splits = {"cot": clips["cot"], "train": clips["train"], "test": max(1, clips["test"] // 2)}
-    toy.write(folder, seed, splits, when_scenes, hidden=64, layers=3)
+    """Writes a world with this question only. watched.json: what the teacher sees."""
+    splits = {"watched": clips["cot"], "train": clips["train"], "test": max(1, clips["test"] // 2)}
+    toy.write(folder, seed, splits, when_scenes)
 
 
 def when_scenes(split, clips, rng):
@@ -98,6 +100,18 @@ def when_scenes(split, clips, rng):
         if split == "test":
             mixed = frames[rng.sample(range(len(frames)), len(frames))]
             yield mixed, {"when, shuffled": questions["when"]}
+
+
+def late(records):
+    """The records of a careless teacher: in a share of toy.SLIP, the answer is a second late. The
+    reasoning stays right."""
+    rng, out = random.Random(0), []
+    for r in records:
+        if rng.random() < toy.SLIP:
+            start, end = parse_times(extract_answer(r["solution"]))
+            r = r | {"solution": f"<answer>{start + 1:g} to {end + 1:g}</answer>"}
+        out.append(r)
+    return out
 
 
 MIOU = "mean IoU on held-out questions"
