@@ -17,9 +17,9 @@ from rewards import extract_answer, normalize_times, temporal_iou
 
 
 def run(lab):
-    """When is the lamp lit? GRPO from a cold start, with the temporal IoU as its reward. The teacher
-    watches well, but mostly writes down times that are a second late. The test asks about every
-    clip twice, the second time with its frames shuffled."""
+    """When is the lamp lit? GRPO from a cold start, with the temporal IoU as its reward. The
+    teacher watches well, but mostly writes down times that are a second late. The test asks about
+    every clip twice, the second time with its frames shuffled."""
     world = lab.world("when", write_when)
     cot = lab.records("cot", late, world / "watched.json")
     cold = lab.train("when-cold", "sft", world / "model", cot, 120, points=1)
