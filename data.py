@@ -188,7 +188,7 @@ def _answer(record, kind, options, where):
         raise DataError(
             f"{where}: the answer {short_repr(answer)} of a {kind} question is not a number"
         )
-    if kind == "grounding" and rewards.normalize_times(answer) is None:
+    if kind == "grounding" and rewards.parse_times(answer) is None:
         raise DataError(
             f"{where}: the answer {short_repr(answer)} of a grounding question is not two times "
             "in seconds, the start before the end, such as 12.3 to 18.9"

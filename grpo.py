@@ -43,6 +43,8 @@ def group_advantages(rewards, norm="std", eps=1e-4, *, std=None):
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}, expected one of {NORMS}")
+    if norm == "ema" and std is None:
+        raise ValueError("norm 'ema' needs the moving std of each group (B,)")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     # equal rewards: exactly 0, not the rounding of a mean
     centred = torch.where(zero_std(rewards)[:, None], 0.0, centred)

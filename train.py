@@ -602,7 +602,7 @@ def open_training(args, samples, device, at_end, policy_class):
         return update(policy, optimizer, step, args)
 
     parts = dict(loader=loader, optimizer=optimizer, errors=errors, sharing=sharing)
-    parts |= dict(moments=moments)
+    parts["moments"] = moments
     return Run(args, wrapped, reference, loader.builder, refill, optimize, **parts), start
 
 

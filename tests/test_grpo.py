@@ -78,6 +78,8 @@ def test_advantages_ema_divide_by_the_std_they_are_given_and_are_clipped():
     a = grpo.group_advantages(REWARDS, "ema", eps=1e-12, std=std)
     expected = [[2, -2, -2, 2], [0] * 4, [-5, 5, -5, -5]]  # not -15 and 45
     torch.testing.assert_close(a, torch.tensor(expected, dtype=torch.float64))
+    with pytest.raises(ValueError, match="norm 'ema' needs the moving std"):
+        grpo.group_advantages(REWARDS, "ema")
 
 
 def test_when_ema_equals_another_norm():
