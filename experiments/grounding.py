@@ -22,8 +22,8 @@ def run(lab):
     every clip twice, the second time with its frames shuffled."""
     world = lab.world("when", write_when)
     cot = lab.records("cot", late, world / "watched.json")
-    cold = lab.train("when-cold", "sft", world / "model", cot, 120, points=1)
-    trained = rl(lab, "when-grpo", cold, world / "train.json", steps=30, points=3)
+    cold = lab.train("when-cold", "sft", world / "model", cot, 200, points=1)
+    trained = rl(lab, "when-grpo", cold, world / "train.json", steps=40, points=4)
     before, after = scores(lab, cold), scores(lab, trained)
     guesses = best_guesses(world / "test.json")
     recall = {}
