@@ -118,7 +118,7 @@ MIOU = "mean IoU on held-out questions"
 CLAIM = Claim(
     paper="OneThinker, VideoAuto-R1",
     line="RL teaches grounding in time",
-    minutes=20,
+    minutes=10,
     run=run,
     panels=[
         Panel("lines", "mIoU", "Learning curves", STEP, MIOU),
