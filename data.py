@@ -188,6 +188,11 @@ def _answer(record, kind, options, where):
         raise DataError(
             f"{where}: the answer {short_repr(answer)} of a {kind} question is not a number"
         )
+    if kind == "grounding" and rewards.parse_times(answer) is None:
+        raise DataError(
+            f"{where}: the answer {short_repr(answer)} of a grounding question is not two times "
+            "in seconds, the start before the end, such as 12.3 to 18.9"
+        )
     return answer
 
 
@@ -318,6 +323,7 @@ CLOSING = {
     "OCR": "with the text as it is written.",
     "free-form": "with a short text.",
     "regression": "with one number.",
+    "grounding": "with the start and the end in seconds, such as 12.3 to 18.9.",
 }
 
 

@@ -86,7 +86,10 @@ class Question:
     failure: str | None = None
 
     def __post_init__(self):
-        self.search = tts.Search(start=self.method.start, cap=self.method.cap, m=self.method.m)
+        how = dict(start=self.method.start, cap=self.method.cap, m=self.method.m)
+        if self.sample.problem_type == "grounding":  # two time spans are never quite the same
+            how["similarity"] = rewards.temporal_iou
+        self.search = tts.Search(**how)
         self.decoded = {} if self.method.start < self.method.cap else None
 
     @property
@@ -328,9 +331,8 @@ def constant_answer(samples):
     for kind in {s.problem_type for s in samples}:
         group = [s for s in samples if s.problem_type == kind]
         golds = Counter(rewards.normalize_answer(s.answer, s) for s in group)
-        tried = (
-            50 if kind == "regression" else 5
-        )  # graded, so an answer that is not frequent may win
+        # graded, so an answer that is not frequent may win
+        tried = 50 if kind in ("regression", "grounding") else 5
         right += max(sum(score(gold, s) for s in group) for gold, _ in golds.most_common(tried))
     return right / len(samples)
 
@@ -380,6 +382,19 @@ def vsi_bench(lines):
     return out
 
 
+def grounding(lines):
+    """Scores of the grounding questions, as Charades-STA (arXiv 1705.02101) is reported: their mean
+    IoU, and the share whose IoU is at least 0.3, 0.5, 0.7; {} without any. A failure has an IoU
+    of 0."""
+    ious = [r["score"] for r in lines if r.get("problem_type") == "grounding"]
+    if not ious:
+        return {}
+    out = {"grounding_mIoU": mean(ious)}
+    for least in (0.3, 0.5, 0.7):
+        out[f"grounding_R1@{least}"] = mean(iou >= least for iou in ious)
+    return out
+
+
 def summarize(lines, method):
     """The scores and costs of a method, by name, from its lines. Failures count as 0. Frames,
     pixels and visual tokens are means over the questions that showed a medium, rounds over those
@@ -401,6 +416,7 @@ def summarize(lines, method):
         "seconds": sum(r.get("seconds", 0.0) for r in lines),
         "by": by_group(lines),
         **vsi_bench(lines),
+        **grounding(lines),
     }
 
 

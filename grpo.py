@@ -12,37 +12,73 @@ with the group's mean as baseline.
                responses masked
     GSPO       variant "gspo", clip_low 3e-4, clip_high 4e-4
     CISPO      variant "cispo"
+    SAPO       variant "sapo"
+    EMA-GRPO   norm "ema"
 
 Pure functions. Shapes: B prompts, G responses, N = B * G, R tokens.
 """
 
 import torch
 
-NORMS = ("std", "none", "batch")
+NORMS = ("std", "none", "batch", "ema")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-VARIANTS = ("grpo", "gspo", "cispo")
+VARIANTS = ("grpo", "gspo", "cispo", "sapo")
 AVERAGES = ("sequence", "token", "constant")
 
 
-def group_advantages(rewards, norm="std", eps=1e-4):
+def group_advantages(rewards, norm="std", eps=1e-4, *, std=None):
     """rewards (B, G) -> advantages (B, G): each response against its own group's mean.
 
     norm: "std"   divides by the group's unbiased standard deviation + eps (GRPO);
           "none"  does not divide (Dr. GRPO, arXiv 2503.20783: dividing favours questions that are
                   nearly always right or nearly always wrong);
-          "batch" divides by the standard deviation of all the centred rewards of the batch.
+          "batch" divides by the standard deviation of all the centred rewards of the batch;
+          "ema"   divides by `std` (B,), that of the rewards of each group's problem type, moving
+                  over steps (`moving_std`), and clips to [-5, 5] (EMA-GRPO, arXiv 2512.03043).
+    With one problem type, "ema" is "none" times a factor that moves slowly. In its first step it is
+    "batch", up to the clip and eps, if all groups have the same mean; and "std" times
+    sqrt(G / (G - 1)), if there is one group.
     A group whose rewards are all equal gets zeros: it teaches nothing. So does G = 1, which has no
     baseline.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}, expected one of {NORMS}")
+    if norm == "ema" and std is None:
+        raise ValueError("norm 'ema' needs the moving std of each group (B,)")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     # equal rewards: exactly 0, not the rounding of a mean
     centred = torch.where(zero_std(rewards)[:, None], 0.0, centred)
     if norm == "none" or rewards.shape[1] == 1 or not len(rewards):
         return centred
+    if norm == "ema":
+        return (centred / (std[:, None] + eps)).clamp(-5, 5)
     std = rewards.std(dim=1, keepdim=True) if norm == "std" else centred.square().mean().sqrt()
     return centred / (std + eps)
+
+
+def moving_moments(moments, rewards, kinds, decay=0.99):
+    """The first two moments of the rewards of each problem type, moved on by a step (arXiv
+    2512.03043, equation 9) -> {kind: (mean of r, mean of r^2)}.
+
+    moments: those after the step before; {} before the first.  rewards (B, G).  kinds: of each of
+    the B groups, its problem type. A type that is new starts with its own moments, so no bias has
+    to be corrected; one without a group in the step keeps those it has.
+    """
+    moved = dict(moments)
+    for kind in sorted(set(kinds)):
+        of_kind = rewards[[k == kind for k in kinds]].double()
+        now = float(of_kind.mean()), float(of_kind.square().mean())
+        before = moments.get(kind, now)
+        moved[kind] = tuple(decay * old + (1 - decay) * new for old, new in zip(before, now))
+    return moved
+
+
+def moving_std(moments, kinds):
+    """The standard deviation of the rewards of each kind (equation 10) -> (B,). It includes how
+    much the means of groups differ."""
+    pairs = [moments[kind] for kind in kinds]
+    mean, square = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)  # (B,) each
+    return (square - mean.square()).clamp(min=0).sqrt()
 
 
 def zero_std(rewards):
@@ -81,6 +117,8 @@ def grpo_loss(
     clip_low=0.2,
     clip_high=0.2,
     dual_clip=0.0,
+    tau_pos=1.0,
+    tau_neg=1.05,
     average="sequence",
     denominator=None,
 ):
@@ -89,14 +127,23 @@ def grpo_loss(
     logp (N, R): log-probs under pi, with gradient.  old_logp (N, R): under pi_old, which sampled.
     ref_logp (N, R): under the frozen reference, when beta > 0.  advantages (N,).
     mask (N, R): 1 on response tokens, the EOS included.
-    variant, dual_clip: see `policy_objective`.
+    variant, dual_clip, tau_pos, tau_neg: see `policy_objective`.
     average, denominator: see `average_loss`.
     sums: "tokens", and over these tokens "ratio", "clipped" (where a clip acts) and, when beta > 0,
     "kl"; detached.
     """
     mask = mask.to(logp.dtype)
     ratio, objective, clipped = policy_objective(
-        logp, old_logp, advantages, mask, variant, clip_low, clip_high, dual_clip
+        logp,
+        old_logp,
+        advantages,
+        mask,
+        variant,
+        clip_low,
+        clip_high,
+        dual_clip,
+        tau_pos,
+        tau_neg,
     )
     loss = -torch.where(mask > 0, objective, 0.0)  # (N, R)
     sums = {
@@ -112,18 +159,36 @@ def grpo_loss(
     return loss, {name: value.detach() for name, value in sums.items()}
 
 
-def policy_objective(logp, old_logp, advantages, mask, variant, clip_low, clip_high, dual_clip):
+def policy_objective(
+    logp,
+    old_logp,
+    advantages,
+    mask,
+    variant,
+    clip_low,
+    clip_high,
+    dual_clip,
+    tau_pos,
+    tau_neg,
+):
     """What the policy maximises at each token -> (ratio, objective, clipped), each (N, R).
 
     variant: "grpo"   the ratio of each token, clipped to [1 - clip_low, 1 + clip_high];
              "gspo"   one ratio for a response, exp(mean_t log rho) (arXiv 2507.18071; its clips are
                       3e-4 and 4e-4);
              "cispo"  sg(min(rho, 1 + clip_high)) A log pi: a clipped token keeps its gradient
-                      (arXiv 2506.13585).
-             On pi_old (rho = 1, a first update) all three have the same gradient, GSPO only with
-             average "sequence". They differ from a rollout's second update on.
+                      (arXiv 2506.13585);
+             "sapo"   4 / tau * sigmoid(tau (rho - 1)) A, tau = tau_pos where A > 0, else tau_neg: a
+                      soft clip (arXiv 2511.20347). Its gradient is that of rho A without a clip,
+                      times 4 p (1 - p), p = sigmoid(tau (rho - 1)): 1 at rho = 1, and less the
+                      farther rho is from 1. tau -> 0: no clip at all (rho A, up to a constant);
+                      tau -> infinity: no gradient but at rho = 1.
+             On pi_old (rho = 1, a first update) all four have the same gradient, GSPO only with
+             average "sequence". They differ from a rollout's second update on. (The objective of
+             "sapo" is 2 / tau A there, not A.)
     dual_clip: c > 1 bounds the loss of a token with A < 0 at -c A (arXiv 1912.09729, c = 3). It
-    acts only where rho > c; 0 is off.
+    acts only where rho > c; 0 is off. Not in "cispo" and "sapo".
+    clipped: where a clip acts; nowhere in "sapo".
     """
     A = advantages[:, None]
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
@@ -134,6 +199,10 @@ def policy_objective(logp, old_logp, advantages, mask, variant, clip_low, clip_h
     if variant == "cispo":
         weight = ratio.detach().clamp(max=1 + clip_high)
         return ratio, weight * A * logp, ratio > 1 + clip_high
+    if variant == "sapo":
+        tau = torch.full_like(A, tau_neg).masked_fill(A > 0, tau_pos)  # (N, 1)
+        gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))  # (N, R)
+        return ratio, gate * A, torch.zeros_like(ratio)
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}, expected one of {VARIANTS}")
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)

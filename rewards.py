@@ -6,6 +6,7 @@
     format_reward            0 or 1: one <think> block, one <answer> block, nothing else
     length_reward            a small bonus for a right answer of the wanted length
     mean_relative_accuracy   VSI-Bench's score of a number, for evaluation
+    temporal_iou             the overlap of two time spans, for grounding
     normalize_answer         what an answer says: the form in which rewards, votes and evaluation
                              compare answers
 
@@ -32,11 +33,18 @@ import math
 import re
 from fractions import Fraction
 
-from infra.answer_text import choice_letter, decimal, parse_number, plain, signed_words
+from infra.answer_text import (
+    choice_letter,
+    decimal,
+    parse_number,
+    parse_times,
+    plain,
+    signed_words,
+)
 from infra.judge import Question
 from infra.rouge import rouge, stems, word_error_rate, words
 
-PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression", "grounding")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -84,6 +92,7 @@ def grade(answer, sample):
         regression       1 - relative error
         OCR              1 - word error rate
         free-form        by words and signs (free_form)
+        grounding        the overlap of the two time spans (temporal_iou)
     Numbers have no unit and no %.
     """
     target = normalize_answer(sample.answer, sample)
@@ -97,6 +106,8 @@ def grade(answer, sample):
         return max(0.0, 1.0 - word_error_rate(answer, target))
     if sample.problem_type == "free-form":
         return free_form(answer, target)
+    if sample.problem_type == "grounding":
+        return temporal_iou(answer, target)
     return 0.0
 
 
@@ -135,6 +146,19 @@ def mean_relative_accuracy(pred, target, *, inclusive=False):
     return sum(error < bound or (inclusive and error == bound) for bound in bounds) / 10
 
 
+def temporal_iou(answer, other):
+    """The temporal IoU of two time spans, in [0, 1]: the seconds in both / the seconds in either
+    (arXiv 2512.03043, equation 3).
+
+    answer, other: normalised, "12.3 to 18.9". Computed in whole milliseconds, so that no rounding
+    decides whether a threshold is reached: 0 to 3 and 0 to 10 have an IoU of 0.3.
+    """
+    a, b = (round(1000 * t) for t in parse_times(answer))
+    c, d = (round(1000 * t) for t in parse_times(other))
+    both = max(0, min(b, d) - max(a, c))
+    return both / (b - a + d - c - both)
+
+
 def _finite(x):
     return not isinstance(x, float) or math.isfinite(x)  # an int may exceed all floats
 
@@ -150,6 +174,7 @@ def normalize_answer(text, sample):
     """What an answer says, in a form that compares with ==; None if it says nothing valid.
 
     multiple choice: the option's letter. regression, numerical: a number. OCR, free-form: the text.
+    grounding: "start to end" in seconds.
     A numerical answer is rounded to the decimals of the sample's answer (_decimals).
     """
     if text is None:
@@ -161,7 +186,18 @@ def normalize_answer(text, sample):
     if sample.problem_type == "numerical":
         number = parse_number(text)
         return None if number is None else round(number, _decimals(sample.answer))
+    if sample.problem_type == "grounding":
+        return normalize_times(text)
     return plain(text) or None
+
+
+def normalize_times(text):
+    """A time span in one form, "12.3 to 18.9" in seconds; None if it is none (parse_times)."""
+    times = parse_times(text)
+    if times is None:
+        return None
+    start, end = (f"{t:.3f}".rstrip("0").rstrip(".") for t in times)
+    return f"{start} to {end}"
 
 
 def _decimals(gold):

@@ -21,9 +21,9 @@ shift and no scale. So (up to the 1e-4 beside the std) the bonus changes no adva
 
 It acts where other parts of the reward (format, length, graded accuracy) vary among responses that
 are equally right. It also acts in mixed groups whose advantages are not divided by their own std
-(`--norm none`; `--norm batch`, where a bonus changes the std of all groups). The paper remarks that
-the term could be added to the advantages directly; `--temporal advantage` does that: A_i + r_t for
-every right response. That never cancels.
+(`--norm none`; `batch` and `ema`, where a bonus changes the std of all groups). The paper remarks
+that the term could be added to the advantages directly; `--temporal advantage` does that: A_i + r_t
+for every right response. That never cancels.
 
 **A bonus per response.** The published test is about the group: within it, a right guess from one
 still frame gets the same bonus as a right answer from motion. `--temporal contrast`, ours and not

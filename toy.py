@@ -118,6 +118,16 @@ def clip(kind, rng):
     return frames, questions
 
 
+def when_clip(rng):
+    """A clip with the question when its lamp is lit, in the form of clip(). It is no part of the
+    default world: experiments/grounding.py asks it. The lamp is lit for 1 to 4 whole seconds."""
+    frames, seconds = floor(FRAMES, rng), rng.randrange(1, 5)
+    start = rng.randrange(FRAMES // FPS - seconds + 1)
+    light(frames, rng.choice(list(COLOURS)), FPS * start, FPS * seconds)
+    answer = f"{start} to {start + seconds}"
+    return frames, {"when": ("When is the lamp lit?", [answer], answer, "the lamp is lit from {}")}
+
+
 def image(rng):
     """A still image, in the form of clip(): (frames (1, 28, 28, 3), questions)."""
     frame, place = floor(1, rng), rng.choice(list(PLACES))
@@ -144,6 +154,11 @@ def scenes(split, clips, rng):
 SHOWN = {"cot": (4, 8, 16, 16), "train": (16,), "test": (16,)}  # frames of a clip, one of these
 SLIP = 0.65  # how often the author of cot.json writes down the option after the right one
 SLIPS = ("motion", "first", "flash", "count")  # in these questions
+OPEN = {  # questions without options
+    "count": "numerical",
+    "when": "grounding",
+    "when, shuffled": "grounding",
+}
 
 
 def write_split(folder, split, scenes, rng):
@@ -175,15 +190,15 @@ def _record(kind, question, slips, data_type):
     """A question of clip() -> the fields of its record. slips: the option after the right one is
     written down as the answer."""
     problem, words, answer, _ = question
-    words, numerical = list(words), kind == "count"
+    words = list(words)
     written = (words.index(answer) + slips) % len(words)
     options = [f"{letter}. {word}" for letter, word in zip("ABCD", words)]
     return dict(
         problem=problem,
         data_type=data_type,
-        problem_type="numerical" if numerical else "multiple choice",
-        options=[] if numerical else options,
-        solution=f"<answer>{words[written] if numerical else 'ABCD'[written]}</answer>",
+        problem_type=OPEN.get(kind, "multiple choice"),
+        options=[] if kind in OPEN else options,
+        solution=f"<answer>{words[written] if kind in OPEN else 'ABCD'[written]}</answer>",
     )
 
 
@@ -407,8 +422,9 @@ def _texts(samples):
     for sample in samples:
         response = data.supervised_response(sample.reasoning, sample.answer)
         texts += [sample.question, *sample.options, sample.reasoning, response]
-    # fixed: a new problem type here would change the tokenizer, and with it the random model
-    kinds = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+    # these five whatever the world asks: otherwise its tokenizer and random model would change
+    kinds = ["multiple choice", "numerical", "OCR", "free-form", "regression"]
+    kinds += sorted({s.problem_type for s in samples} - {*kinds})
     instructions = [data.INSTRUCTION + data.CLOSING[kind] for kind in kinds]
     return texts + ["system\nuser\nassistant\nOptions:\n", *instructions] * 50
 

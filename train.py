@@ -36,7 +36,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -99,6 +99,7 @@ class Run:
     sharing: mrsp.RowSharing | None = None  # sequence parallelism
     own: tuple = ()  # the functions of --reward
     judge: Judge | None = None  # of free-form answers
+    moments: dict = field(default_factory=dict)  # of rewards, with --norm ema; in the checkpoint
 
 
 # ---- GRPO
@@ -120,8 +121,9 @@ def grpo_step(run, prompts, step):
     if args.drop_zero_std:  # DAPO
         kept = kept[teaching][: args.prompts]
     trained = [groups[b] for b in kept.tolist()]
-    # again, because --norm batch divides by a std over the groups that are kept
-    A = advantages(reward[kept], bonus[kept], args)  # (R - mean R) / std R
+    # again, because --norm batch and ema divide by a std over the groups that are kept
+    std = moving_std(run, trained, reward[kept], bonus[kept])
+    A = advantages(reward[kept], bonus[kept], args, std)  # (R - mean R) / std R
 
     totals, updates = [], []
     for batch in minibatches(trained, A, args):  # one, unless --minibatches asks for more
@@ -131,20 +133,23 @@ def grpo_step(run, prompts, step):
             updates.append(run.optimize(step) if total.tokens else Update(skipped=True))
         totals.append(total)
 
-    entry = step_metrics(groups, teaching, bonus, totals, updates, args)
+    entry = step_metrics(run, groups, teaching, bonus, totals, updates)
     entry |= {"trained_groups": len(trained), "refills": refills}
-    entry |= run.judge.step_counts() if run.judge else {}
+    if std is not None:
+        entry["reward_std"] = {g.kind: float(x) for g, x in zip(trained, std)}
     applied = torch.zeros_like(reward).index_copy(0, kept, A)  # 0 for groups that were dropped
     sp_size = unwrap(run.policy).sp.size
     lines = sample_lines(local, groups[:2], bonus, applied, step, sp_size)  # two groups a step
     return entry, lines, sum(sum(g.lengths) for g in groups)
 
 
-def step_metrics(groups, teaching, bonus, totals, updates, args):
+def step_metrics(run, groups, teaching, bonus, totals, updates):
     """The log entry of a step, from all groups and from the minibatches' totals and updates."""
     entry = sampled_metrics(groups, teaching)
-    if args.algo == "tgrpo":
-        entry |= tgrpo.step_metrics(groups, bonus, args)
+    if run.args.algo == "tgrpo":
+        entry |= tgrpo.step_metrics(groups, bonus, run.args)
+    if run.judge:
+        entry |= run.judge.step_counts()
     return entry | trained_metrics(totals, updates) | update_metrics(updates)
 
 
@@ -160,6 +165,7 @@ class ScoredGroup:
     parts: dict[str, list[float]]  # accuracy, format, length_bonus, those of --reward: (G,) each
     frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
+    kind: str  # the problem type
     shuffled: tgrpo.ShuffleEffect | None = None  # T-GRPO; None where nothing can be shuffled
 
     @property
@@ -274,15 +280,35 @@ def score_group(position, group, texts, judged, shuffled, args):
         parts=parts,
         frames=frames,
         pixels=pixels,
+        kind=group.prompt.sample.problem_type,
         shuffled=shuffled,
     )
 
 
-def advantages(reward, bonus, args):
-    """Rewards and T-GRPO's bonuses (B, G) -> advantages (B, G)."""
+def advantages(reward, bonus, args, std=None):
+    """Rewards and T-GRPO's bonuses (B, G) -> advantages (B, G).
+
+    std (B,): of --norm ema. Without it they are not divided, which tells as well which groups have
+    one.
+    """
+    norm = "none" if args.norm == "ema" and std is None else args.norm
     if args.temporal == "advantage":
-        return grpo.group_advantages(reward, args.norm) + bonus
-    return grpo.group_advantages(reward + bonus, args.norm)
+        return grpo.group_advantages(reward, norm, std=std) + bonus
+    return grpo.group_advantages(reward + bonus, norm, std=std)
+
+
+def moving_std(run, groups, reward, bonus):
+    """The std of each group's problem type (B,), for --norm ema; None for another norm.
+
+    Moves run.moments on by the rewards (B, G) of a step, which are the same on all ranks.
+    """
+    if run.args.norm != "ema":
+        return None
+    kinds = [group.kind for group in groups]
+    if run.args.temporal != "advantage":
+        reward = reward + bonus
+    run.moments = grpo.moving_moments(run.moments, reward, kinds)
+    return grpo.moving_std(run.moments, kinds)
 
 
 def count_teaching(groups, args):
@@ -413,6 +439,8 @@ def row_loss(run, row, denominator):
         clip_low=args.clip_low,
         clip_high=args.clip_high,
         dual_clip=args.dual_clip,
+        tau_pos=args.tau_pos,
+        tau_neg=args.tau_neg,
         average=args.average,
         denominator=denominator,
     )
@@ -558,7 +586,7 @@ def train(args, device, at_end, policy_class=Policy):
         stop = max(gather(max(signals, default=0)))  # of any rank: all stop after the same step
         if done % args.save_every == 0 or done == args.steps or stop:
             with bf16_on_gpu(device):
-                save(unwrap(run.policy), run.optimizer, done, args)
+                save(unwrap(run.policy), run.optimizer, done, args, run.moments)
         if stop:
             at = f"step {done} of {args.steps} by {signal.Signals(stop).name}"
             say(f"stopped after {at}; to resume: {resume_command()}")
@@ -580,7 +608,7 @@ def open_training(args, samples, device, at_end, policy_class):
     at_end.callback(close_workers)
     at_end.callback(loader.pool.shutdown, cancel_futures=True)
     optimizer = make_optimizer(policy, args)
-    start = resume_step(args, checkpoint, optimizer)
+    start, moments = resume_state(args, checkpoint, optimizer)
     wrapped = policy
     if WORLD > 1 and not args.fsdp:
         how = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -596,7 +624,7 @@ def open_training(args, samples, device, at_end, policy_class):
         return update(policy, optimizer, step, args)
 
     parts = dict(loader=loader, optimizer=optimizer, errors=errors, sharing=sharing)
-    parts |= dict(own=own, judge=judge)
+    parts |= dict(own=own, judge=judge, moments=moments)
     return Run(args, wrapped, reference, loader.builder, refill, optimize, **parts), start
 
 
@@ -745,18 +773,20 @@ def make_loader(args, policy, samples):
     )
 
 
-def resume_step(args, checkpoint, optimizer):
-    """Loads the optimizer of a checkpoint -> the step to start at; 0 without a checkpoint."""
+def resume_state(args, checkpoint, optimizer):
+    """Loads the optimizer of a checkpoint -> (the step to start at, the moments of --norm ema);
+    (0, {}) without a checkpoint."""
     if not checkpoint:
-        return 0
-    start = json.loads((checkpoint / "state.json").read_text())["step"]
+        return 0, {}
+    state = json.loads((checkpoint / "state.json").read_text())
+    start = state["step"]
     fsdp.load_optimizer(optimizer, checkpoint / "optimizer.pt")
     if start >= args.steps:
         say(
             f"{checkpoint}: {start} steps are done and --steps is {args.steps}, "
             "so there is nothing left to do"
         )
-    return start
+    return start, state.get("moments", {})
 
 
 # ---- the flags
@@ -891,7 +921,13 @@ def temporal_flags(p):
 def loss_flags(p):
     """The flags of GRPO's loss."""
     g = p.section("loss")
-    g.value("norm", "std", "divide advantages by a std", choices=grpo.NORMS)
+    g.value(
+        "norm",
+        "std",
+        "divide advantages by the std of their group, by none, by that of the batch, or by that of "
+        "their problem type, moving over steps (ema)",
+        choices=grpo.NORMS,
+    )
     g.value(
         "average",
         "sequence",
@@ -903,11 +939,14 @@ def loss_flags(p):
     g.value(
         "variant",
         "grpo",
-        "clip the ratio of a token (grpo) or a response (gspo), or weight log pi by it (cispo)",
+        "clip the ratio of a token (grpo) or a response (gspo), weight log pi by it (cispo), or "
+        "clip it softly (sapo)",
         choices=grpo.VARIANTS,
     )
-    g.value("clip_low", 0.2, "lower clip, 1 - clip_low (not cispo)", "at least 0, at most 1")
-    g.value("clip_high", 0.2, "upper clip, 1 + clip_high")
+    g.value("clip_low", 0.2, "lower clip, 1 - clip_low (grpo, gspo)", "at least 0, at most 1")
+    g.value("clip_high", 0.2, "upper clip, 1 + clip_high (not sapo)")
+    g.value("tau_pos", 1.0, "sapo: how sharp its soft clip is where A > 0", "above 0")
+    g.value("tau_neg", 1.05, "sapo: the same where A <= 0", "above 0")
     g.value("dual_clip", 0.0, "bound the loss where A < 0 and rho is above this; usual: 3, off: 0")
     g.switch("drop_zero_std", "leave groups without an advantage out of the batch and its averages")
     g.value("refill", 0, "with --drop_zero_std: extra draws, until --prompts groups are left")
@@ -935,10 +974,10 @@ def refuse_combinations(p, args, embedded):
     )
     if args.refill and not args.drop_zero_std:
         p.error(f"--refill {args.refill}: expected --drop_zero_std beside it")
-    if args.dual_clip and (args.dual_clip <= 1 or args.variant == "cispo"):
+    if args.dual_clip and (args.dual_clip <= 1 or args.variant in ("cispo", "sapo")):
         p.error(
-            f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant cispo, "
-            "which does not clip below"
+            f"--dual_clip {args.dual_clip}: expected above 1, and not with --variant "
+            "cispo or sapo, which do not clip below"
         )
     if args.sp != "auto" and (not args.sp.isdecimal() or int(args.sp) < 1 or WORLD % int(args.sp)):
         p.error(f"--sp {args.sp}: expected auto or a divisor of the {WORLD} ranks")

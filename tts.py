@@ -7,6 +7,10 @@ More frames until the answers agree:
     4. if n = cap, the answer with most votes in this round wins
     5. otherwise n <- min(2n, cap), back to 1
 
+Two answers agree if they are the same. Time spans (grounding questions) hardly ever are, so they
+have a `similarity`, their temporal IoU: all m agree if that of every two exceeds 0.5, and a vote
+counts for each answer as much as the two are alike. So the one that overlaps the votes most wins.
+
 Pure: no model and no file. The video is behind `ask`; a vote is what rewards.normalize_answer reads
 in a response, None if invalid. Where the paper and its release are silent, or the release is wrong:
     - an invalid answer does not vote; five invalid answers are not a consensus
@@ -19,18 +23,24 @@ in a response, None if invalid. Where the paper and its release are silent, or t
     ('B', [8, 16, 32])
 """
 
-from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 
-def sparse_to_dense(ask, *, start=32, cap=128, m=5, available=None):
+def same(a, b):
+    """The similarity of two answers that agree only if they are equal."""
+    return float(a == b)
+
+
+def sparse_to_dense(ask, *, start=32, cap=128, m=5, available=None, similarity=same):
     """Asks with more and more frames until m answers agree -> Search, with .answer and .rounds.
 
     ask(num_frames, m) -> m votes, each an answer (None: invalid) or a Vote.
     available: frames of the video, where they may be fewer than `cap`.
+    similarity: of two valid answers, in [0, 1].
     """
-    search = Search(start=start, cap=cap, m=m)
+    search = Search(start=start, cap=cap, m=m, similarity=similarity)
     if available is not None:
         search.clamp(available)
     while search.frames is not None:
@@ -62,12 +72,13 @@ class Search:
     start = cap is self-consistency at a fixed number of frames; m = 1 is a single response.
     """
 
-    def __init__(self, *, start, cap, m):
+    def __init__(self, *, start, cap, m, similarity=same):
         if not 1 <= start <= cap or m < 1:
             raise ValueError(
                 f"start {start}, cap {cap}, m {m}: expected 1 <= start <= cap and m >= 1"
             )
         self.frames, self.cap, self.m = start, cap, m  # step 1
+        self.similarity = similarity
         self.answer, self.rounds = None, []
 
     def clamp(self, available):
@@ -81,22 +92,36 @@ class Search:
         if len(votes) != self.m:
             raise ValueError(f"{len(votes)} votes at {self.frames} frames, expected {self.m}")
         self.rounds.append(Round(self.frames, [v.answer for v in votes], [v.logp for v in votes]))
-        first = votes[0].answer
-        if first is not None and all(v.answer == first for v in votes):  # step 3
-            self.answer, self.frames = first, None
-        elif self.frames == self.cap:  # step 4
-            self.answer, self.frames = plurality(self.rounds), None
+        if self.agree() or self.frames == self.cap:  # steps 3 and 4
+            self.answer, self.frames = plurality(self.rounds, self.similarity), None
         else:  # step 5
             self.frames = min(2 * self.frames, self.cap)
 
+    def agree(self):
+        """Whether the votes of the last round are valid, and every two of them are alike."""
+        votes = self.rounds[-1].votes
+        if None in votes:
+            return False
+        return all(self.similarity(a, b) > 0.5 for a, b in combinations(votes, 2))
 
-def plurality(rounds):
-    """The answer with most votes in the last round, ties as above; None without a valid vote."""
-    last, overall, best = Counter(), Counter(), {}
+
+def plurality(rounds, similarity=same):
+    """The answer with most votes in the last round, ties as above; None without a valid vote.
+
+    A vote counts for an answer as much as the two are alike: wholly or not at all, if they have to
+    be the same.
+    """
+    best = {}  # answer: its highest log-prob; in the order in which they were given
     for r in rounds:
         for answer, logp in zip(r.votes, r.logps):
             if answer is not None:
-                overall[answer] += 1
-                last[answer] += r is rounds[-1]
                 best[answer] = max(best.get(answer, logp), logp)
-    return max(overall, key=lambda a: (last[a], overall[a], best[a]), default=None)
+
+    def support(answer, rounds):
+        valid = [vote for r in rounds for vote in r.votes if vote is not None]
+        return sum(similarity(answer, vote) for vote in valid)
+
+    def rank(answer):
+        return support(answer, rounds[-1:]), support(answer, rounds), best[answer]
+
+    return max(best, key=rank, default=None)

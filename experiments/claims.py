@@ -27,7 +27,15 @@ from pathlib import Path
 
 import torch
 
-from experiments import frame_order, grpo, longvila_r1, shared_prefix, video_r1, video_rts
+from experiments import (
+    frame_order,
+    grounding,
+    grpo,
+    longvila_r1,
+    shared_prefix,
+    video_r1,
+    video_rts,
+)
 from experiments.lab import Lab, workers
 from experiments.stats import combine, table
 from infra.files import write_whole
@@ -40,6 +48,7 @@ CLAIMS = {
     "video_r1": video_r1.CLAIM,
     "video_rts": video_rts.CLAIM,
     "longvila_r1": longvila_r1.CLAIM,
+    "grounding": grounding.CLAIM,
     "shared_prefix": shared_prefix.CLAIM,
 }
 QUICK = {"shrink": 20, "clips": {"cot": 240, "train": 120, "test": 16}}  # of a Lab

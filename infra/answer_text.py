@@ -1,10 +1,12 @@
-r"""What an answer says: the letter of an option, a number, or words and the signs between them.
+r"""What an answer says: the letter of an option, a number, two times, or words and the signs
+between them.
 
 Policies decorate their answers: **B**, \boxed{B}, "The answer is (b).", 答案：B. The functions here
 see through that.
 
     choice_letter   the option that an answer names             "Option B: right"  -> "B"
     parse_number    the number that an answer is                r"\boxed{1,000}"   -> 1000.0
+    parse_times     the start and the end that an answer is     "[12.3s, 18.9s]"  -> (12.3, 18.9)
     plain           a text without invisible characters, one space between words
     signed_words    words and the signs between them            "x = -5"           -> [x] = [] - [5]
 
@@ -218,6 +220,50 @@ def parse_number(text):
     if number is None or not math.isfinite(float(number)):
         return None
     return float(number)
+
+
+# ---- two times
+
+AROUND = re.compile(r"[\s\[\](){}<>*_`$\"'“”‘’「」]+")  # brackets, quotes and markup, as one space
+TIME = r"((?:\d+:){0,2}\d+(?:\.\d+)?|\.\d+)"  # 12, 12.3, .5, 1:02.5, 0:01:02
+UNIT = r"(?: ?(?:s|secs?|seconds?))?"
+TIMES = re.compile(rf"(?:from |between )?{TIME}{UNIT} ?(?:to|until|and|-|,) ?{TIME}{UNIT}\.?")
+
+
+def parse_times(text):
+    """A time span -> (start, end) in seconds, rounded to milliseconds; None for anything else.
+
+    Two times with to, until, and, a dash or a comma between them, in seconds or as minutes:seconds
+    or hours:minutes:seconds. Skipped: s, sec and seconds, from and between before the times, a full
+    stop after them, brackets, quotes and markup. A comma is never a decimal comma. None if the end
+    is not after the start.
+
+        12.3 to 18.9   12.3 - 18.9   12.3s–18.9s   [12.3, 18.9]   from 12.3 to 18.9 seconds.
+        <12.3 seconds> to <18.9 seconds>   00:12.3 to 00:18.9            -> (12.3, 18.9)
+        12.3   18.9 to 12.3   12 to 12   -1 to 5   1 min to 2 min
+        00:75 to 01:30   3 to 5 to 9   It lasts from 3 to 5              -> None
+    """
+    if any(unicodedata.category(c) == "No" for c in text):  # 1² is not 12
+        return None
+    plain_form = LATEX.sub("", visible(text)).translate(DASHES).lower()
+    found = TIMES.fullmatch(AROUND.sub(" ", plain_form).strip())
+    if not found:
+        return None
+    start, end = (_seconds(time) for time in found.groups())
+    if start is None or end is None or start >= end:
+        return None
+    return start, end
+
+
+def _seconds(time):
+    """The seconds of a TIME; None beyond 1e9, or if what is after a colon reaches 60."""
+    first, *rest = (float(part) for part in time.split(":"))
+    total = first
+    for part in rest:
+        if part >= 60:
+            return None
+        total = 60 * total + part
+    return round(total, 3) if total <= 1e9 else None
 
 
 # ---- words and signs

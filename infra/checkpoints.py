@@ -73,8 +73,10 @@ def newest_whole(out):
 # ---- saving
 
 
-def save(policy, optimizer, step, args):
+def save(policy, optimizer, step, args, moments):
     """Saves args.out/checkpoint-STEP and deletes all but the newest args.keep.
+
+    moments: of rewards, {problem type: two numbers}, which state.json keeps.
 
     Rank 0 writes, but every rank must call it: what is sharded is gathered. Raises ModelError if
     the policy's logits are not finite. Ends the program if the checkpoint cannot be written.
@@ -84,14 +86,16 @@ def save(policy, optimizer, step, args):
             f"step {step}: the policy's logits are not finite, so no checkpoint is saved; "
             "try a lower --lr"
         )
-    weights, moments = fsdp.full_state(policy, optimizer)
+    weights, adam = fsdp.full_state(policy, optimizer)
     if RANK:
         return
     folder = Path(args.out) / f"checkpoint-{step:06d}"
     # Every random choice is a function of (seed, step, position): no generator has a state to save.
     state = {"step": step, "seed": args.seed, "data_position": step * args.prompts}
+    if moments:
+        state["moments"] = moments
     try:
-        _write(folder, policy, weights, moments, state)
+        _write(folder, policy, weights, adam, state)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch: RuntimeError on a full disk
         full = _disk_is_full(folder.parent)  # before the partial checkpoint is deleted
         shutil.rmtree(_partial(folder), ignore_errors=True)

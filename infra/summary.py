@@ -70,7 +70,8 @@ def table(summary):
             f"{frames:>6} x {pixels:6} {tokens:>14}  {rounds:>6}  {r['failures']:8}  "
             f"{r['seconds']:7.1f}"
         )
-        out += [f"{'':13} {name} {r[name]:.3f}" for name in r if name.startswith("vsi_bench")]
+        scores = [name for name in r if name.startswith(("vsi_bench", "grounding"))]
+        out += [f"{'':13} {name} {r[name]:.3f}" for name in scores]
     for field in rows[0]["by"]:
         out += ["", f"by {field} (questions)"]
         for r in rows:

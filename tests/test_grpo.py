@@ -1,11 +1,15 @@
 """Group advantages, KL and the clipped loss against numbers worked out by hand."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import grpo
+from conftest import flags, run
 
 REWARDS = torch.tensor(
     [[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 3.0, 0.0, 0.0]], dtype=torch.float64
@@ -35,6 +39,70 @@ def test_advantages_none_only_subtracts_the_mean_and_batch_uses_one_std():
     )
     with pytest.raises(ValueError, match="norm 'max'"):
         grpo.group_advantages(REWARDS, "max")
+
+
+KINDS = ["multiple choice", "grounding", "multiple choice"]
+
+
+def test_the_moments_of_each_problem_type_move_over_steps():
+    """Of multiple choice: eight rewards 1 0 0 1, 0 3 0 0, whose mean is 5 / 8 and mean square
+    11 / 8. Then 2 2 2 2 is added with a weight of 1 - decay."""
+    first = grpo.moving_moments({}, REWARDS, KINDS)
+    assert first == {
+        "multiple choice": pytest.approx((5 / 8, 11 / 8)),
+        "grounding": pytest.approx((2, 4)),
+    }
+    std = math.sqrt(11 / 8 - (5 / 8) ** 2)
+    assert grpo.moving_std(first, KINDS).tolist() == pytest.approx([std, 0, std])
+    second = grpo.moving_moments(first, REWARDS[1:2], ["multiple choice"], decay=0.9)
+    assert second["multiple choice"] == pytest.approx((0.9 * 5 / 8 + 0.2, 0.9 * 11 / 8 + 0.4))
+    assert second["grounding"] == first["grounding"]  # no group of it
+    assert first["multiple choice"] == pytest.approx((5 / 8, 11 / 8))  # not changed in place
+    usual = grpo.moving_moments(first, REWARDS[1:2], ["multiple choice"])
+    assert usual["multiple choice"][0] == pytest.approx(0.99 * 5 / 8 + 0.01 * 2)
+    assert grpo.moving_moments(first, REWARDS[:0], []) == first
+    assert grpo.moving_std(first, []).shape == (0,)
+
+
+def test_moments_survive_json_bit_for_bit():
+    rewards = torch.rand(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments, kept = {}, {}
+    for row in rewards:
+        moments = grpo.moving_moments(moments, row[None], ["OCR"])
+        kept = grpo.moving_moments(json.loads(json.dumps(kept)), row[None], ["OCR"])
+    assert kept == moments
+
+
+def test_advantages_ema_divide_by_the_std_they_are_given_and_are_clipped():
+    std = torch.tensor([0.25, 0.0, 0.05], dtype=torch.float64)
+    a = grpo.group_advantages(REWARDS, "ema", eps=1e-12, std=std)
+    expected = [[2, -2, -2, 2], [0] * 4, [-5, 5, -5, -5]]  # not -15 and 45
+    torch.testing.assert_close(a, torch.tensor(expected, dtype=torch.float64))
+    with pytest.raises(ValueError, match="norm 'ema' needs the moving std"):
+        grpo.group_advantages(REWARDS, "ema")
+
+
+def test_when_ema_equals_another_norm():
+    """In a first step of one problem type: batch, if all groups have one mean; std up to the
+    biased std's factor, if there is one group. Later, none times a factor."""
+    one_mean = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.5, 0.25, 0.75, 0.5]], dtype=torch.float64)
+
+    def ema(rewards, moments):
+        kinds = ["OCR"] * len(rewards)
+        moments = grpo.moving_moments(moments, rewards, kinds)
+        return grpo.group_advantages(
+            rewards, "ema", eps=0.0, std=grpo.moving_std(moments, kinds)
+        ), moments
+
+    a, moments = ema(one_mean, {})
+    torch.testing.assert_close(a, grpo.group_advantages(one_mean, "batch", eps=0.0))
+    one_group, _ = ema(REWARDS[:1], {})
+    torch.testing.assert_close(
+        one_group, grpo.group_advantages(REWARDS[:1], "std", eps=0.0) * math.sqrt(4 / 3)
+    )
+    later, _ = ema(REWARDS / 2, moments)
+    none = grpo.group_advantages(REWARDS / 2, "none")
+    torch.testing.assert_close(later, later[0, 0] / none[0, 0] * none)
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -216,6 +284,19 @@ A = [
                 1.1 * A[5] * math.log(0.6),
             ],
         ),
+        # 4 / tau * sigmoid(tau (rho - 1)) A, tau 2 for A > 0 and 4 for A < 0: sigmoid(0.4) of token
+        # 1 and sigmoid(-0.4) of token 0, sigmoid(0.8) and sigmoid(-0.8)
+        (
+            dict(variant="sapo", tau_pos=2.0, tau_neg=4.0),
+            [
+                2 * 0.598687660 * A[0],
+                1 * 0.310025519 * A[1],
+                (0.689974481 + 0.310025519) * A[2] / 2,
+                1 * 0.310025519 * A[3],
+                2 * 0.598687660 * A[4],
+                2 * 0.598687660 * A[5],
+            ],
+        ),
         # a bound of 1.15 on the ratio where A < 0:
         # only the first token of the third response exceeds it
         (
@@ -248,7 +329,8 @@ def test_variants_by_hand(settings, per_response):
 
 @pytest.mark.parametrize("average", ["sequence", "token"])
 def test_on_the_sampling_policy_variants_have_one_gradient(average):
-    """rho = 1: GRPO = CISPO = REINFORCE for every average; GSPO too when averaged per response."""
+    """rho = 1: GRPO = CISPO = SAPO = REINFORCE for every average; GSPO too when averaged per
+    response."""
     gradients = {}
     for variant in grpo.VARIANTS:
         logp, _, advantages, mask, logit = small_batch()
@@ -258,6 +340,7 @@ def test_on_the_sampling_policy_variants_have_one_gradient(average):
         (gradients[variant],) = torch.autograd.grad(loss, logit)
     assert gradients["grpo"].abs() > 1e-3
     torch.testing.assert_close(gradients["cispo"], gradients["grpo"])
+    torch.testing.assert_close(gradients["sapo"], gradients["grpo"])
     if average == "sequence":
         torch.testing.assert_close(gradients["gspo"], gradients["grpo"])
 
@@ -275,3 +358,69 @@ def test_a_clipped_token_keeps_its_gradient_in_cispo_only():
         ] == 1
     with pytest.raises(ValueError, match="variant 'x'"):
         grpo.grpo_loss(logp, old, advantage, torch.ones(1, 1), variant="x")
+
+
+def ratios(*rho):
+    """(logp (1, R) with gradient, old (1, R)) of some ratios."""
+    old = torch.full((1, len(rho)), -1.0, dtype=torch.float64)
+    logp = old + torch.tensor([rho], dtype=torch.float64).log()
+    return logp.requires_grad_(), old
+
+
+def gradient(logp, old, A, **how):
+    """Of the loss by the log-probs, times minus the number of tokens: per token (R,)."""
+    loss, sums = grpo.grpo_loss(logp, old, torch.tensor([A]).double(), torch.ones_like(old), **how)
+    assert sums["clipped"] == 0
+    return -logp.shape[1] * torch.autograd.grad(loss, logp)[0][0]
+
+
+@pytest.mark.parametrize("A", [1.5, -0.5])
+def test_the_gradient_of_sapo_is_the_written_one(A):
+    """w rho A with w = 4 p (1 - p) = 1 / cosh(tau (rho - 1) / 2)^2."""
+    rho = torch.tensor([0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 9.0], dtype=torch.float64)
+    logp, old = ratios(*rho)
+    tau = 1.3 if A > 0 else 2.7
+    w = torch.cosh(tau * (rho - 1) / 2) ** -2
+    got = gradient(logp, old, A, variant="sapo", tau_pos=1.3, tau_neg=2.7)
+    torch.testing.assert_close(got, w * rho * A)
+    assert got[3] == pytest.approx(A)  # rho = 1: that of GRPO
+    usual = gradient(logp, old, A, variant="sapo")
+    w = torch.cosh((1.0 if A > 0 else 1.05) * (rho - 1) / 2) ** -2
+    torch.testing.assert_close(usual, w * rho * A)
+
+
+def test_the_limits_of_sapo():
+    """tau -> 0: GRPO without a clip; a large tau: no gradient but at rho = 1."""
+    logp, old = ratios(0.5, 1.0, 3.0)
+    for A in (1.5, -0.5):
+        soft = gradient(logp, old, A, variant="sapo", tau_pos=1e-5, tau_neg=1e-5)
+        unclipped = gradient(logp, old, A, clip_low=1.0, clip_high=1e9)
+        torch.testing.assert_close(soft, unclipped, rtol=1e-9, atol=0)
+        sharp = gradient(logp, old, A, variant="sapo", tau_pos=1e3, tau_neg=1e3)
+        torch.testing.assert_close(sharp, torch.tensor([0.0, A, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_the_moving_std_is_the_same_after_a_resume_and_on_two_ranks(tmp_path, world, cold_start):
+    """state.json keeps the moments of each problem type: a run cut after one of two steps ends bit
+    for bit as if it had not been."""
+    how = dict(steps=2, model=cold_start, prompts=6, norm="ema", save_every=1)
+    run(*flags(world, tmp_path / "one", **how))
+    shutil.copytree(tmp_path / "one", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-000002")
+    run(*flags(world, tmp_path / "cut", **how), "--resume")
+    run(*flags(world, tmp_path / "two", **how), ranks=2)
+    last, logged = {}, {}
+    for name in ("one", "cut", "two"):
+        last[name] = tmp_path / name / "checkpoint-000002"
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logged[name] = [json.loads(line)["reward_std"] for line in lines]
+    state = {name: json.loads((folder / "state.json").read_text()) for name, folder in last.items()}
+    assert state["one"]["moments"].keys() == {"multiple choice", "numerical"}
+    assert state["one"] == state["cut"] and logged["one"] == logged["cut"]
+    a, b = (load_file(last[name] / "model.safetensors") for name in ("one", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # what the last step divided by is the std of the moments that it saved
+    std = {k: math.sqrt(sq - m * m) for k, (m, sq) in state["one"]["moments"].items()}
+    assert {k: pytest.approx(std[k]) for k in logged["one"][1]} == logged["one"][1]
+    assert logged["two"][0] == logged["one"][0]

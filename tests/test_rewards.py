@@ -683,6 +683,8 @@ def test_any_string_gives_a_number_in_range():
             "e",
             "E5",
             "1e999",
+            ":",
+            " to ",
             "\x00",
             "\n",
             "é",
@@ -694,13 +696,8 @@ def test_any_string_gives_a_number_in_range():
         text = "".join(rng.choices(pieces, k=rng.randrange(8)))
         text = rng.choice([text, f"<answer>{text}</answer>"])
         for kind in rewards.PROBLEM_TYPES:
-            assert (
-                0
-                <= rewards.accuracy_reward(
-                    text, sample(kind, "B" if kind == "multiple choice" else "5")
-                )
-                <= 1
-            )
+            gold = {"multiple choice": "B", "grounding": "0 to 5"}.get(kind, "5")
+            assert 0 <= rewards.accuracy_reward(text, sample(kind, gold)) <= 1
         assert rewards.format_reward(text) in (0, 1)
 
 
@@ -711,7 +708,9 @@ def test_any_string_gives_a_number_in_range():
 )
 def test_a_long_response_takes_no_long_time(piece):
     for kind, gold in zip(
-        rewards.PROBLEM_TYPES, ("B", "5", "停止 no entry", "the dog runs", "5"), strict=True
+        rewards.PROBLEM_TYPES,
+        ("B", "5", "停止 no entry", "the dog runs", "5", "3 to 5"),
+        strict=True,
     ):
         text = "B. " + piece * (100_000 // len(piece))
         start = time.process_time()

@@ -1447,7 +1447,11 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
         ("max_frames", 2, "at least 4, the value of --min_frames"),
         ("image_max_pixels", 784, "at least 3136, the value of --min_pixels"),
         ("len_hi", 100, "at least 320, the value of --len_lo"),
-        ("dual_clip", 0.5, "above 1, and not with --variant cispo, which does not clip below"),
+        (
+            "dual_clip",
+            0.5,
+            "above 1, and not with --variant cispo or sapo, which do not clip below",
+        ),
         ("refill", 1, "--drop_zero_std beside it"),
         ("sp", "²", "auto or a divisor of the 1 ranks"),
     ],
