@@ -497,11 +497,11 @@ def memory(policy, reference, most, size, shards=1):
     visual, s = policy.net.model.visual, Sizes(policy, shards)
     total, trained, tower = count(policy), count(policy, trained=True), count(visual)
     frozen = (frozen_bytes(policy) - frozen_bytes(visual)) / shards + frozen_bytes(visual)
-    ddp = shards == 1  # its gradients are always there; those of FSDP in training only
+    whole = shards == 1
     always = {
         "weights, moments": 12 * trained / shards + frozen,
-        "gradients": 4 * trained * ddp,
-        "copies in bf16": 2 * trained * (ddp and s.number == 2),
+        "gradients": 4 * trained * (whole and WORLD > 1),  # DDP's are always there
+        "copies in bf16": 2 * trained * (whole and s.number == 2),
         "reference": ((total - tower) / shards + tower) * s.number * (reference is not None),
         "embeddings": most.prompts * policy.visual_width * s.number,
     }
@@ -544,9 +544,11 @@ def training_phases(policy, s, most, size, shards):
 
     s: Sizes. FSDP gathers two layers at a time, and what is not a layer for the whole pass. It
     averages gradients in fp32: a layer's as soon as they are there, those of the rest at the end.
+    A process alone has gradients in its backward pass only; as they come, the bf16 copies go.
     """
     layers, blocks = policy.language_model.layers, policy.net.model.visual.blocks
-    sharded, L, held = shards > 1, len(layers), most.row / size
+    sharded, alone = shards > 1, WORLD == 1
+    L, held = len(layers), most.row / size
     trained, trained_layers = count(policy, trained=True), count(layers, trained=True)
     recomputed = sum(layer.gradient_checkpointing for layer in layers)
     row_kv = 2 * most.row * s.kv  # as gathered, and in blocks
@@ -568,17 +570,18 @@ def training_phases(policy, s, most, size, shards):
         "its gradient": head * (2 if most.row_answers / size * s.logits > scored else 1.5),
         "logits": 5 * scored,
     }
-    layer = {
+    growing = {"gradients": (4 - 2 * (s.number == 2)) * trained} if alone else {}
+    layer = growing | {
         "gradients to average": (head / 2 + 6 * trained_layers / L) * sharded,
         "a layer's activations": 2 * held * s.layer,
         "a layer's K/V": 2 * row_kv,
     }
     trained_rest, averaged = trained - trained_layers, 4 * trained_layers / shards
-    tower = {
+    tower = growing | {
         "gradients to average": (trained_rest * s.number + averaged) * sharded,
         "a tower block's activations": 2 * min(s.patches, patches) * s.block,
     }
-    averaging = {"gradients to average": (6 * trained_rest + averaged) * sharded}
+    averaging = growing | {"gradients to average": (6 * trained_rest + averaged) * sharded}
     return {
         "the loss": kept | logits,
         "a layer's backward pass": kept | layer,

@@ -459,7 +459,10 @@ def test_the_estimate_of_memory_counts_what_adapters_save(monkeypatch):
     most = mrsp.most_tokens([2000], 1000, 1, args, 1)
     terms = mrsp.memory(policy, None, most, 1)["decoding"]
     assert terms["weights, moments"] == 2 * 8_292_166_656 + 12 * adapters
-    assert terms["gradients"] == 4 * adapters and terms["reference"] == 0
+    assert terms["gradients"] == 0 and terms["reference"] == 0
+    # of one process: as gradients come, copies go
+    backward = mrsp.memory(policy, None, most, 1)["a layer's backward pass"]
+    assert backward["gradients"] == backward["copies in bf16"] == 2 * adapters
     assert terms["head in fp32"] == 4 * 152064 * 3584
     assert terms["prompts' K/V"] == 2000 * 28 * 2 * 4 * 128 * 2
     sharded = mrsp.memory(policy, None, most, 1, shards=4)["decoding"]
