@@ -449,7 +449,7 @@ def most_tokens(lengths, answers, size, args, world):
     if args.algo == "sft":
         return MostTokens(*most, 0, (0, 0, 0))
     prefill = max(longest, min(PREFILL_TOKENS, prompts))
-    together = min(share, max(1, CACHE_TOKENS // (longest + answers)))  # prompts
+    together = min(share, max(1, CACHE_TOKENS // max(1, longest + answers)))  # prompts
     decoded = (together * longest, together * answers, together * args.group)
     return MostTokens(*most, prefill, decoded)
 

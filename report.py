@@ -226,7 +226,7 @@ class Frames:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             read = pool.map(medium_sheets, unread.items())
             n = len(unread)
-            for sheets in tqdm(read, "frames", n, leave=False, unit="medium", disable=n == 0):
+            for sheets in tqdm(read, "frames", n, leave=False, unit="medium", disable=n < 2):
                 self.known |= sheets
         close_workers()
         found = {self.media[medium][c]: self.known[medium, c] for medium, c in wanted}

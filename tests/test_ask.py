@@ -82,7 +82,8 @@ def test_each_steps_tokens_are_those_that_generate_returns(
 ):
     """Also when finished responses are dropped, and when steps are replayed (without a GPU, by
     calling the step again)."""
-    monkeypatch.setattr(rollout, "record", lambda step: step)
+    monkeypatch.setattr(rollout.Decoding, "warm_up", rollout.Decoding.step)
+    monkeypatch.setattr(rollout.Decoding, "record", lambda self: self.step)
     policy.eos_ids = list(range(20, 66))
     (silent,) = rollout.generate(policy, prompts[:1], 6, max_new=30, seeds=[3])
     seen = []
