@@ -10,7 +10,7 @@ from infra.model_folder import load_tokenizer
 
 def step(seconds, reward):
     """A step's figures, all of whose phases take as long."""
-    phases = dict.fromkeys(("step", "rollout", "training", "CPU"), seconds)
+    phases = dict.fromkeys(("step", "rollout", "training"), seconds)
     return phases | {"memory": 2 * seconds, "reward": reward}
 
 
