@@ -1,7 +1,7 @@
 """A peer beside us: the same GRPO steps through TRL's GRPOTrainer and through train.py.
 
     pip install trl==1.16.0 -r experiments/requirements.txt
-    python -m experiments.peer            25 minutes on two cores -> results/peer.json and peer.svg
+    python -m experiments.peer            15 minutes on two cores -> results/peer.json and peer.svg
     python -m experiments.peer --quick    checks that it runs -> out/peer-quick
     python -m experiments.peer --draw     draws the figure again from the JSON file
 
