@@ -1,7 +1,7 @@
 """A peer beside us: the same GRPO steps through TRL's GRPOTrainer and through train.py.
 
     pip install trl==1.16.0 -r experiments/requirements.txt
-    python -m experiments.peer            15 minutes on two cores -> results/peer.json and peer.svg
+    python -m experiments.peer            20 minutes on two cores -> results/peer.json and peer.svg
     python -m experiments.peer --quick    checks that it runs -> out/peer-quick
     python -m experiments.peer --draw     draws the figure again from the JSON file
 
@@ -191,7 +191,7 @@ def compare(name, argv, rows, equal, root):
     argv = [str(x) for x in argv]
     print(f"{name}: {' '.join(argv)}", flush=True)
     outs = {way: root / "runs" / f"{file.stem}-{way}" for way in WAYS}
-    found = {"flags": argv, "steps": {way: [] for way in WAYS}}
+    found = {"flags": argv, "commit": commit(), "steps": {way: [] for way in WAYS}}
     with started(argv, rows, equal, outs) as pipes:
         for i in range(train.parse_args(argv).steps):
             for way in sorted(WAYS, reverse=i % 2 == 1):  # each is first in every other step
@@ -301,7 +301,6 @@ def study(root, results, quick):
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a process",
-        "commit": commit(),
         "values": summary(found),
         "comparisons": found,
     }
