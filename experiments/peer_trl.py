@@ -19,7 +19,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
-from trl.extras.profiling import ProfilingContext
+from trl.extras import profiling
 
 import rewards
 from data import Loader, PromptBuilder, normalize, patchify
@@ -189,7 +189,7 @@ class Turns(TrainerCallback):
     def wait(self):
         self.pipe.recv()
         self.spent.clear()
-        self.began, self.cpu = time.perf_counter(), time.process_time()
+        self.began = time.process_time()
 
     def on_train_begin(self, args, state, control, **_):
         self.wait()
@@ -199,20 +199,22 @@ class Turns(TrainerCallback):
         the rewards; what is left of a step is training."""
         if "reward" not in logs:  # the summary at the end
             return
-        step = time.perf_counter() - self.began
+        step = time.process_time() - self.began
         spent = {name.split(".", 1)[1]: took for name, took in self.spent.items()}
         trained = step - spent["_prepare_inputs"]
         rollout = spent["transformers.generate"]
-        self.pipe.send(self.figures(step, self.cpu, rollout, trained, float(logs["reward"])))
+        self.pipe.send(self.figures(step, rollout, trained, float(logs["reward"])))
         if state.global_step < state.max_steps:
             self.wait()
 
 
-def run(args, samples, rows, drawn, out, pipe, figures):
+def run(args, samples, rows, drawn, out, pipe, figures, clock):
     """Trains for args.steps, a step for each message, and writes the network to `out`/end.
 
-    drawn: a reward in place of the rules', None for those.  figures: see peer.figures.
+    drawn: a reward in place of the rules', None for those.  figures: see peer.figures.  clock: in
+    place of the module `time`, for TRL's own stopwatches.
     """
+    profiling.time = clock
     folder = local_folder(args.model)
     prompts, family = load_prompts(args, samples, folder)
     net = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -228,7 +230,7 @@ def run(args, samples, rows, drawn, out, pipe, figures):
     def note(context, took):  # what one of TRL's own stopwatches says
         turns.spent[context.name] = turns.spent.get(context.name, 0.0) + took
 
-    ProfilingContext._log_metrics = note
+    profiling.ProfilingContext._log_metrics = note
     trainer = GRPOTrainer(
         model=net,
         reward_funcs=reward_functions(prompts, drawn),
