@@ -568,7 +568,7 @@ def training_phases(policy, s, most, size, shards):
         "head in fp32": s.head_copy,
         # summed over chunks; or of the only one, and as bf16
         "its gradient": head * (2 if most.row_answers / size * s.logits > scored else 1.5),
-        "logits": 5 * scored,
+        "logits": 4.5 * scored,
     }
     growing = {"gradients": (4 - 2 * (s.number == 2)) * trained} if alone else {}
     layer = growing | {
