@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from infra.flash import BlockAttention, flash, flash_masked, make_blocks, to_device
 from infra.model_folder import head_size
 
-CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 28 GB for a 7B in bf16
-LOGITS_PER_CHUNK = 2**27  # fp32 logits computed at a time: 512 MB
+CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 30 GB for a 7B in bf16
+LOGITS_PER_CHUNK = 2**27  # fp32 logits computed at a time: 537 MB
 
 
 def visible(lengths):
@@ -142,8 +142,10 @@ def predictors(lengths):
 class DecodeCache:
     """Keys and values of B prompts, once each, and of the G responses to each prompt.
 
-                    prompt_kv[layer][i]: (n, Hkv, P, d) response_kv[layer]: (B * G, Hkv, max_new, d)
-                    the n prompts of length P
+    prompt_kv[layer][i]   k and v of the n prompts of length P, (n, Hkv, P, d) each
+    response_kv[layer]    k and v of all responses, (B * G, Hkv, slots, d) each; slots: max_new,
+                          rounded up to a multiple of 8
+
                                                           /  o_1  [ k k k . . ]
         prompt 0    [ k k k k k k k ]  <-- is read by ---+   o_2  [ k k k . . ]
                                                           /  o_1  [ k k k . . ]

@@ -11,7 +11,7 @@ the other:
     shared prefill   the prompt is prefilled once, not G times      (rollout.prefill)
     shared decode    G rows read one copy of the prompt's K and V   (attention.DecodeCache)
     packed rows      [prompt | o_1 ... o_G] in log-prob passes      (attention.PackedRow)
-    CUDA graph       decode steps are replayed, on a GPU            (rollout.record)
+    CUDA graph       decode steps are replayed, on a GPU            (rollout.Decoding.record)
     embedding cache  embeddings from disk, with a frozen tower      (infra.embedding_cache)
     N ranks          the row is sharded across torchrun's ranks     (mrsp.ShardedRow)
 

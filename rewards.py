@@ -10,7 +10,8 @@
     normalize_answer         what an answer says: the form in which rewards, votes and evaluation
                              compare answers
 
-Pure functions of strings: every response gets a number in range, never an exception.
+Pure functions of strings, but for `accuracies` with a judge: every response gets a number in range,
+never an exception.
 
 A reward of your own, without a change here: --reward my_file.py:score (infra/reward_file.py).
 To add one here: write a function of the response, like format_reward (it may be negative). In
@@ -93,7 +94,7 @@ def grade(answer, sample):
         OCR              1 - word error rate
         free-form        by words and signs (free_form)
         grounding        the overlap of the two time spans (temporal_iou)
-    Numbers have no unit and no %.
+    A unit or a % after a number is ignored.
     """
     target = normalize_answer(sample.answer, sample)
     if answer is None or target is None:

@@ -1,4 +1,4 @@
-"""Trains a Qwen-VL policy on videos, images and text: sft, or rewards only (grpo, tgrpo).
+"""Trains a Qwen-VL policy on videos, images and text: by imitation (sft) or rewards (grpo, tgrpo).
 
     python train.py                                       a toy world, a cold start, then GRPO
     torchrun --nproc_per_node 8 train.py --algo grpo      the same on 8 processes (nccl, or gloo)
@@ -121,8 +121,8 @@ def grpo_step(run, prompts, step):
     if args.drop_zero_std:  # DAPO
         kept = kept[teaching][: args.prompts]
     trained = [groups[b] for b in kept.tolist()]
+    std = update_moving_std(run, trained, reward[kept], bonus[kept])  # None but for --norm ema
     # again, because --norm batch and ema divide by a std over the groups that are kept
-    std = moving_std(run, trained, reward[kept], bonus[kept])
     A = advantages(reward[kept], bonus[kept], args, std)  # (R - mean R) / std R
 
     totals, updates = [], []
@@ -288,8 +288,8 @@ def score_group(position, group, texts, judged, shuffled, args):
 def advantages(reward, bonus, args, std=None):
     """Rewards and T-GRPO's bonuses (B, G) -> advantages (B, G).
 
-    std (B,): of --norm ema. Without it they are not divided, which tells as well which groups have
-    one.
+    std (B,): for --norm ema only. Where it is missing, ema does not divide: enough to see which
+    groups have an advantage.
     """
     norm = "none" if args.norm == "ema" and std is None else args.norm
     if args.temporal == "advantage":
@@ -297,7 +297,7 @@ def advantages(reward, bonus, args, std=None):
     return grpo.group_advantages(reward + bonus, norm, std=std)
 
 
-def moving_std(run, groups, reward, bonus):
+def update_moving_std(run, groups, reward, bonus):
     """The std of each group's problem type (B,), for --norm ema; None for another norm.
 
     Moves run.moments on by the rewards (B, G) of a step, which are the same on all ranks.
@@ -325,7 +325,8 @@ def response_weights(group, args):
 
 def has_gradient(group, A, args):
     """Whether a group has a gradient: from its advantages A (G,), or from the KL penalty."""
-    return bool(response_weights(group, args).any()) and bool(args.beta or A.any())
+    weights = response_weights(group, args)
+    return bool(weights.any()) and bool(args.beta or (weights * A).any())
 
 
 def minibatches(groups, A, args):
