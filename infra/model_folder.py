@@ -135,13 +135,15 @@ def download(name):
 
 
 def weight_files(folder):
-    """The safetensors files that a model folder's index names; without one, those that it holds.
+    """The files of a folder's weights, as transformers and peft find them: model.safetensors, or of
+    an adapter adapter_model.safetensors; else those that its index names; else none.
 
     Raises ModelError: an index that cannot be read.
     """
-    index = Path(folder) / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(Path(folder).glob("*.safetensors"))
+    name = f"{'adapter_' if config_file(folder).name == ADAPTER else ''}model.safetensors"
+    whole, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
+    if whole.exists() or not index.exists():
+        return [whole] if whole.exists() else []
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({index.with_name(name) for name in names})
@@ -317,7 +319,8 @@ def check_files(folder):
                 f"{folder}: cannot be loaded: its index names {file.name}, which is not there"
             )
     index = folder / "model.safetensors.index.json"
-    if index.exists() and not isinstance(read_object(index).get("metadata"), dict):
+    used = index.exists() and not (folder / "model.safetensors").exists()
+    if used and not isinstance(read_object(index).get("metadata"), dict):
         raise ModelError(
             f"{index}: no object 'metadata', which transformers expects beside 'weight_map'"
         )

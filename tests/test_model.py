@@ -333,6 +333,15 @@ def test_entropy_and_temperature(policy, prompts):
     torch.testing.assert_close(logp[0, 0], -entropy[0, 0], atol=1e-3, rtol=0)
 
 
+def test_one_file_of_weights_goes_before_an_index(tmp_path, world):
+    """As in transformers: an index beside model.safetensors, of an older checkpoint, is not read."""
+    shutil.copytree(world / "model", tmp_path / "both")
+    index = tmp_path / "both" / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {"x": "gone.safetensors"}}')
+    assert model_folder.weight_files(tmp_path / "both") == [index.with_name("model.safetensors")]
+    model.Policy.load(tmp_path / "both")
+
+
 def test_vision_tokens_are_impossible(policy, prompts):
     for banned in (
         policy.config.video_token_id,
@@ -428,7 +437,7 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         ),
         (
             "model.safetensors.index.json",
-            '{"weight_map": {"a": "model.safetensors"}}',
+            '{"weight_map": {"a": "shard.safetensors"}}',
             "index.json: no object 'metadata'",
         ),
         ("config.json", lambda c: c | {"text_config": 5}, "cannot be loaded"),
@@ -480,6 +489,8 @@ NORM, PROJECTION = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 def test_a_broken_model_folder_is_one_error_that_names_it(tmp_path, world, file, change, message):
     folder = tmp_path / "m"
     shutil.copytree(world / "model", folder)
+    if "index" in file:  # it is read if there is no model.safetensors
+        (folder / "model.safetensors").rename(folder / "shard.safetensors")
     if change is None:
         (folder / file).unlink()
     elif change == "cut":
