@@ -68,7 +68,7 @@ def from_dict(options):
 def letter(answer, texts):
     """The letter of the option whose text, or position from 0, is the answer. Raises DataError."""
     position = texts.index(answer) if answer in texts else answer
-    if not isinstance(position, int) or not 0 <= position < len(texts):
+    if type(position) is not int or not 0 <= position < len(texts):
         expected = ", ".join(map(short_repr, texts))
         raise DataError(f"the answer {short_repr(answer)}, expected one of {expected}")
     return string.ascii_uppercase[position]

@@ -17,7 +17,7 @@ from infra.judge import Judge, Question, endpoint, parse_score
 
 class Server(ThreadingHTTPServer):
     """Replies as `script` says: one entry a request, the last one again and again. An entry is a
-    number or text (the reply), an HTTP status of at least 400, a dict (the whole JSON), or None: it
+    number or text (the reply), an HTTP status of at least 300, a dict (the whole JSON), or None: it
     answers after half a second."""
 
     daemon_threads = True
@@ -42,9 +42,11 @@ class Handler(BaseHTTPRequestHandler):
             reply = reply(body["messages"][0]["content"])
         if reply is None:
             time.sleep(0.5)
-        status = reply if isinstance(reply, int) and reply >= 400 else 200
+        status = reply if isinstance(reply, int) and reply >= 300 else 200
         message = {"choices": [{"message": {"content": str(reply)}}]}
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", self.server.to)
         self.end_headers()
         self.wfile.write(json.dumps(reply if isinstance(reply, dict) else message).encode())
 
@@ -136,7 +138,11 @@ def test_the_cache_needs_no_request_and_survives_a_torn_line(tmp_path, serve):
     [
         (503, 3, "HTTP 503 Service Unavailable"),
         ("0.5 or so", 3, "ValueError: the reply is '0.5 or so', expected one number from 0 to 1"),
-        ({"choices": []}, 3, "IndexError"),
+        (
+            {"choices": []},
+            3,
+            """ValueError: the reply is '{"choices": []}', expected a chat compl""",
+        ),
         (401, 1, 'HTTP 401 Unauthorized: {"choices"'),  # asking again would not help
     ],
 )
@@ -147,6 +153,16 @@ def test_a_judge_that_fails_for_good_stops_the_run_by_name(tmp_path, serve, repl
     start = f"f.json, record 0: the judge {server.url}/v1/chat/completions failed: "
     assert str(error.value).startswith(start + message) and len(server.requests) == tries
     assert not (tmp_path / "judge-0.jsonl").exists()  # no score, so nothing to keep
+
+
+def test_a_redirect_is_not_followed(tmp_path, serve):
+    """It would lose the question, and take the key to another server."""
+    other = serve(1)
+    server = serve(302)
+    server.to = other.url
+    with pytest.raises(DataError, match=r"the judge .* failed: HTTP 302"):
+        judge_of(server, tmp_path)([question()])
+    assert len(server.requests) == 1 and not other.requests
 
 
 def test_where_no_server_is(tmp_path, serve):

@@ -334,7 +334,7 @@ def test_entropy_and_temperature(policy, prompts):
 
 
 def test_one_file_of_weights_goes_before_an_index(tmp_path, world):
-    """As in transformers: an index beside model.safetensors, of an older checkpoint, is not read."""
+    """As in transformers: an old checkpoint's index beside model.safetensors is not read."""
     shutil.copytree(world / "model", tmp_path / "both")
     index = tmp_path / "both" / "model.safetensors.index.json"
     index.write_text('{"metadata": {}, "weight_map": {"x": "gone.safetensors"}}')
