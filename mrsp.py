@@ -407,7 +407,7 @@ def smallest_group(policy, reference, lengths, answers, limit, args, world):
     sizes = [int(args.sp)] if args.sp != "auto" else auto_sizes(world, len(lengths))
     for size in sizes:
         most = most_tokens(lengths, answers, size, args, world)
-        phases = memory(policy, reference, most, size, world if args.fsdp else 1)
+        phases = memory(policy, reference, most, size, world, args.fsdp)
         phase, terms = largest(phases)
         total = sum(terms.values())
         if total < 0.9 * limit:
@@ -486,26 +486,27 @@ class Sizes:
         self.rest = count(policy) - self.layers - self.whole
 
 
-def memory(policy, reference, most, size, shards=1):
+def memory(policy, reference, most, size, world=1, fsdp=False):
     """Estimated bytes of a step on each of `size` ranks that share rows -> {phase: {term: bytes}}.
 
     One phase follows the other, so a step takes what its largest phase takes. That is 0 to 15 %
     above the peak of the step in simulate.py (tests/test_simulate.py, docs/memory.md).
 
-    most: MostTokens.  shards: ranks over which FSDP shards the parameters (infra/fsdp.py).
+    most: MostTokens.  world: all ranks; with fsdp the parameters are sharded over them.
     """
+    shards = world if fsdp else 1
     visual, s = policy.net.model.visual, Sizes(policy, shards)
     total, trained, tower = count(policy), count(policy, trained=True), count(visual)
     frozen = (frozen_bytes(policy) - frozen_bytes(visual)) / shards + frozen_bytes(visual)
     whole = shards == 1
     always = {
         "weights, moments": 12 * trained / shards + frozen,
-        "gradients": 4 * trained * (whole and WORLD > 1),  # DDP's are always there
+        "gradients": 4 * trained * (whole and world > 1),  # DDP's are always there
         "copies in bf16": 2 * trained * (whole and s.number == 2),
         "reference": ((total - tower) / shards + tower) * s.number * (reference is not None),
         "embeddings": most.prompts * policy.visual_width * s.number,
     }
-    phases = training_phases(policy, s, most, size, shards)
+    phases = training_phases(policy, s, most, size, shards, alone=world == 1)
     if most.prefill:
         phases |= rollout_phases(policy, s, most, size, shards)
     for phase, terms in phases.items():
@@ -539,7 +540,7 @@ def rollout_phases(policy, s, most, size, shards):
     }
 
 
-def training_phases(policy, s, most, size, shards):
+def training_phases(policy, s, most, size, shards, alone):
     """What the phases of training take beside what is always there -> {phase: {term: bytes}}.
 
     s: Sizes. FSDP gathers two layers at a time, and what is not a layer for the whole pass. It
@@ -547,8 +548,7 @@ def training_phases(policy, s, most, size, shards):
     A process alone has gradients in its backward pass only; as they come, the bf16 copies go.
     """
     layers, blocks = policy.language_model.layers, policy.net.model.visual.blocks
-    sharded, alone = shards > 1, WORLD == 1
-    L, held = len(layers), most.row / size
+    sharded, L, held = shards > 1, len(layers), most.row / size
     trained, trained_layers = count(policy, trained=True), count(layers, trained=True)
     recomputed = sum(layer.gradient_checkpointing for layer in layers)
     row_kv = 2 * most.row * s.kv  # as gathered, and in blocks

@@ -1033,8 +1033,9 @@ def toy_runs(args, argv):
     if args.algo == "sft":
         return [parse_args([*last, *sft, *argv, "--out", f"{root}/sft"], embedded=True)]
     rl = [*last, "--data", f"{world}/train.json", "--model", f"{root}/sft"]
+    resume = ["--resume"] if (root / "sft").exists() else []
     return [
-        parse_args([*toy_recipe("sft"), *sft, "--out", f"{root}/sft", "--resume"]),
+        parse_args([*toy_recipe("sft"), *sft, "--out", f"{root}/sft", *resume]),
         parse_args([*rl, *argv, "--out", f"{root}/{args.algo}"], embedded=True),
     ]
 

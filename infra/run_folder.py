@@ -111,7 +111,7 @@ def _open_run(args, defaults):
     if checkpoint:
         refuse_changes(out / "config.txt", config, _fixed(args), flag_lines(defaults))
         _refuse_other_base(args, checkpoint)
-    elif args.resume and "--resume" in sys.argv or (out / "log.jsonl").exists():
+    elif args.resume or (out / "log.jsonl").exists():
         say(f"{out}: no checkpoint to resume from, so the run starts from the beginning")
     for folder, reason in damaged:
         aside = folder.with_name(f"{folder.name}.torn")

@@ -465,7 +465,7 @@ def test_the_estimate_of_memory_counts_what_adapters_save(monkeypatch):
     assert backward["gradients"] == backward["copies in bf16"] == 2 * adapters
     assert terms["head in fp32"] == 4 * 152064 * 3584
     assert terms["prompts' K/V"] == 2000 * 28 * 2 * 4 * 128 * 2
-    sharded = mrsp.memory(policy, None, most, 1, shards=4)["decoding"]
+    sharded = mrsp.memory(policy, None, most, 1, world=4, fsdp=True)["decoding"]
     tower = 2 * mrsp.count(net.model.visual)  # frozen: whole on every rank
     rest = 2 * 8_292_166_656 - tower + 12 * adapters
     assert sharded["weights, moments"] == tower + rest / 4 and sharded["gradients"] == 0
