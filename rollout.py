@@ -239,12 +239,12 @@ class Decoding:
         step from here on runs eagerly: a recording that fails would leave torch's random numbers
         and its allocator broken."""
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
             self.step()
-        torch.cuda.set_sync_debug_mode(mode)
-        waits = [w for w in caught if "synchronizing" in str(w.message)]
+            torch.cuda.set_sync_debug_mode(mode)
+        waits = [w for w in caught if "called a synchronizing" in str(w.message)]
         if waits:
             where = f"{Path(waits[0].filename).name}:{waits[0].lineno}"
             say(f"decoding without CUDA graphs: a step waits for the GPU at {where}")
