@@ -14,6 +14,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -29,6 +30,7 @@ TAKEN = """
     clipped ratio entropy_trained mismatch grad_norm updates skipped_updates skipped_update
     trained_groups refills judge_requests judge_fallbacks lr sp skipped_samples tokens_per_second
     peak_memory_gb seconds eval_loss eval_accuracy eval_questions eval_failures eval_by_source
+    reward_std
 """.split()
 
 
@@ -82,13 +84,14 @@ class RewardFile:
         """The function's value. asked: the samples to name if it raises."""
         try:
             return self.function(*args)
-        except Exception as e:  # whatever the user's code raises
+        except (Exception, SystemExit) as e:  # whatever the user's code raises
             records = sorted({s.name for s in asked})
             which = records[0] if len(records) == 1 else f"{records[0]} to {records[-1]}"
             raise DataError(f"{which}: {self.file}:{self.name}{_what(e, self.file)}") from e
 
     def _number(self, x, sample):
-        x = x.item() if hasattr(x, "item") else x  # of numpy or torch
+        with suppress(ValueError, RuntimeError):  # an array of several numbers is no number
+            x = x.item() if hasattr(x, "item") else x  # of numpy or torch
         if not isinstance(x, Real) or not 0 <= x <= 1:  # NaN is neither
             raise DataError(
                 f"{sample.name}: {self.file}:{self.name} returned {x!r:.80}, "
@@ -145,7 +148,7 @@ def _run(file):
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # whatever the user's code raises
+    except (Exception, SystemExit) as e:  # whatever the user's code raises
         raise DataError(f"--reward: {file} cannot be loaded{_what(e, file)}") from e
     return module
 

@@ -29,7 +29,9 @@ def short(responses, samples):
     return np.array([1 / (1 + len(r)) for r in responses])
 
 def odd(response, sample):
-    return {"nan": float("nan"), "high": 1.5, "none": None, "text": "1", "yes": True}[response]
+    pair = np.array([0.5, 0.5])
+    values = {"nan": float("nan"), "high": 1.5, "none": None, "text": "1", "yes": True}
+    return (values | {"pair": pair})[response]
 
 def broken(response, sample):
     return 1 / len(response)
@@ -100,13 +102,14 @@ def test_one_by_one_and_all_at_once(file):
         ("odd", ["yes", "high"], "record 0: F:odd returned 1.5, expected a number from 0 to 1"),
         ("odd", ["none"], "record 0: F:odd returned None, expected"),
         ("odd", ["text"], "record 0: F:odd returned '1', expected"),
-        ("broken", [""], "record 0: F:broken, line 21: ZeroDivisionError: division by zero"),
+        ("odd", ["pair"], "record 0: F:odd returned array([0.5, 0.5]), expected"),
+        ("broken", [""], "record 0: F:broken, line 23: ZeroDivisionError: division by zero"),
         (
             "few",
             ["a", "b"],
             "F:few returned 1, expected a list of 2 numbers, one for each response",
         ),
-        ("fails", ["a", "b"], "record 0: F:fails, line 27: ValueError: no model"),
+        ("fails", ["a", "b"], "record 0: F:fails, line 29: ValueError: no model"),
     ],
 )
 def test_what_is_no_reward_names_record_file_and_function(file, name, responses, message):
@@ -122,6 +125,7 @@ def test_what_is_no_reward_names_record_file_and_function(file, name, responses,
         ("five", "has no function five"),
         ("alone", "alone(response): expected the parameters response, sample"),
         ("reward", "the logs have a reward already; rename the function"),
+        ("reward_std", "the logs have a reward_std already; rename the function"),
         ("score", "there are two functions called score; rename one"),
     ],
 )
@@ -137,6 +141,9 @@ def test_a_file_that_cannot_be_loaded_is_named_with_its_line(tmp_path):
         load_rewards([f"{bad}:f"])
     bad.write_text("x = 1\nimport no_such_module\n")
     with pytest.raises(DataError, match="bad.py cannot be loaded, line 2: ModuleNotFoundError"):
+        load_rewards([f"{bad}:f"])
+    bad.write_text("import sys\nsys.exit()\n")  # not the end of the run, as if it were done
+    with pytest.raises(DataError, match="bad.py cannot be loaded, line 2: SystemExit"):
         load_rewards([f"{bad}:f"])
     bad.write_text("x = (\n")
     with pytest.raises(DataError, match="bad.py cannot be loaded, line 1: SyntaxError"):
