@@ -488,10 +488,11 @@ SETS = {
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 
 
-def published(folder, pattern):
-    """The files that a pattern of DataSet.files stands for; [] without any."""
+def published(folder, pattern, written=None):
+    """The files that a pattern of DataSet.files stands for; [] without any. written: the file that
+    an earlier run wrote, which is not one of them."""
     for part in pattern.split("|"):
-        files = [f for f in folder.glob(f"{part}.*") if f.suffix in SUFFIXES]
+        files = [f for f in folder.glob(f"{part}.*") if f.suffix in SUFFIXES and f != written]
         one_of_each = {f.with_suffix(""): f for f in sorted(files, reverse=True)}
         if files:
             return sorted(one_of_each.values())
@@ -504,8 +505,13 @@ def records_of(file):
         return read_parquet(file)
     if file.suffix != ".txt":
         return read_records(file)
-    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
-    return [(f"{file}, line {i}", lambda line=line: {"line": line}) for i, line in lines]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file}: not UTF-8 ({e})") from e
+    lines = enumerate(text.split("\n"), 1)  # splitlines would end lines at rare characters too
+    found = [(f"{file}, line {i}", line) for i, line in lines if line.strip()]
+    return [(where, lambda line=line: {"line": line}) for where, line in found]
 
 
 def converted(data_set, read, where, file):
@@ -636,7 +642,10 @@ def prepare(name, folder, only_present=False):
     """Writes the records of a set, and prints what it found and what is to be done. Raises
     DataError. only_present: also write those whose media are there."""
     data_set = SETS[name]
-    present = {out: published(folder, files) for out, (files, _) in data_set.files.items()}
+    present = {}
+    for out, (files, _) in data_set.files.items():
+        written = None if data_set.convert is None else folder / out
+        present[out] = published(folder, files, written)
     if not any(present.values()):
         expected = ", ".join(pattern for pattern, _ in data_set.files.values())
         raise DataError(f"{folder}: no records of {name}, expected {expected}; {get(name, folder)}")

@@ -223,6 +223,17 @@ def test_a_set_as_published_becomes_records_whose_gold_answer_scores_1(tmp_path,
     assert sample.about == p.about
     assert rewards.accuracy_reward(f"<answer>{p.answer}</answer>", sample) == 1.0
     assert rewards.accuracy_reward("<answer>A</answer>", sample) == 0.0
+    assert run(name) == printed  # again, beside the file that it wrote
+
+
+def test_lines_of_text_end_at_newlines_only(tmp_path, run):
+    file = tmp_path / "charades_sta_train.txt"
+    file.write_bytes("\ufeffAO8RW 0.0 6.9##a person\x85 turns.\r\n\n".encode())
+    run("charades_sta_train")
+    (sample,) = data.load_samples(tmp_path / "charades_sta_train.json")
+    assert sample.question == "When does this happen: a person\x85 turns?"
+    file.write_bytes("AO8RW 0.0 6.9##in a café.\n".encode("latin-1"))
+    assert "charades_sta_train.txt: not UTF-8" in run("charades_sta_train", fails=True)
 
 
 @pytest.mark.parametrize("name", sorted(GROUNDING))
