@@ -112,7 +112,10 @@ class Judge:
     def _send(self, prompt):
         body = {"model": self.model, "temperature": 0}
         body["messages"] = [{"role": "user", "content": prompt}]
-        key = os.environ.get("OPENAI_API_KEY", "none")  # servers without keys ignore it
+        # servers without keys ignore it; a newline at its end would be an error that shows the key
+        key = os.environ.get("OPENAI_API_KEY", "none").strip()
+        if not key.isascii() or not key.isprintable():
+            raise ValueError("OPENAI_API_KEY is no key: expected printable ASCII")
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         with OPENER.open(request, timeout=self.timeout) as reply:

@@ -165,6 +165,17 @@ def test_a_redirect_is_not_followed(tmp_path, serve):
     assert len(server.requests) == 1 and not other.requests
 
 
+def test_the_key_is_in_no_message(tmp_path, serve, monkeypatch):
+    server = serve(1)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\n")  # as a file holds it
+    assert judge_of(server, tmp_path)([question()]) == [1.0]
+    assert server.requests[0][1]["Authorization"] == "Bearer sk-1"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\nsk-2")
+    with pytest.raises(DataError, match="failed: ValueError: OPENAI_API_KEY is no key") as error:
+        judge_of(server, tmp_path)([question("blue")])
+    assert "sk-" not in str(error.value)
+
+
 def test_where_no_server_is(tmp_path, serve):
     server = serve(1)
     server.shutdown()
