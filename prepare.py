@@ -247,7 +247,7 @@ def charades_sta(record, file):
     start, end = map(float, record["timestamp"])
     asked = f"When does this happen: {record['caption'].strip().rstrip('.')}?"
     path = f"Charades_v1_480/{record['video']}"
-    yield question(None, asked, f"{start:g} to {end:g}", path, kind="grounding")
+    yield question(None, asked, f"{start:.10g} to {end:.10g}", path, kind="grounding")
 
 
 def charades_sta_train(record, file):
