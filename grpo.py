@@ -113,38 +113,21 @@ def grpo_loss(
     ref_logp=None,
     beta=0.0,
     estimator="k3",
-    variant="grpo",
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=0.0,
-    tau_pos=1.0,
-    tau_neg=1.05,
     average="sequence",
     denominator=None,
+    **how,
 ):
     """The policy loss with its KL penalty -> (loss, sums).
 
     logp (N, R): log-probs under pi, with gradient.  old_logp (N, R): under pi_old, which sampled.
     ref_logp (N, R): under the frozen reference, when beta > 0.  advantages (N,).
     mask (N, R): 1 on response tokens, the EOS included.
-    variant, dual_clip, tau_pos, tau_neg: see `policy_objective`.
-    average, denominator: see `average_loss`.
+    average, denominator: see `average_loss`.  how: keywords of `policy_objective`.
     sums: "tokens", and over these tokens "ratio", "clipped" (where a clip acts) and, when beta > 0,
     "kl"; detached.
     """
     mask = mask.to(logp.dtype)
-    ratio, objective, clipped = policy_objective(
-        logp,
-        old_logp,
-        advantages,
-        mask,
-        variant,
-        clip_low,
-        clip_high,
-        dual_clip,
-        tau_pos,
-        tau_neg,
-    )
+    ratio, objective, clipped = policy_objective(logp, old_logp, advantages, mask, **how)
     loss = -torch.where(mask > 0, objective, 0.0)  # (N, R)
     sums = {
         "tokens": mask.sum(),
@@ -164,12 +147,13 @@ def policy_objective(
     old_logp,
     advantages,
     mask,
-    variant,
-    clip_low,
-    clip_high,
-    dual_clip,
-    tau_pos,
-    tau_neg,
+    *,
+    variant="grpo",
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=0.0,
+    tau_pos=1.0,
+    tau_neg=1.05,
 ):
     """What the policy maximises at each token -> (ratio, objective, clipped), each (N, R).
 

@@ -196,20 +196,24 @@ class Policy(nn.Module):
         if prepare:
             prepare(policy)
         read_weights(folder, net, weights, device, changes)
-        end = load_tokenizer(folder).eos_token_id
-        if end is not None and end not in policy.eos_ids:
-            policy.eos_ids.append(end)
-        if not policy.eos_ids:
-            raise ModelError(
-                f"{folder}: neither the generation config nor the tokenizer "
-                "names the token that ends a response"
-            )
-        net.generation_config.eos_token_id = list(policy.eos_ids)
+        policy._add_end_of(load_tokenizer(folder))
         policy.set_grad_checkpointing(grad_checkpointing)
         policy.cuda_graph = cuda_graph and policy.device.type == "cuda"
         if embedding_cache:
             policy.embedding_cache = EmbeddingCache(*embedding_cache, policy.tower_fingerprint())
         return policy.eval()
+
+    def _add_end_of(self, tokenizer):
+        """Adds the tokenizer's end token to those that end a response."""
+        end = tokenizer.eos_token_id
+        if end is not None and end not in self.eos_ids:
+            self.eos_ids.append(end)
+        if not self.eos_ids:
+            raise ModelError(
+                f"{self.folder}: neither the generation config nor the tokenizer "
+                "names the token that ends a response"
+            )
+        self.net.generation_config.eos_token_id = list(self.eos_ids)
 
     def save(self, folder, weights=None):
         """Writes a folder that transformers and vLLM open, tokenizer and processor included.
