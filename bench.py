@@ -68,6 +68,7 @@ STEPS = (  # lines of the table: the name, the way (see all_ways), and the phase
 SHARES = {  # of a measured rate
     "train_utilisation": ("trains", "matrix rate measured (recomputation not counted)"),
     "decode_floor_share": ("decodes", "copy rate measured"),
+    "decode_products_share": ("decodes", "rate of its matrix products alone"),
 }
 PHASES = ("video", "encode", "prefill", "decode", "reference", "train", "optimizer")
 
@@ -216,15 +217,35 @@ def measure(policy, ways, frames, args, folder, tower):
 # ---- figures
 
 
-def rates(device, dtype):
-    """The machine's limits, the best of ten: (FLOP/s of a matrix product, bytes/s of a copy)."""
-    n = 8192 if device.type == "cuda" else 1536
+def limits(policy, G, dtype):
+    """The machine's limits, the best of ten: FLOP/s of a large matrix product, bytes/s of a copy,
+    seconds of the matrix products of one decode step for G responses."""
+    device, cuda = policy.device, policy.device.type == "cuda"
+    n = 8192 if cuda else 1536
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
-    x = torch.zeros(2**30 if device.type == "cuda" else 2**26, device=device, dtype=torch.uint8)
-    product = min(timed(partial(torch.matmul, a, b), device)[1] for _ in range(10))
-    copy = min(timed(x.clone, device)[1] for _ in range(10))
-    return 2 * n**3 / product, 2 * x.numel() / copy
+    x = torch.ones(2**30 if cuda else 2**26, device=device, dtype=torch.uint8)
+    y = torch.zeros_like(x)  # into memory that is there: a new page costs more than its copy
+    linears = [m for m in policy.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    weights = [m.weight.detach().to(dtype) for m in linears] + [policy.lm_head_weight().detach()]
+    rows = [torch.randn(G, w.shape[1], device=device, dtype=w.dtype) for w in weights]
+    measured = {
+        "matrix": partial(torch.matmul, a, b),
+        "copy": partial(y.copy_, x),
+        "products": partial(matrix_products, rows, weights),
+    }
+    best = {name: min(timed(f, device)[1] for _ in range(10)) for name, f in measured.items()}
+    return {
+        "matrix_flops": 2 * n**3 / best["matrix"],
+        "copy_bytes": 2 * x.numel() / best["copy"],
+        "products_seconds": best["products"],
+    }
+
+
+def matrix_products(rows, weights):
+    """Each of the rows (G, inputs) times its matrix (outputs, inputs)."""
+    for x, weight in zip(rows, weights):
+        torch.nn.functional.linear(x, weight)
 
 
 def cost(policy, P, G, R, dtype):
@@ -250,8 +271,8 @@ def cost(policy, P, G, R, dtype):
     return found
 
 
-def figures(policy, args, frames, measured, matrix, copy, dtype):
-    """All numbers of one number of frames. measured: by `measure`; matrix, copy: by `rates`."""
+def figures(policy, args, frames, measured, limit, dtype):
+    """All numbers of one number of frames. measured: by `measure`; limit: by `limits`."""
     P, times, memory, apart = measured
     first = "plain" if "plain" in times else "ours"
     now = {phase: times[first][phase] for phase in PHASES}
@@ -262,9 +283,11 @@ def figures(policy, args, frames, measured, matrix, copy, dtype):
             rows.append({"name": name.format(WORLD), **now})
     plain, ours = times.get("plain"), times["ours"]
     model = cost(policy, P, args.group, args.new, dtype)
+    decode = times.get("graph", ours)["decode"]
     shares = {
-        "train_utilisation": model["ours"][0] / matrix / ours["train"],
-        "decode_floor_share": model["ours"][1] / copy / times.get("graph", ours)["decode"],
+        "train_utilisation": model["ours"][0] / limit["matrix_flops"] / ours["train"],
+        "decode_floor_share": model["ours"][1] / limit["copy_bytes"] / decode,
+        "decode_products_share": (args.new - 1) * limit["products_seconds"] / decode,
     }
     parts = ("training pass", "rollout", "train", "decode")
     return {
@@ -340,7 +363,7 @@ def benchmark(args, device, checks):
     policy.freeze_vision()
     policy.eos_ids = []
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    matrix, copy = rates(device, dtype)
+    limit = limits(policy, args.group, dtype)
     head = {
         "model": args.model,
         "parameters": sum(p.numel() for p in policy.parameters()),
@@ -348,14 +371,14 @@ def benchmark(args, device, checks):
         "ranks": WORLD,
         "torch": torch.__version__,
         "commit": commit(),
-        "matrix_flops": matrix,
-        "copy_bytes": copy,
+        **limit,
         "flags": vars(args),
     }
     say(
         f"{head['model']}: {head['parameters'] / 1e6:.1f} M parameters; {head['machine']}, "
-        f"torch {torch.__version__}: matrix product {matrix / 1e9:.0f} GFLOP/s, "
-        f"copy {copy / 1e9:.1f} GB/s"
+        f"torch {torch.__version__}: matrix product {limit['matrix_flops'] / 1e9:.0f} GFLOP/s, "
+        f"copy {limit['copy_bytes'] / 1e9:.1f} GB/s, "
+        f"a decode step's matrix products {limit['products_seconds'] * 1e3:.1f} ms"
     )
     results, tower = [], Stopwatch(policy.net.model.visual, device)
     with (
@@ -365,7 +388,7 @@ def benchmark(args, device, checks):
         ways = all_ways(cuda, Path(folder))
         for frames in args.frames:
             measured = measure(policy, ways, frames, args, Path(folder), tower)
-            results.append(figures(policy, args, frames, measured, matrix, copy, dtype))
+            results.append(figures(policy, args, frames, measured, limit, dtype))
             say(table(results[-1], args))
             write_figures(args.json, head | {"results": results, **checks})
     close_workers()

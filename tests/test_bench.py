@@ -92,9 +92,12 @@ def test_a_share_of_a_rate_that_cannot_be_is_refused_by_name(share, possible):
         expected={"train": 2.0, "decode": 2.0},
         faster=dict.fromkeys(("training pass", "rollout", "train", "decode"), 2.0),
     )
-    figures |= bench.refuse({"train_utilisation": 0.5, "decode_floor_share": share})
+    figures |= bench.refuse(
+        {"train_utilisation": 0.5, "decode_floor_share": share, "decode_products_share": 0.6}
+    )
     text = bench.table(figures, bench.parse_args([]))
     assert "ours trains at 50% of the matrix rate" in text
+    assert "ours decodes at 60% of the rate of its matrix products alone" in text
     assert (f"decodes at {share:.0%} of the copy rate" in text) == possible
     assert (f"decode_floor_share refused: {share:.0%} of the copy rate" in text) == (not possible)
 
