@@ -283,6 +283,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     args.options = args.options or []
     check_frames(p, args)
+    if 0 < args.temperature < 1e-6:
+        p.error(f"--temperature {args.temperature}: expected 0, or at least 1e-6, at most 100")
     if not args.clip and (args.model or args.options):
         p.error("--model and --options: expected with a video, an image or a folder of frames")
     page = Path(args.page or "x.html")

@@ -44,8 +44,11 @@ def split_spec(spec):
         weight = float(weight) if equals else 1.0
     except ValueError:
         weight = math.nan
-    if not file or not name.isidentifier() or not math.isfinite(weight):
-        raise DataError(f"--reward {spec}: expected FILE.py:FUNCTION or FILE.py:FUNCTION=WEIGHT")
+    if not file or not name.isidentifier() or not abs(weight) <= 1e6:  # NaN is not
+        raise DataError(
+            f"--reward {spec}: expected FILE.py:FUNCTION or FILE.py:FUNCTION=WEIGHT, a weight from "
+            "-1e6 to 1e6"
+        )
     if name in TAKEN:
         raise DataError(f"--reward {spec}: the logs have a {name} already; rename the function")
     return file, name, weight

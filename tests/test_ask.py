@@ -332,6 +332,7 @@ def test_the_toy_answers_if_nothing_is_given(world, call, tmp_path, monkeypatch)
         (["--model", "MEDIA"], "error: --model and --options: expected with a video"),
         (["CLIP", "Q", "--page", "CLIP"], "expected NAME.html"),
         (["CLIP", "Q", "--page", "FOLDER"], "a.html: is a folder, expected a file to write"),
+        (["CLIP", "Q", "--temperature", "1e-45"], "expected 0, or at least 1e-6, at most 100"),
         (["CLIP", "Q", "--frames", "5"], "error: --frames 5: expected at least 2, even"),
         (["CLIP", "Q", "--tts", "--frames", "8"], "expected without --tts"),
     ],

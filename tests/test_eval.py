@@ -689,7 +689,7 @@ def test_a_single_response_is_greedy(m, temperature):
         (["--data", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--frames", "5"], "--frames 5: expected at least 2, even"),
         (["--tts", "--start", "64", "--cap", "32"], "--cap 32: expected at least 64, even"),
-        (["--temperature", "0"], "--temperature 0.0: expected above 0"),
+        (["--temperature", "0"], "--temperature 0.0: expected at least 1e-6"),
         (["--tts", "--comp"], "unrecognized arguments: --comp"),
         (["--compare"], "--compare: expected with --tts"),
         (["--tts", "--frames", "8"], "--frames 8: expected without --tts, which has --start and"),

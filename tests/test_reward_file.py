@@ -83,7 +83,9 @@ def test_a_file_a_function_and_a_weight(spec, parts):
     assert split_spec(spec) == parts
 
 
-@pytest.mark.parametrize("spec", ["score", "a.py", "a.py:", ":f", "a.py:f=", "a.py:f=nan", "a:f g"])
+@pytest.mark.parametrize(
+    "spec", ["score", "a.py", "a.py:", ":f", "a.py:f=", "a.py:f=nan", "a.py:f=1e38", "a:f g"]
+)
 def test_anything_else_is_refused(spec):
     with pytest.raises(DataError, match=f"--reward {re.escape(spec)}: expected FILE.py:FUNCTION"):
         split_spec(spec)
