@@ -1,7 +1,7 @@
 """Data sets and benchmarks, from the files as published to the records that train.py and eval.py
 read (data.py; the recipes of docs/).
 
-    python prepare.py                  lists the sets: what each is, records, size, where it is
+    python prepare.py                  lists the sets (SETS): records, size, what each is, where
     python prepare.py NAME FOLDER      FOLDER holds the files of NAME as `hf download` leaves them
     python prepare.py NAME FOLDER --present     also writes the records whose media are there
 
@@ -17,6 +17,7 @@ answers, captions) are left out, and counted.
 To add a set: a function from one record as published to ours, and a row of SETS.
 """
 
+import argparse
 import glob
 import json
 import shlex
@@ -648,7 +649,10 @@ def prepare(name, folder, only_present=False):
         present[out] = published(folder, files, written)
     if not any(present.values()):
         expected = ", ".join(pattern for pattern, _ in data_set.files.values())
-        raise DataError(f"{folder}: no records of {name}, expected {expected}; {get(name, folder)}")
+        raise DataError(
+            f"{folder}: no records of {name}, expected {expected} with one of the endings "
+            f"{' '.join(SUFFIXES)}; {get(name, folder)}"
+        )
     missing = set()
     for out, files in present.items():
         if files:
@@ -741,17 +745,29 @@ def get(name, folder):
 
 def print_sets():
     """Prints all sets, one a line."""
+    print(f"{'NAME':22} {'records':>8} {'download':>12}  what it is; where its records are")
     for name, data_set in SETS.items():
         numbers = [n for _, n in data_set.files.values()]
         total = f"{sum(numbers):,}" if all(numbers) else "?"
         print(f"{name:22} {total:>8} {data_set.size or '?':>12}  {data_set.about}; {data_set.hub}")
 
 
+def set_name(text):
+    """The name of a set, from the command line."""
+    if text not in SETS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a set, expected one of the {len(SETS)} that `python prepare.py` lists"
+        )
+    return text
+
+
 def main(argv=None):
     """The command line."""
     p = Parser(__doc__)
-    p.add_argument("name", nargs="?", help="a set of the list", choices=SETS, metavar="NAME")
-    p.add_argument("folder", nargs="?", help="the folder with its files as published")
+    p.add_argument("name", nargs="?", help="a set of the list", type=set_name, metavar="NAME")
+    p.add_argument(
+        "folder", nargs="?", help="the folder with its files as published", metavar="FOLDER"
+    )
     p.add_argument(
         "--present",
         action="store_true",
@@ -761,9 +777,11 @@ def main(argv=None):
     if args.name is None:
         print_sets()
         return
-    if args.folder is None or not Path(args.folder).is_dir():
-        folder = args.folder or "FOLDER"
-        p.error(f"{folder}: no such folder, expected that of {args.name}; {get(args.name, folder)}")
+    if args.folder is None:
+        p.error(f"{args.name}: expected FOLDER, which holds its files; {get(args.name, 'FOLDER')}")
+    if not Path(args.folder).is_dir():
+        how = get(args.name, args.folder)
+        p.error(f"{args.folder}: no such folder, expected that of {args.name}; {how}")
     try:
         prepare(args.name, Path(args.folder), args.present)
     except (DataError, OSError) as e:

@@ -161,7 +161,7 @@ class ScoredGroup:
     lengths: list[int]  # (G,) tokens
     truncated: list[bool]  # (G,)
     entropy: list[float]  # (G,) summed over a response's tokens
-    reward: list[float]  # (G,) the weighted sum of its parts, without T-GRPO's bonus
+    reward: list[float]  # (G,) the weighted sum of `parts`, without T-GRPO's bonus
     parts: dict[str, list[float]]  # accuracy, format, length_bonus, those of --reward: (G,) each
     frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
@@ -245,25 +245,28 @@ def rollout_and_reward(run, prompts, step):
         extra = own_rewards(own, texts, samples)  # {name: (G,)} of each group
         local = {}
         for b, (position, _) in enumerate(prompts):
-            judged = {"accuracy": accuracy[b], **extra[b]}
             shuffled = compared.get(position)
-            scored = score_group(position, groups[b], texts[b], judged, shuffled, args)
+            scored = score_group(
+                position, groups[b], texts[b], accuracy[b], extra[b], shuffled, args
+            )
             local[position] = LocalGroup(groups[b], visual_embeds[b], texts[b], scored)
         everywhere = gather([x.scored for x in local.values()], every=policy.sp.size)
         return local, sorted(sum(everywhere, []), key=lambda g: g.position)
 
 
-def score_group(position, group, texts, judged, shuffled, args):
-    """The rewards of a group's responses -> ScoredGroup. judged: accuracy and those of --reward."""
+def score_group(position, group, texts, accuracy, extra, shuffled, args):
+    """The rewards of a group's responses -> ScoredGroup.
+
+    texts, accuracy: (G,) each.  extra: {name: (G,)}, the rewards of --reward.
+    """
     frames, pixels = group.prompt.frames_x_pixels
     lengths = [len(r) for r in group.responses]
-    accuracy = judged["accuracy"]
     rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
     parts = {
         "accuracy": accuracy,
         "format": [format_reward(text) for text in texts],
         "length_bonus": [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)],
-        **judged,
+        **extra,
     }
     # the size of the length bonus is --len_bonus
     weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
@@ -300,7 +303,9 @@ def advantages(reward, bonus, args, std=None):
 def update_moving_std(run, groups, reward, bonus):
     """The std of each group's problem type (B,), for --norm ema; None for another norm.
 
-    Moves run.moments on by the rewards (B, G) of a step, which are the same on all ranks.
+    Moves run.moments on by the rewards (B, G) of a step, which are the same on all ranks. They are
+    those of the groups that are trained on: --drop_zero_std leaves the others out, as in the
+    release of OneThinker.
     """
     if run.args.norm != "ema":
         return None
@@ -961,7 +966,8 @@ def loss_flags(p):
     g.value("tau_neg", 1.05, "sapo: the same where A <= 0", tau)
     dual = "bound the loss where A < 0 and rho is above this; usual: 3, off: 0"
     g.value("dual_clip", 0.0, dual, "at least 0, at most 1e6")
-    g.switch("drop_zero_std", "leave groups without an advantage out of the batch and its averages")
+    drop = "leave groups without an advantage out of the batch: its averages, and the std of --norm"
+    g.switch("drop_zero_std", drop)
     g.value("refill", 0, "with --drop_zero_std: extra draws, until --prompts groups are left")
     g.switch("mask_truncated", "leave truncated responses out of the loss")
 

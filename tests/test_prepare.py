@@ -442,16 +442,25 @@ def test_what_is_wrong_with_a_record_is_said(tmp_path, name, change, message):
 
 def test_a_folder_without_the_files_of_the_set(tmp_path, run):
     printed = run("video_mme", fails=True)
-    assert f"error: {tmp_path}: no records of video_mme, expected videomme/test-*" in printed
+    expected = f"error: {tmp_path}: no records of video_mme, expected videomme/test-* with one of "
+    assert f"{expected}the endings .json .jsonl .parquet .txt; to get them: hf download" in printed
     assert f"--local-dir {tmp_path} --include 'videomme/test-*'" in printed
     assert "they are at https://github.com/Ziyang412/Video-RTS" in run("video_rts", fails=True)
     assert "expected that of video_mme" in run("video_mme", tmp_path / "none", fails=True)
-    assert "invalid choice: 'imagenet'" in run("imagenet", fails=True)
+    assert "'imagenet' is not a set, expected one of the 20 that" in run("imagenet", fails=True)
+
+
+def test_a_set_without_a_folder(capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["gsm8k"])
+    expected = "error: gsm8k: expected FOLDER, which holds its files; to get them: hf download "
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_the_list_names_every_set(capsys):
     prepare.main([])
-    lines = capsys.readouterr().out.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["NAME", "records", "download"]
     assert [line.split()[0] for line in lines] == [*prepare.SETS]
     assert "263,071" in lines[0] and "310 GB" in lines[0]
 
