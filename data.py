@@ -182,7 +182,7 @@ def _answer(record, kind, options, where):
     if kind == "multiple choice" and rewards.choice_letter(answer, options) is None:
         expected = ", ".join(map(short_repr, options))
         raise DataError(
-            f"{where}: the answer {short_repr(answer)} is not among the options {expected}"
+            f"{where}: the answer {short_repr(answer)} is not exactly one of the options {expected}"
         )
     if kind in ("numerical", "regression") and rewards.parse_number(answer) is None:
         raise DataError(

@@ -20,6 +20,7 @@ To add a set: a function from one record as published to ours, and a row of SETS
 import argparse
 import glob
 import json
+import os
 import shlex
 import string
 from collections import Counter
@@ -568,10 +569,10 @@ def placed(record, data_set, folder):
     key = "path" if "path" in record else "videos"  # LongVideo-Reason's
     path = record.get(key, "")
     for start, other in data_set.elsewhere.items():
-        if path.startswith(start) and not (folder / path).exists():
-            name = glob.escape(path.removeprefix(start))
-            for file in folder.glob(other + name):
-                return record | {key: file.relative_to(folder).as_posix()}
+        if path.startswith(start) and not os.path.exists(folder / path):
+            pattern = other + glob.escape(path.removeprefix(start))
+            for file in glob.glob(pattern, root_dir=folder, recursive=True):
+                return record | {key: Path(file).as_posix()}
     return record
 
 
@@ -594,7 +595,7 @@ def missing_media(samples, folder):
     paths = sorted({sample.path for sample in samples if sample.path})
     missing = []
     for path in map(Path, paths):
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises for a name that is too long
             inside = path.is_relative_to(root)
             missing.append((path.relative_to(root) if inside else path).as_posix())
     return missing, len(paths)
@@ -675,7 +676,10 @@ def prepare_file(data_set, folder, out, files):
         (out,) = files
     else:
         found, places, left_out, problems = convert(data_set, folder, files)
-        if found and len(problems) == len(found):
+        if not found:
+            names = ", ".join(map(str, files))
+            raise DataError(f"{names}: no question to write, {left_out} records left out")
+        if len(problems) == len(found):
             raise DataError(f"none of the {len(found)} records fits; the first: {problems[0]}")
         write_records(out, found)
     skipped = {}
@@ -708,7 +712,7 @@ def write_present(file):
     skipped = {}
     samples = data.load_samples(file, skipped=skipped)
     records = [read for i, (_, read) in enumerate(read_records(file)) if i not in skipped]
-    there = [not sample.path or Path(sample.path).exists() for sample in samples]
+    there = [not sample.path or os.path.exists(sample.path) for sample in samples]
     found = [read() for read, is_there in zip(records, there) if is_there]
     target = file.with_stem(f"{file.stem}_present")
     write_records(target, found)

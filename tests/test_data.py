@@ -291,7 +291,7 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"solution": None}, "no 'solution'"),
         ({"solution": "<answer></answer>"}, "empty solution"),
         ({"problem_type": "essay"}, "unknown problem type 'essay'"),
-        ({"solution": "<answer>C</answer>"}, "'C' is not among the options"),
+        ({"solution": "<answer>C</answer>"}, "'C' is not exactly one of the options"),
         ({"options": []}, "without options"),
         ({"problem": None}, "no question"),
         ({"path": ""}, "no medium"),

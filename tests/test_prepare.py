@@ -341,6 +341,23 @@ def test_media_that_lie_in_another_folder_than_the_records_say(tmp_path, run):
     assert "1 of 1 media are there" in run("video_mmmu")
 
 
+def test_one_name_that_no_file_can_have_costs_one_medium(tmp_path, run):
+    """A file system refuses to look for a name of 300 letters; the others are still found."""
+    one = PUBLISHED["mvbench"].record
+    names = "1.mp4", "n" * 300 + ".mp4"
+    write(tmp_path, "json/moving_count.json", *(one | {"video": name} for name in names))
+    medium(tmp_path, "video/clevrer/video_validation/1.mp4")
+    medium(tmp_path, "video/data0613/clevrer/video_validation/2.mp4")
+    assert "1 of 2 media are there" in run("mvbench")
+
+
+def test_published_files_without_a_question_are_named(tmp_path, run):
+    write(tmp_path, "validation.json", PUBLISHED["mmvu"].record | {"question_type": "open-ended"})
+    problem = f"error: {tmp_path}/validation.json: no question to write, 1 records left out"
+    assert problem in run("mmvu", fails=True)
+    assert not (tmp_path / "mmvu.json").exists()
+
+
 def test_a_part_of_a_set_whose_media_are_there(tmp_path, capsys):
     """From a file that is read as it is, with a record that cannot be read."""
     one = PUBLISHED["video_r1_260k"].record
