@@ -96,9 +96,8 @@ def _sample(record, position, where, root, stem):
     """A record -> Sample. root: the folder that paths are relative to. stem: the name of the file.
     Raises DataError."""
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: a {type(record).__name__}, expected an object with {records.FIELDS}"
-        )
+        found = short_repr(record)
+        raise DataError(f"{where}: found {found}, expected an object with {records.FIELDS}")
     record = records.from_gsm8k(record)
     name, where = records.name_and_place(record, where)
     question = records.question(record, where)

@@ -522,8 +522,8 @@ def converted(data_set, read, where, file):
     record = read()
     expected = ", ".join(data_set.fields)
     if not isinstance(record, dict):
-        found = type(record).__name__
-        raise DataError(f"{where}: a {found}, expected an object with {expected}")
+        found = short_repr(record)
+        raise DataError(f"{where}: found {found}, expected an object with {expected}")
     for name, kind in data_set.fields.items():
         if not isinstance(record.get(name), kind):
             found = short_repr(record[name]) if name in record else "not there"

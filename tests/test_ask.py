@@ -294,8 +294,10 @@ def test_an_animated_gif_is_a_video_and_a_still_one_an_image(call, tmp_path):
     first.save(tmp_path / "still.GIF")
     printed, end = call(tmp_path / "moves.gif", "Which colour?")
     assert end is None and "\n4 frames of 56 x 56 pixels from 0.0 to 1.5 s" in printed
-    printed, end = call(tmp_path / "still.GIF", "Which colour?")
-    assert end is None and "\nan image of 56 x 56 pixels" in printed
+    first.save(tmp_path / "moves.webp", save_all=True, append_images=others, duration=500)
+    for name in ("still.GIF", "moves.webp"):  # the first picture
+        printed, end = call(tmp_path / name, "Which colour?")
+        assert end is None and "\nan image of 56 x 56 pixels" in printed
     (tmp_path / "broken.gif").write_bytes(b"GIF89a, and no more")
     _, error = call(tmp_path / "broken.gif", "Which colour?")
     assert "broken.gif: cannot be decoded" in error

@@ -612,11 +612,11 @@ def test_records_that_went_wrong(tmp_path):
         ("a.json", "[" * 100000, "not JSON"),
         ("a.json", "{}", "expected a list"),
         ("a.json", "[]", "no usable record"),
-        ("a.json", "[3]", "record 0: a int, expected an object"),
+        ("a.json", "[3]", "record 0: found 3, expected an object"),
         ("a.json", '{"problem": "?"}', "line 1: no medium"),
         ("a.json", '{"data": [\n{},\n{}\n]}', "holds one JSON dict, expected a list of objects"),
         ("a.json", '{\n"data": [', "line 1: not JSON.* expected a list of objects"),
-        ("a.jsonl", "[]\n[]", "line 1: a list, expected an object"),
+        ("a.jsonl", "[]\n[]", r"line 1: found \[\], expected an object"),
         ("a.jsonl", "problem,solution", "line 1: not JSON"),
     ],
 )
