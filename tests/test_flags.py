@@ -6,6 +6,7 @@ import torch
 import eval
 import grpo
 import rollout
+import simulate
 import train
 from infra.flags import Parser, by_name, flag_lines, refuse_changes, renamed
 
@@ -224,3 +225,16 @@ def test_within_their_ranges_the_flags_of_the_loss_give_finite_numbers():
     for value in RANGES["temperature"]:
         token, logp, entropy = rollout.sample(100 * old, torch.rand(4), value, 1.0)
         assert logp.isfinite().all() and entropy.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "flag, value, expected",
+    [
+        *[("memory", value, "expected at least one GPU with memory") for value in ("nan", "inf")],
+        *[("write", value, "expected a file, in a folder that exists") for value in (".", "no/x")],
+    ],
+)
+def test_the_simulation_refuses_before_it_simulates(flag, value, expected, capsys):
+    with pytest.raises(SystemExit):
+        simulate.parse_args([f"--{flag}", value])
+    assert expected in capsys.readouterr().err
