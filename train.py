@@ -826,8 +826,8 @@ def parse_args(argv=None, embedded=False):
     g.value("prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
     g.value("group", 8, "G, responses to a prompt", "at least 2")
     g.value("max_new", 768, "tokens of a response, at most", "at least 1")
-    warm = "at least 1e-6, at most 100"  # less, and logits / temperature overflow
-    g.value("temperature", 1.0, "of sampling and of the trained log-probs", warm)
+    within = "at least 1e-6, at most 100"  # below, logits / temperature overflow in fp32
+    g.value("temperature", 1.0, "of sampling and of the trained log-probs", within)
     g.value("top_p", 1.0, "nucleus; below 1 the gradient is biased", "above 0, at most 1")
     g.value("minibatches", 1, "optimizer steps on the groups of one rollout", "at least 1")
     g.value("row_tokens", 16384, "tokens of a packed row; a longer group gets one", "at least 1")
@@ -902,8 +902,8 @@ def reward_flags(p):
         "a judge that fails for good stops the run, or rules grade instead, counted in the log",
         choices=("stop", "rules"),
     )
-    seconds_of = "seconds of a request to the judge"
-    g.value("judge_timeout", 60.0, seconds_of, "above 0, at most 86400")
+    timeout = "seconds of a request to the judge"
+    g.value("judge_timeout", 60.0, timeout, "above 0, at most 86400")
 
 
 def temporal_flags(p):
