@@ -12,7 +12,7 @@
 
 On a terminal, every answer is followed by a prompt for the next question. Ctrl-C stops an answer;
 /quit, ctrl-D or ctrl-C at the prompt ends. Instead of a video, an image or a folder of frames will
-do. All questions share its visual embeddings.
+do. An animated GIF is a video, a still one an image. All questions share its visual embeddings.
 """
 
 import re
@@ -23,6 +23,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+from PIL import Image
 from transformers.utils import logging as hf_logging
 
 import report
@@ -55,7 +56,7 @@ def make_sample(args, number, question, options, answer=""):
     if len(options) == 1:
         raise DataError(f"{where}: one option, {options[0]!r}, expected none, or two or more")
     clip, segment = Path(args.clip), None
-    image = clip.suffix.lower() in PICTURES and not clip.is_dir()
+    image = is_image(clip)
     if args.times:
         segment = records.segment({"start": args.times[0], "end": args.times[1]}, "--times")
     if args.times and image:
@@ -72,6 +73,18 @@ def make_sample(args, number, question, options, answer=""):
         segment=segment,
         where=where,
     )
+
+
+def is_image(clip):
+    """Whether a file is an image rather than a video: by its name, a GIF by its number of
+    frames."""
+    if clip.suffix.lower() != ".gif" or not clip.is_file():
+        return clip.suffix.lower() in PICTURES and not clip.is_dir()
+    try:
+        with Image.open(clip) as gif:
+            return gif.n_frames == 1
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False  # broken: the reader of videos says how
 
 
 def questions(args, terminal):
@@ -91,11 +104,13 @@ def questions(args, terminal):
         if terminal:
             print()
         try:
-            text = input("> " if terminal else "").strip()
+            text = input("> " if terminal else "").lstrip("\ufeff").strip()
         except EOFError:
             return
         if text == "/quit":
             return
+        if not text:  # a blank line
+            continue
         question, *options = [part.strip() for part in text.split("|")]
         if not terminal:
             print(f"\n{question}")
@@ -268,11 +283,15 @@ def parse_args(argv):
     args = p.parse_args(argv)
     args.options = args.options or []
     check_frames(p, args)
+    if 0 < args.temperature < 1e-6:
+        p.error(f"--temperature {args.temperature}: expected 0, or at least 1e-6, at most 100")
     if not args.clip and (args.model or args.options):
         p.error("--model and --options: expected with a video, an image or a folder of frames")
     page = Path(args.page or "x.html")
     if page.suffix != ".html" or not page.absolute().parent.is_dir():
         p.error(f"--page {page}: expected NAME.html, in a folder that exists")
+    if page.is_dir() and args.page:
+        p.error(f"--page {page}: is a folder, expected a file to write")
     return args
 
 

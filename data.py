@@ -96,9 +96,8 @@ def _sample(record, position, where, root, stem):
     """A record -> Sample. root: the folder that paths are relative to. stem: the name of the file.
     Raises DataError."""
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: a {type(record).__name__}, expected an object with {records.FIELDS}"
-        )
+        found = short_repr(record)
+        raise DataError(f"{where}: found {found}, expected an object with {records.FIELDS}")
     record = records.from_gsm8k(record)
     name, where = records.name_and_place(record, where)
     question = records.question(record, where)
@@ -182,7 +181,7 @@ def _answer(record, kind, options, where):
     if kind == "multiple choice" and rewards.choice_letter(answer, options) is None:
         expected = ", ".join(map(short_repr, options))
         raise DataError(
-            f"{where}: the answer {short_repr(answer)} is not among the options {expected}"
+            f"{where}: the answer {short_repr(answer)} is not exactly one of the options {expected}"
         )
     if kind in ("numerical", "regression") and rewards.parse_number(answer) is None:
         raise DataError(

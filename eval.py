@@ -492,9 +492,8 @@ def parse_args(argv=None):
     g.value(
         "batch", 32, "questions that are sampled together; fewer need less memory", "at least 1"
     )
-    g.value(
-        "temperature", 1.0, "of the m responses; a single one is greedy", "above 0, at most 100"
-    )
+    within = "at least 1e-6, at most 100"  # below, logits / temperature overflow in fp32
+    g.value("temperature", 1.0, "of the m responses; a single one is greedy", within)
     g.switch(
         "compare",
         "with --tts: also a greedy answer and a vote of --m responses at each number of frames, "

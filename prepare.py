@@ -1,7 +1,7 @@
 """Data sets and benchmarks, from the files as published to the records that train.py and eval.py
 read (data.py; the recipes of docs/).
 
-    python prepare.py                  lists the sets: what each is, records, size, where it is
+    python prepare.py                  lists the sets (SETS): records, size, what each is, where
     python prepare.py NAME FOLDER      FOLDER holds the files of NAME as `hf download` leaves them
     python prepare.py NAME FOLDER --present     also writes the records whose media are there
 
@@ -17,8 +17,10 @@ answers, captions) are left out, and counted.
 To add a set: a function from one record as published to ours, and a row of SETS.
 """
 
+import argparse
 import glob
 import json
+import os
 import shlex
 import string
 from collections import Counter
@@ -520,8 +522,8 @@ def converted(data_set, read, where, file):
     record = read()
     expected = ", ".join(data_set.fields)
     if not isinstance(record, dict):
-        found = type(record).__name__
-        raise DataError(f"{where}: a {found}, expected an object with {expected}")
+        found = short_repr(record)
+        raise DataError(f"{where}: found {found}, expected an object with {expected}")
     for name, kind in data_set.fields.items():
         if not isinstance(record.get(name), kind):
             found = short_repr(record[name]) if name in record else "not there"
@@ -567,10 +569,10 @@ def placed(record, data_set, folder):
     key = "path" if "path" in record else "videos"  # LongVideo-Reason's
     path = record.get(key, "")
     for start, other in data_set.elsewhere.items():
-        if path.startswith(start) and not (folder / path).exists():
-            name = glob.escape(path.removeprefix(start))
-            for file in folder.glob(other + name):
-                return record | {key: file.relative_to(folder).as_posix()}
+        if path.startswith(start) and not os.path.exists(folder / path):
+            pattern = other + glob.escape(path.removeprefix(start))
+            for file in glob.glob(pattern, root_dir=folder, recursive=True):
+                return record | {key: Path(file).as_posix()}
     return record
 
 
@@ -593,7 +595,7 @@ def missing_media(samples, folder):
     paths = sorted({sample.path for sample in samples if sample.path})
     missing = []
     for path in map(Path, paths):
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises for a name that is too long
             inside = path.is_relative_to(root)
             missing.append((path.relative_to(root) if inside else path).as_posix())
     return missing, len(paths)
@@ -648,7 +650,10 @@ def prepare(name, folder, only_present=False):
         present[out] = published(folder, files, written)
     if not any(present.values()):
         expected = ", ".join(pattern for pattern, _ in data_set.files.values())
-        raise DataError(f"{folder}: no records of {name}, expected {expected}; {get(name, folder)}")
+        raise DataError(
+            f"{folder}: no records of {name}, expected {expected} with one of the endings "
+            f"{' '.join(SUFFIXES)}; {get(name, folder)}"
+        )
     missing = set()
     for out, files in present.items():
         if files:
@@ -671,7 +676,10 @@ def prepare_file(data_set, folder, out, files):
         (out,) = files
     else:
         found, places, left_out, problems = convert(data_set, folder, files)
-        if found and len(problems) == len(found):
+        if not found:
+            names = ", ".join(map(str, files))
+            raise DataError(f"{names}: no question to write, {left_out} records left out")
+        if len(problems) == len(found):
             raise DataError(f"none of the {len(found)} records fits; the first: {problems[0]}")
         write_records(out, found)
     skipped = {}
@@ -704,7 +712,7 @@ def write_present(file):
     skipped = {}
     samples = data.load_samples(file, skipped=skipped)
     records = [read for i, (_, read) in enumerate(read_records(file)) if i not in skipped]
-    there = [not sample.path or Path(sample.path).exists() for sample in samples]
+    there = [not sample.path or os.path.exists(sample.path) for sample in samples]
     found = [read() for read, is_there in zip(records, there) if is_there]
     target = file.with_stem(f"{file.stem}_present")
     write_records(target, found)
@@ -741,17 +749,29 @@ def get(name, folder):
 
 def print_sets():
     """Prints all sets, one a line."""
+    print(f"{'NAME':22} {'records':>8} {'download':>12}  what it is; where its records are")
     for name, data_set in SETS.items():
         numbers = [n for _, n in data_set.files.values()]
         total = f"{sum(numbers):,}" if all(numbers) else "?"
         print(f"{name:22} {total:>8} {data_set.size or '?':>12}  {data_set.about}; {data_set.hub}")
 
 
+def set_name(text):
+    """The name of a set, from the command line."""
+    if text not in SETS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a set, expected one of the {len(SETS)} that `python prepare.py` lists"
+        )
+    return text
+
+
 def main(argv=None):
     """The command line."""
     p = Parser(__doc__)
-    p.add_argument("name", nargs="?", help="a set of the list", choices=SETS, metavar="NAME")
-    p.add_argument("folder", nargs="?", help="the folder with its files as published")
+    p.add_argument("name", nargs="?", help="a set of the list", type=set_name, metavar="NAME")
+    p.add_argument(
+        "folder", nargs="?", help="the folder with its files as published", metavar="FOLDER"
+    )
     p.add_argument(
         "--present",
         action="store_true",
@@ -761,9 +781,11 @@ def main(argv=None):
     if args.name is None:
         print_sets()
         return
-    if args.folder is None or not Path(args.folder).is_dir():
-        folder = args.folder or "FOLDER"
-        p.error(f"{folder}: no such folder, expected that of {args.name}; {get(args.name, folder)}")
+    if args.folder is None:
+        p.error(f"{args.name}: expected FOLDER, which holds its files; {get(args.name, 'FOLDER')}")
+    if not Path(args.folder).is_dir():
+        how = get(args.name, args.folder)
+        p.error(f"{args.folder}: no such folder, expected that of {args.name}; {how}")
     try:
         prepare(args.name, Path(args.folder), args.present)
     except (DataError, OSError) as e:

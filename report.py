@@ -660,8 +660,8 @@ def main(argv=None):
     parser.add_argument("--watch", action="store_true", help="redraw it while the run goes on")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between (default: 10)")
     args = parser.parse_args(argv)
-    if not 0.1 <= args.every < math.inf:
-        parser.error(f"--every {args.every:g}: expected at least 0.1 seconds")
+    if not 0.1 <= args.every <= 86400:
+        parser.error(f"--every {args.every:g}: expected seconds, at least 0.1, at most 86400")
     run = Path(args.run)
     out = Path(args.out or run / "report.html")
 

@@ -92,8 +92,10 @@ def parse_args(argv):
     p.add_argument("--size", help="pixels, HEIGHTxWIDTH (default: 16:9 within --max_pixels)")
     p.add_argument("--write", help="file for all figures, as JSON")
     own, flags = p.parse_known_args(argv)
-    if own.gpus < 1 or own.memory <= 0:
+    if own.gpus < 1 or not 0 < own.memory < math.inf:
         p.error(f"--gpus {own.gpus} --memory {own.memory}: expected at least one GPU with memory")
+    if own.write and (Path(own.write).is_dir() or not Path(own.write).absolute().parent.is_dir()):
+        p.error(f"--write {own.write}: expected a file, in a folder that exists")
     return own, flags
 
 

@@ -161,7 +161,7 @@ class ScoredGroup:
     lengths: list[int]  # (G,) tokens
     truncated: list[bool]  # (G,)
     entropy: list[float]  # (G,) summed over a response's tokens
-    reward: list[float]  # (G,) the weighted sum of its parts, without T-GRPO's bonus
+    reward: list[float]  # (G,) the weighted sum of `parts`, without T-GRPO's bonus
     parts: dict[str, list[float]]  # accuracy, format, length_bonus, those of --reward: (G,) each
     frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
@@ -245,25 +245,28 @@ def rollout_and_reward(run, prompts, step):
         extra = own_rewards(own, texts, samples)  # {name: (G,)} of each group
         local = {}
         for b, (position, _) in enumerate(prompts):
-            judged = {"accuracy": accuracy[b], **extra[b]}
             shuffled = compared.get(position)
-            scored = score_group(position, groups[b], texts[b], judged, shuffled, args)
+            scored = score_group(
+                position, groups[b], texts[b], accuracy[b], extra[b], shuffled, args
+            )
             local[position] = LocalGroup(groups[b], visual_embeds[b], texts[b], scored)
         everywhere = gather([x.scored for x in local.values()], every=policy.sp.size)
         return local, sorted(sum(everywhere, []), key=lambda g: g.position)
 
 
-def score_group(position, group, texts, judged, shuffled, args):
-    """The rewards of a group's responses -> ScoredGroup. judged: accuracy and those of --reward."""
+def score_group(position, group, texts, accuracy, extra, shuffled, args):
+    """The rewards of a group's responses -> ScoredGroup.
+
+    texts, accuracy: (G,) each.  extra: {name: (G,)}, the rewards of --reward.
+    """
     frames, pixels = group.prompt.frames_x_pixels
     lengths = [len(r) for r in group.responses]
-    accuracy = judged["accuracy"]
     rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
     parts = {
         "accuracy": accuracy,
         "format": [format_reward(text) for text in texts],
         "length_bonus": [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)],
-        **judged,
+        **extra,
     }
     # the size of the length bonus is --len_bonus
     weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
@@ -300,7 +303,9 @@ def advantages(reward, bonus, args, std=None):
 def update_moving_std(run, groups, reward, bonus):
     """The std of each group's problem type (B,), for --norm ema; None for another norm.
 
-    Moves run.moments on by the rewards (B, G) of a step, which are the same on all ranks.
+    Moves run.moments on by the rewards (B, G) of a step, which are the same on all ranks. They are
+    those of the groups that are trained on: --drop_zero_std leaves the others out, as in the
+    release of OneThinker.
     """
     if run.args.norm != "ema":
         return None
@@ -821,7 +826,8 @@ def parse_args(argv=None, embedded=False):
     g.value("prompts", 8, "prompts of a step, over all ranks (sft: examples)", "at least 1")
     g.value("group", 8, "G, responses to a prompt", "at least 2")
     g.value("max_new", 768, "tokens of a response, at most", "at least 1")
-    g.value("temperature", 1.0, "of sampling and of the trained log-probs", "above 0, at most 100")
+    within = "at least 1e-6, at most 100"  # below, logits / temperature overflow in fp32
+    g.value("temperature", 1.0, "of sampling and of the trained log-probs", within)
     g.value("top_p", 1.0, "nucleus; below 1 the gradient is biased", "above 0, at most 1")
     g.value("minibatches", 1, "optimizer steps on the groups of one rollout", "at least 1")
     g.value("row_tokens", 16384, "tokens of a packed row; a longer group gets one", "at least 1")
@@ -834,15 +840,16 @@ def parse_args(argv=None, embedded=False):
     g.value("schedule", "constant", "after the warm-up", choices=("constant", "cosine"))
     g.value("warmup", 0, "steps of linear warm-up")
     g.value("beta2", 0.999, "AdamW's beta2 (beta1 is 0.9)", "at least 0, below 1")
-    g.value("weight_decay", 0.01, "of matrices")
-    g.value("clip_grad", 1.0, "largest gradient norm", "above 0")
+    g.value("weight_decay", 0.01, "of matrices", "at least 0, at most 100")
+    g.value("clip_grad", 1.0, "largest gradient norm", "at least 1e-6")
     g.switch("train_vision", "train the vision tower too; it is frozen otherwise")
     g.value(
         "lora",
         0,
         "train only adapters of this rank (lora.py), with about 10 times the --lr; 0: off",
     )
-    g.value("lora_alpha", 0, "the adapters' output is multiplied by this / rank; 0: 2 * rank")
+    alpha = "the adapters' output is multiplied by this / rank; 0: 2 * rank"
+    g.value("lora_alpha", 0, alpha, "at least 0, at most 1e6")
     g.value("grad_checkpointing", 1, "recompute every n-th layer in the backward pass; 0: none")
     g.switch("fsdp", "shard weights, gradients and moments over all ranks")
     g = p.section("long videos (mrsp.py)")
@@ -866,9 +873,11 @@ def parse_args(argv=None, embedded=False):
 def reward_flags(p):
     """The flags of the rewards but T-GRPO's."""
     g = p.section("reward = w_accuracy * accuracy + w_format * format + length bonus + --reward")
-    g.value("w_accuracy", 1.0, "weight of the accuracy reward")
-    g.value("w_format", 1.0, "weight of the format reward")
-    g.value("len_bonus", 0.0, "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1")
+    weight = "at least 0, at most 1e6"
+    g.value("w_accuracy", 1.0, "weight of the accuracy reward", weight)
+    g.value("w_format", 1.0, "weight of the format reward", weight)
+    bonus = "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1"
+    g.value("len_bonus", 0.0, bonus, weight)
     g.value("len_lo", 320, "shortest response with the bonus")
     g.value("len_hi", 512, "longest response with the bonus")
     g.value(
@@ -893,7 +902,8 @@ def reward_flags(p):
         "a judge that fails for good stops the run, or rules grade instead, counted in the log",
         choices=("stop", "rules"),
     )
-    g.value("judge_timeout", 60.0, "seconds of a request to the judge", "above 0")
+    timeout = "seconds of a request to the judge"
+    g.value("judge_timeout", 60.0, timeout, "above 0, at most 86400")
 
 
 def temporal_flags(p):
@@ -907,9 +917,13 @@ def temporal_flags(p):
         choices=("reward", "advantage", "contrast"),
     )
     g.value(
-        "alpha", 0.3, "bonus of a right response whose group passes the test; contrast: its maximum"
+        "alpha",
+        0.3,
+        "bonus of a right response whose group passes the test; contrast: its maximum",
+        "at least 0, at most 1e6",
     )
-    g.value("mu", 1.0, "the test passes if p(ordered) >= mu * p(shuffled); contrast has none")
+    test = "the test passes if p(ordered) >= mu * p(shuffled); contrast has none"
+    g.value("mu", 1.0, test, "at least 0, at most 1e6")
     g.value("correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
     g.value(
         "shuffle",
@@ -935,7 +949,8 @@ def loss_flags(p):
         "average token losses per response, over all tokens, or by a constant",
         choices=grpo.AVERAGES,
     )
-    g.value("beta", 0.0, "weight of the KL penalty to the starting model; 0 loads no reference")
+    kl = "weight of the KL penalty to the starting model; 0 loads no reference"
+    g.value("beta", 0.0, kl, "at least 0, at most 1e6")
     g.value("kl", "k3", "estimator of that KL", choices=grpo.KL_ESTIMATORS)
     g.value(
         "variant",
@@ -945,11 +960,14 @@ def loss_flags(p):
         choices=grpo.VARIANTS,
     )
     g.value("clip_low", 0.2, "lower clip, 1 - clip_low (grpo, gspo)", "at least 0, at most 1")
-    g.value("clip_high", 0.2, "upper clip, 1 + clip_high (not sapo)")
-    g.value("tau_pos", 1.0, "sapo: how sharp its soft clip is where A > 0", "above 0")
-    g.value("tau_neg", 1.05, "sapo: the same where A <= 0", "above 0")
-    g.value("dual_clip", 0.0, "bound the loss where A < 0 and rho is above this; usual: 3, off: 0")
-    g.switch("drop_zero_std", "leave groups without an advantage out of the batch and its averages")
+    g.value("clip_high", 0.2, "upper clip, 1 + clip_high (not sapo)", "at least 0, at most 1e6")
+    tau = "at least 1e-6, at most 1e6"  # beyond, 4 / tau or tau (rho - 1) overflows in fp32
+    g.value("tau_pos", 1.0, "sapo: how sharp its soft clip is where A > 0", tau)
+    g.value("tau_neg", 1.05, "sapo: the same where A <= 0", tau)
+    dual = "bound the loss where A < 0 and rho is above this; usual: 3, off: 0"
+    g.value("dual_clip", 0.0, dual, "at least 0, at most 1e6")
+    drop = "leave groups without an advantage out of the batch: its averages, and the std of --norm"
+    g.switch("drop_zero_std", drop)
     g.value("refill", 0, "with --drop_zero_std: extra draws, until --prompts groups are left")
     g.switch("mask_truncated", "leave truncated responses out of the loss")
 

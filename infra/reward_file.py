@@ -6,6 +6,7 @@
 A function whose first parameter is called `responses` has the second form: it gets the responses of
 a step that are on its rank, and the sample of each. response: the text, with <think> and <answer>.
 sample: a data.Sample (question, options, answer, problem_type, path, ...).
+The file may import modules that lie beside it; installed modules and this project's come first.
 """
 
 import importlib.util
@@ -43,8 +44,11 @@ def split_spec(spec):
         weight = float(weight) if equals else 1.0
     except ValueError:
         weight = math.nan
-    if not file or not name.isidentifier() or not math.isfinite(weight):
-        raise DataError(f"--reward {spec}: expected FILE.py:FUNCTION or FILE.py:FUNCTION=WEIGHT")
+    if not file or not name.isidentifier() or not abs(weight) <= 1e6:  # NaN is not
+        raise DataError(
+            f"--reward {spec}: expected FILE.py:FUNCTION or FILE.py:FUNCTION=WEIGHT, a weight from "
+            "-1e6 to 1e6"
+        )
     if name in TAKEN:
         raise DataError(f"--reward {spec}: the logs have a {name} already; rename the function")
     return file, name, weight
@@ -112,14 +116,28 @@ def load_rewards(specs):
         function = getattr(modules[file], name, None)
         if not callable(function):
             raise DataError(f"--reward {spec}: {file} has no function {name}")
-        parameters = list(inspect.signature(function).parameters)
-        if len(parameters) < 2:
-            raise DataError(
-                f"--reward {spec}: {name}({', '.join(parameters)}): expected the parameters "
-                "response, sample (or responses, samples)"
-            )
+        parameters = _parameters(function, spec, name)
         found.append(RewardFile(file, name, function, batched=parameters[0] == "responses"))
     return found
+
+
+def _parameters(function, spec, name):
+    """The names of a function's parameters. Raises DataError unless it can be called with two."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as e:  # of a function that is not written in Python
+        raise DataError(
+            f"--reward {spec}: {name}: its parameters are not known ({e}), expected a function "
+            f"written in Python: def {name}(response, sample)"
+        ) from e
+    try:
+        signature.bind("a response", "a sample")
+    except TypeError as e:
+        raise DataError(
+            f"--reward {spec}: {name}{signature}: expected the parameters response, sample "
+            "(or responses, samples)"
+        ) from e
+    return list(signature.parameters)
 
 
 def own_rewards(functions, texts, samples):
@@ -138,9 +156,12 @@ def own_rewards(functions, texts, samples):
 
 
 def _run(file):
-    """The module of a Python file."""
+    """The module of a Python file. The file's folder stays on sys.path: functions import too."""
     if not Path(file).is_file():
         raise DataError(f"--reward: {file}: no such file")
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
     name = f"reward file {file}"  # of no other module
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None:

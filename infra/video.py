@@ -102,11 +102,18 @@ def read_folder(
     **counts,
 ):
     """A folder of frames, `fps` a second, in the order of the numbers in their names -> Clip.
-    counts: as choose_frames. Raises VideoError: as read_clip, or an ambiguous order."""
+    counts: as choose_frames. Raises VideoError: as read_clip, anything in the folder that is no
+    picture (hidden files are ignored), or an ambiguous order."""
     path = Path(path)
     if not path.is_dir():
         raise VideoError(f"{path}: no such folder of frames")
-    files = [f for f in path.iterdir() if f.suffix.lower() in PICTURES and f.name[0] != "."]
+    files = [f for f in path.iterdir() if f.name[0] != "."]
+    others = sorted(f.name for f in files if f.suffix.lower() not in PICTURES or f.is_dir())
+    if others:
+        raise VideoError(
+            f"{path}: {len(others)} of its {len(files)} entries are not pictures, such as "
+            f"{others[0]!r}; expected a folder of {', '.join(PICTURES)} only"
+        )
     files = _by_number(files, path)
     indices, seconds, available = choose_frames(len(files), fps, segment, **counts)
     size = dict(min_pixels=min_pixels, max_pixels=max_pixels, factor=factor)

@@ -252,8 +252,10 @@ def test_numbers_are_printed_without_an_empty_fraction():
 
 
 def test_questions_on_standard_input(clip, call, tmp_path):
-    """One a line; what cannot be asked does not end the session, but its exit status is 1."""
-    lines = "Where is it? | left | right\n\nWho? | me\nIs it \udcff?\nHow many?\n/quit\nNo\n"
+    """One a line; blank lines are skipped. What cannot be asked does not end the session, but its
+    exit status is 1."""
+    lines = "\ufeffWhere is it? | left | right\r\n \r\n| a | b\nWho? | me\nIs it \udcff?\n\n"
+    lines += "How many?\n/quit\nNo\n"
     printed, errors = call(clip, "--page", tmp_path / "page.html", stdin=lines)
     assert printed.count("visual tokens;") == 2 and "No\n" not in printed
     assert "Where is it?\nA. left  B. right\n" in printed and "\nHow many?\n" in printed
@@ -286,6 +288,21 @@ def test_the_page_holds_the_frames_that_were_shown(world, clip, call, tmp_path):
     assert abs(shown.mean((1, 2)) - frames[4:12].mean((1, 2))).max() < 3  # but for its JPEG
 
 
+def test_an_animated_gif_is_a_video_and_a_still_one_an_image(call, tmp_path):
+    first, *others = [Image.new("RGB", (56, 56), (60 * i, 0, 0)) for i in range(4)]
+    first.save(tmp_path / "moves.gif", save_all=True, append_images=others, duration=500)
+    first.save(tmp_path / "still.GIF")
+    printed, end = call(tmp_path / "moves.gif", "Which colour?")
+    assert end is None and "\n4 frames of 56 x 56 pixels from 0.0 to 1.5 s" in printed
+    first.save(tmp_path / "moves.webp", save_all=True, append_images=others, duration=500)
+    for name in ("still.GIF", "moves.webp"):  # the first picture
+        printed, end = call(tmp_path / name, "Which colour?")
+        assert end is None and "\nan image of 56 x 56 pixels" in printed
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a, and no more")
+    _, error = call(tmp_path / "broken.gif", "Which colour?")
+    assert "broken.gif: cannot be decoded" in error
+
+
 def test_the_toy_answers_if_nothing_is_given(world, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(small=False)[1] == (
@@ -316,14 +333,18 @@ def test_the_toy_answers_if_nothing_is_given(world, call, tmp_path, monkeypatch)
         (["CLIP", "Q", "--model", "nowhere"], "error: nowhere: no such model folder"),
         (["--model", "MEDIA"], "error: --model and --options: expected with a video"),
         (["CLIP", "Q", "--page", "CLIP"], "expected NAME.html"),
+        (["CLIP", "Q", "--page", "FOLDER"], "a.html: is a folder, expected a file to write"),
+        (["CLIP", "Q", "--temperature", "1e-45"], "expected 0, or at least 1e-6, at most 100"),
         (["CLIP", "Q", "--frames", "5"], "error: --frames 5: expected at least 2, even"),
         (["CLIP", "Q", "--tts", "--frames", "8"], "expected without --tts"),
     ],
 )
 def test_errors_are_one_line(world, clip, call, tmp_path, words, message):
     (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "a.html").mkdir()
     image = next((world / "media").glob("*.png"))
     names = dict(CLIP=clip, IMAGE=image, TEXT=tmp_path / "text.mp4", MEDIA=world / "media")
+    names["FOLDER"] = tmp_path / "a.html"
     words = [names.get(word, word) for word in words]
     if "--model" not in words:
         words += ["--model", world / "model", *SMALL]

@@ -1,7 +1,9 @@
-"""Every command on README.md and the pages of docs/ is one that its script accepts."""
+"""Every command on README.md, the pages of docs/ and in the first lines of the recipes is one that
+its script accepts."""
 
 import argparse
 import importlib
+import math
 import re
 import shlex
 import warnings
@@ -15,14 +17,22 @@ import train
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "experiments" / "README.md"]
+RECIPES = sorted(ROOT.glob("configs/*.txt"))
 
 EXAMPLES = {"N": "8", "@configs/NAME.txt": "@configs/video_r1_7b.txt"}  # of what stands for any
 
 
 def commands(page):
     """The commands of a page, each as its words: from blocks of sh, and from `python ...` in a
-    line. Comments are left out."""
-    text = page.read_text().replace("\\\n", " ")
+    line. Comments are left out. Of a recipe: those in its comments."""
+    text = page.read_text()
+    if page.suffix == ".txt":
+        comments = re.findall(r"^# ?(.*)", text, re.M)
+        text = "\n".join(comments)
+        text = re.sub(
+            r"^ *((?:python|torchrun) (?:.*\\\n)*.*)", r"```sh\n\1\n```", text, flags=re.M
+        )
+    text = text.replace("\\\n", " ")
     lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).splitlines()
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     lines += re.findall(r"`((?:python|torchrun|hf) [^`]*)`", prose)
@@ -87,7 +97,7 @@ def at_root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
 def test_commands_are_accepted(page, at_root, monkeypatch, capsys):
     for words in commands(page):
         script, flags = script_and_flags([EXAMPLES.get(word, word) for word in words])
@@ -98,6 +108,37 @@ def test_commands_are_accepted(page, at_root, monkeypatch, capsys):
                 accept(script, flags, patch)
             except SystemExit:
                 pytest.fail(f"{page.name}: {shlex.join(words)}: {capsys.readouterr().err}")
+
+
+def test_the_filter_of_a_recipe_shows_what_its_training_shows(at_root):
+    """Also on the page of the recipe: the same pixels and as many new tokens; and one command."""
+    found = {}
+    for page in [*RECIPES, *PAGES]:
+        for words in commands(page):
+            script, flags = script_and_flags(words)
+            if script == "eval.py" and "--filter" in flags:
+                Path(flags[flags.index("--filter") + 1]).parent.mkdir(parents=True, exist_ok=True)
+                found[page.name] = vars(evaluation.parse_args(flags))
+    recipes = {"longvila_r1_7b.txt": "longvila_r1.md", "video_rts_7b.txt": "video_rts.md"}
+    assert found.keys() == {"longvila_r1_7b.txt", *recipes.values()}
+    for recipe, page in recipes.items():
+        trained = train.parse_args([f"@configs/{recipe}"])
+        for asked in [found[page], found.get(recipe, found[page])]:
+            for name in ("min_pixels", "max_pixels", "image_max_pixels", "max_new"):
+                assert asked[name] == getattr(trained, name), f"{recipe}, {page}: --{name}"
+            for name in ("model", "frames", "m"):
+                assert asked[name] == found[page][name], f"{recipe}, {page}: --{name}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_a_recipe_is_accepted_and_its_products_are_right(recipe, at_root):
+    """Such as "--max_pixels 100352  # 128 * 28 * 28"."""
+    asked = ["--model", "m", "--data", "d", f"@configs/{recipe.name}"]
+    (evaluation if recipe.name == "toy_eval.txt" else train).parse_args(asked)
+    for value, product in re.findall(
+        r"^--\w+ (\d+) +# ((?:\d+ \* )+\d+)", recipe.read_text(), re.M
+    ):
+        assert int(value) == math.prod(map(int, product.split(" * ")))
 
 
 def test_wrong_commands_are_not(at_root, monkeypatch):
@@ -121,6 +162,14 @@ def test_commands_of_a_page_are_found(tmp_path):
         "python train.py --lr 1",
         "hf download a/b --x",
         "python eval.py --tts",
+    ]
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text(
+        "# First:\n#   python eval.py \\\n#       --tts\n# See `python ask.py`.\n--lr 1\n"
+    )
+    assert [" ".join(words) for words in commands(recipe)] == [
+        "python eval.py --tts",
+        "python ask.py",
     ]
 
 

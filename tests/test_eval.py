@@ -639,11 +639,12 @@ def test_a_record_of_a_segment_is_shown_that_segment(tmp_path, world):
         and part.seconds_per_grid == 1.0
         and part.available == 8
     )
+    (tmp_path / "clip").mkdir()
     for i, frame in enumerate(whole.frames):
-        Image.fromarray(frame.numpy().transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+        Image.fromarray(frame.numpy().transpose(1, 2, 0)).save(tmp_path / "clip" / f"{i}.png")
     record = json.loads((world / "train.json").read_text())[0]
     (tmp_path / "r.json").write_text(
-        json.dumps([record | dict(path=str(tmp_path), data_type="frame", fps=2, start=2, end=6.0)])
+        json.dumps([record | dict(path="clip", data_type="frame", fps=2, start=2, end=6.0)])
     )
     (folder,) = data.load_samples(tmp_path / "r.json")
     assert torch.equal(data.load_media(folder, min_pixels=784).frames, whole.frames[4:12])
@@ -688,7 +689,7 @@ def test_a_single_response_is_greedy(m, temperature):
         (["--data", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--frames", "5"], "--frames 5: expected at least 2, even"),
         (["--tts", "--start", "64", "--cap", "32"], "--cap 32: expected at least 64, even"),
-        (["--temperature", "0"], "--temperature 0.0: expected above 0"),
+        (["--temperature", "0"], "--temperature 0.0: expected at least 1e-6"),
         (["--tts", "--comp"], "unrecognized arguments: --comp"),
         (["--compare"], "--compare: expected with --tts"),
         (["--tts", "--frames", "8"], "--frames 8: expected without --tts, which has --start and"),

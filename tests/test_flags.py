@@ -1,8 +1,12 @@
 """Flags: earlier names, flag files, the place of an error, what a resumed run must not change."""
 
 import pytest
+import torch
 
 import eval
+import grpo
+import rollout
+import simulate
 import train
 from infra.flags import Parser, by_name, flag_lines, refuse_changes, renamed
 
@@ -155,3 +159,82 @@ def test_a_folder_of_answers_of_before_is_read_again(tmp_path):
     assert eval.parse_args([f"@{tmp_path}/config.txt"]).tts
     with pytest.raises(SystemExit):
         eval.parse_args([f"@{tmp_path}/config.txt", "--frames", "8"])
+
+
+# Every flag with a fraction: the least and the most that train.py takes. A bound that is not 0 or 1
+# keeps fp32 from overflow, or from a gradient of 0. None: no bound, because a value beyond fp32
+# cannot get into a tensor (a time, a rate, GB), or because the run says what went wrong (lr).
+RANGES = {
+    "fps": (5e-324, None),
+    "decode_timeout": (5e-324, 86400),
+    "temperature": (1e-6, 100),
+    "top_p": (5e-324, 1),
+    "w_accuracy": (0, 1e6),
+    "w_format": (0, 1e6),
+    "len_bonus": (0, 1e6),
+    "judge_timeout": (5e-324, 86400),
+    "alpha": (0, 1e6),
+    "mu": (0, 1e6),
+    "correct": (0, 1 - 2**-53),
+    "beta": (0, 1e6),
+    "clip_low": (0, 1),
+    "clip_high": (0, 1e6),
+    "tau_pos": (1e-6, 1e6),
+    "tau_neg": (1e-6, 1e6),
+    "dual_clip": (0, 1e6),
+    "lr": (0, None),
+    "beta2": (0, 1 - 2**-53),
+    "weight_decay": (0, 100),
+    "clip_grad": (1e-6, None),
+    "cache_gb": (5e-324, None),
+}
+
+
+def test_every_flag_with_a_fraction_has_a_range():
+    args = vars(train.parse_args(REQUIRED))
+    assert {name for name, value in args.items() if isinstance(value, float)} == RANGES.keys()
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_the_ends_of_the_range_are_taken_and_nothing_beyond(name, capsys):
+    least, most = RANGES[name]
+    for value in (least, 1e300 if most is None else most):
+        assert vars(train.parse_args([*REQUIRED, f"--{name}", repr(value)]))[name] == value
+    beyond = [least * (1 - 1e-9) if least > 5e-324 else least - 5e-324, "nan", "inf", "-inf"]
+    beyond += [] if most is None else [most * (1 + 1e-9)]
+    for value in beyond:
+        with pytest.raises(SystemExit):
+            train.parse_args([*REQUIRED, f"--{name}={value}"])
+        assert f"error: --{name} {value}: expected " in capsys.readouterr().err
+
+
+def test_within_their_ranges_the_flags_of_the_loss_give_finite_numbers():
+    """In fp32: loss, and gradient norm."""
+    torch.manual_seed(0)
+    old, ref = torch.randn(2, 4, 6).log_softmax(-1)
+    logp = (old + 0.1 * torch.randn(4, 6)).requires_grad_()
+    advantages, mask = torch.tensor([5.0, -5.0, 0.0, 0.5]), torch.ones(4, 6)
+    flags = "tau_pos tau_neg clip_low clip_high dual_clip beta".split()
+    for variant in grpo.VARIANTS:
+        for name in flags:
+            for value in RANGES[name]:
+                how = {"variant": variant, "beta": 0.1, name: value}
+                loss, _ = grpo.grpo_loss(logp, old, advantages, mask, ref_logp=ref, **how)
+                (gradient,) = torch.autograd.grad(loss, logp)
+                assert loss.isfinite() and gradient.norm().isfinite(), how
+    for value in RANGES["temperature"]:
+        token, logp, entropy = rollout.sample(100 * old, torch.rand(4), value, 1.0)
+        assert logp.isfinite().all() and entropy.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "flag, value, expected",
+    [
+        *[("memory", value, "expected at least one GPU with memory") for value in ("nan", "inf")],
+        *[("write", value, "expected a file, in a folder that exists") for value in (".", "no/x")],
+    ],
+)
+def test_the_simulation_refuses_before_it_simulates(flag, value, expected, capsys):
+    with pytest.raises(SystemExit):
+        simulate.parse_args([f"--{flag}", value])
+    assert expected in capsys.readouterr().err

@@ -341,6 +341,23 @@ def test_media_that_lie_in_another_folder_than_the_records_say(tmp_path, run):
     assert "1 of 1 media are there" in run("video_mmmu")
 
 
+def test_one_name_that_no_file_can_have_costs_one_medium(tmp_path, run):
+    """A file system refuses to look for a name of 300 letters; the others are still found."""
+    one = PUBLISHED["mvbench"].record
+    names = "1.mp4", "n" * 300 + ".mp4"
+    write(tmp_path, "json/moving_count.json", *(one | {"video": name} for name in names))
+    medium(tmp_path, "video/clevrer/video_validation/1.mp4")
+    medium(tmp_path, "video/data0613/clevrer/video_validation/2.mp4")
+    assert "1 of 2 media are there" in run("mvbench")
+
+
+def test_published_files_without_a_question_are_named(tmp_path, run):
+    write(tmp_path, "validation.json", PUBLISHED["mmvu"].record | {"question_type": "open-ended"})
+    problem = f"error: {tmp_path}/validation.json: no question to write, 1 records left out"
+    assert problem in run("mmvu", fails=True)
+    assert not (tmp_path / "mmvu.json").exists()
+
+
 def test_a_part_of_a_set_whose_media_are_there(tmp_path, capsys):
     """From a file that is read as it is, with a record that cannot be read."""
     one = PUBLISHED["video_r1_260k"].record
@@ -442,16 +459,25 @@ def test_what_is_wrong_with_a_record_is_said(tmp_path, name, change, message):
 
 def test_a_folder_without_the_files_of_the_set(tmp_path, run):
     printed = run("video_mme", fails=True)
-    assert f"error: {tmp_path}: no records of video_mme, expected videomme/test-*" in printed
+    expected = f"error: {tmp_path}: no records of video_mme, expected videomme/test-* with one of "
+    assert f"{expected}the endings .json .jsonl .parquet .txt; to get them: hf download" in printed
     assert f"--local-dir {tmp_path} --include 'videomme/test-*'" in printed
     assert "they are at https://github.com/Ziyang412/Video-RTS" in run("video_rts", fails=True)
     assert "expected that of video_mme" in run("video_mme", tmp_path / "none", fails=True)
-    assert "invalid choice: 'imagenet'" in run("imagenet", fails=True)
+    assert "'imagenet' is not a set, expected one of the 20 that" in run("imagenet", fails=True)
+
+
+def test_a_set_without_a_folder(capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["gsm8k"])
+    expected = "error: gsm8k: expected FOLDER, which holds its files; to get them: hf download "
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_the_list_names_every_set(capsys):
     prepare.main([])
-    lines = capsys.readouterr().out.splitlines()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["NAME", "records", "download"]
     assert [line.split()[0] for line in lines] == [*prepare.SETS]
     assert "263,071" in lines[0] and "310 GB" in lines[0]
 

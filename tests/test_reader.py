@@ -1,5 +1,6 @@
 """The picture of time t is the one shown: clips of every kind that show their own numbers."""
 
+import re
 import shutil
 from fractions import Fraction
 
@@ -452,3 +453,19 @@ def test_hidden_files_are_no_frames_of_a_folder(tmp_path):
     shutil.copy(tmp_path / "._00003.png", tmp_path / "00003.png")
     with pytest.raises(DataError, match="00003.png: cannot be read as an image"):
         data.load_media(sample, fps=float("inf"))
+
+
+@pytest.mark.parametrize("other", ["clip.mp4", "clip.gif", "notes.txt", "Thumbs.db", "day2.jpg/"])
+def test_a_folder_of_frames_holds_pictures_only(tmp_path, other):
+    """Frames beside videos, or folders, are not one clip."""
+    for i in range(4):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
+    sample = Sample("7", "?", [], "numerical", "frame", str(tmp_path), "1")
+    data.load_media(sample)
+    (tmp_path / other).mkdir() if other.endswith("/") else (tmp_path / other).write_bytes(b"x")
+    name = other.rstrip("/")
+    message = (
+        f"{tmp_path}: 1 of its 5 entries are not pictures, such as '{name}'; expected a folder"
+    )
+    with pytest.raises(DataError, match=re.escape(f"record 7: {message} of .jpg, ")):
+        data.load_media(sample)

@@ -1148,6 +1148,13 @@ def luminance(colour):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+@pytest.mark.parametrize("every", ["nan", "0", "-1", "1e300", "inf"])
+def test_seconds_between_two_pages_have_a_range(every, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["run", "--watch", f"--every={every}"])
+    assert "expected seconds, at least 0.1, at most 86400" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
 def test_every_colour_has_a_contrast_of_4_5_to_the_page_and_to_the_cards(mode):
     roots = re.findall(

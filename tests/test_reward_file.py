@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 
@@ -45,6 +46,11 @@ def fails(responses, samples):
 def alone(response):
     return 1
 
+def three(response, sample, weights):
+    return 1
+
+from math import hypot
+
 five = 5
 '''
 
@@ -77,7 +83,9 @@ def test_a_file_a_function_and_a_weight(spec, parts):
     assert split_spec(spec) == parts
 
 
-@pytest.mark.parametrize("spec", ["score", "a.py", "a.py:", ":f", "a.py:f=", "a.py:f=nan", "a:f g"])
+@pytest.mark.parametrize(
+    "spec", ["score", "a.py", "a.py:", ":f", "a.py:f=", "a.py:f=nan", "a.py:f=1e38", "a:f g"]
+)
 def test_anything_else_is_refused(spec):
     with pytest.raises(DataError, match=f"--reward {re.escape(spec)}: expected FILE.py:FUNCTION"):
         split_spec(spec)
@@ -124,6 +132,8 @@ def test_what_is_no_reward_names_record_file_and_function(file, name, responses,
         ("nothing", "has no function nothing"),
         ("five", "has no function five"),
         ("alone", "alone(response): expected the parameters response, sample"),
+        ("three", "three(response, sample, weights): expected the parameters response, sample"),
+        ("hypot", "my_file.py:hypot: hypot: its parameters are not known (no signature found for"),
         ("reward", "the logs have a reward already; rename the function"),
         ("reward_std", "the logs have a reward_std already; rename the function"),
         ("score", "there are two functions called score; rename one"),
@@ -148,6 +158,24 @@ def test_a_file_that_cannot_be_loaded_is_named_with_its_line(tmp_path):
     bad.write_text("x = (\n")
     with pytest.raises(DataError, match="bad.py cannot be loaded, line 1: SyntaxError"):
         load_rewards([f"{bad}:f"])
+
+
+def test_a_file_may_import_modules_that_lie_beside_it(tmp_path, monkeypatch):
+    """Also while it rewards. A module of this project is not replaced by one of its name."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "beside_1.py").write_text("half = 0.5\n")
+    (tmp_path / "beside_2.py").write_text("quarter = 0.25\n")
+    (tmp_path / "data.py").write_text("half = 1\n")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from data import Sample\nfrom beside_1 import half\n"
+        "def score(response, sample):\n"
+        "    from beside_2 import quarter\n"
+        "    return half + quarter * isinstance(sample, Sample)\n"
+    )
+    for _ in range(2):
+        assert rewards(mine, "score", [["red"]], [sample(0)]) == [{"score": [0.75]}]
+    assert sys.path.count(str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

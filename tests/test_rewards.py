@@ -343,7 +343,7 @@ def test_a_record_is_accepted_whose_solution_names_an_option(solution, tmp_path)
 
 @pytest.mark.parametrize("solution", ["right", "A or B", "C", "A. right"])
 def test_a_record_is_refused_whose_solution_names_none(solution, tmp_path):
-    with pytest.raises(DataError, match="is not among the options"):
+    with pytest.raises(DataError, match="is not exactly one of the options"):
         load_one(tmp_path, options=["A. left", "B. right"], solution=solution)
 
 

@@ -1434,9 +1434,10 @@ def test_no_flag_takes_a_number_that_makes_no_sense(script, required, capsys):
                 "log_every",
             )
         ],
-        *[(name, 0.0, "above 0") for name in ("fps", "clip_grad", "cache_gb")],
-        ("temperature", 0.0, "above 0, at most 100"),
-        ("temperature", 1e9, "above 0, at most 100"),
+        *[(name, 0.0, "above 0") for name in ("fps", "cache_gb")],
+        ("clip_grad", 0.0, "at least 1e-6"),
+        ("temperature", 0.0, "at least 1e-6, at most 100"),
+        ("temperature", 1e9, "at least 1e-6, at most 100"),
         ("top_p", 1.5, "above 0, at most 1"),
         ("clip_low", 2.0, "at least 0, at most 1"),
         ("correct", 1.0, "at least 0, below 1"),
@@ -1472,7 +1473,7 @@ def test_bounds_of_flags(flag, value, expected, capsys):
         (["--norm", "max"], "invalid choice"),
         (["--group", "1"], "--group 1: expected at least 2"),
         (["--max_pixels", "100"], "--max_pixels 100: expected at least 784"),
-        (["--temperature", "0"], "expected above 0"),
+        (["--temperature", "0"], "expected at least 1e-6"),
         (["--temp", "1"], "unrecognized arguments: --temp 1"),
     ],
 )
