@@ -3,7 +3,7 @@
 GRPO samples G responses o_1 ... o_G from one prompt, and a video prompt is far longer than its
 responses. So the prompt is never repeated:
 
-    visible       the mask as a definition: nothing builds it, the tests compare the rest with it
+    visible       the mask as a definition, for reading and for the tests: no step builds it
     PackedRow     training: whole groups in a row, [prompt | o_1 | ... | o_G | prompt' | o'_1 | ...]
     DecodeCache   sampling: one copy of a prompt's keys and values, read by all of its responses
 
@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from infra.flash import BlockAttention, flash, flash_masked, make_blocks, to_device
 from infra.model_folder import head_size
 
-CACHE_TOKENS = 2**19  # keys and values of prompts decoded together: 30 GB for a 7B in bf16
+CACHE_TOKENS = 2**19  # of prompts and responses decoded together: 30 GB of a 7B's K and V in bf16
 LOGITS_PER_CHUNK = 2**27  # fp32 logits computed at a time: 537 MB
 
 
@@ -159,7 +159,7 @@ class DecodeCache:
     Buffers start as zeros, because a masked NaN would still be a NaN.
 
     lengths: of the prompts, ascending.
-    Size: 2 * L * Hkv * d * (sum(P) + B * G * max_new) numbers.
+    Size: 2 * L * Hkv * d * (sum(P) + B * G * slots) numbers.
     """
 
     def __init__(self, config, lengths, G, max_new, *, device, dtype):
@@ -213,8 +213,8 @@ class DecodeCache:
         """
         at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
         outs, lses = [], []
-        of_length = q.split([n * self.G for _, n in self.sizes])
-        for q_n, (k, v) in zip(of_length, self.prompt_kv[layer]):
+        q_by_length = q.split([n * self.G for _, n in self.sizes])
+        for q_n, (k, v) in zip(q_by_length, self.prompt_kv[layer]):
             q_n = q_n.unflatten(0, (-1, self.G)).transpose(1, 2)  # (n, Hkv, G, r, d)
             out, lse, _ = flash(q_n.flatten(2, 3), k, v, False, scale)  # (n, Hkv, G * r, d)
             outs.append(out.unflatten(2, (self.G, -1)).transpose(1, 2))  # (n, G, Hkv, r, d)
@@ -236,7 +236,7 @@ class DecodeCache:
         return out.to(at_least_fp32), lse.to(at_least_fp32)
 
     def open_slot(self):
-        """Lets responses see slot t, which the next token's keys and values fill in every layer."""
+        """Lets responses see slot t, which the token drawn last fills in every layer."""
         self.mask.index_fill_(0, self.t, 0.0)
 
     def keep(self, prompts, responses, G, t):
@@ -268,7 +268,7 @@ def select(x, indices):
 
 
 def copy_responses(x, indices, t):
-    """Some responses of a buffer (N, Hkv, max_new, d); only their first t tokens are copied."""
+    """Some responses of a buffer (N, Hkv, slots, d); only their first t tokens are copied."""
     out = x.new_zeros(len(indices), *x.shape[1:])
     out[:, :, :t] = x[indices, :, :t]
     return out
@@ -290,7 +290,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, plan, 
     `plan` is required: without one, transformers would silently attend across the sequences of a
     row.
     """
-    dtype = value.dtype  # under autocast, RoPE leaves query and key in fp32
+    dtype = value.dtype  # under autocast, Qwen3-VL's norms of query and key leave them in fp32
     out = plan.attend(module.layer_idx, query.to(dtype), key.to(dtype), value, scaling)
     return out, None
 

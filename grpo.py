@@ -4,8 +4,9 @@ For one prompt the policy samples G responses o_1 ... o_G with rewards r_1 ... r
     1. A_i = (r_i - mean r) / (std r + eps)            compared with its own group: no value network
     2. rho_it = exp(log pi(o_it) - log pi_old(o_it))   pi_old is the policy that sampled
     3. loss = -mean_i mean_t [ min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL(pi || ref) ]
-With a single update per rollout, rho = 1: nothing is clipped, and the gradient is that of REINFORCE
-with the group's mean as baseline.
+With a single update per rollout, rho = 1 up to rounding: nothing is clipped, and the gradient is
+that of REINFORCE with the group's mean as baseline. (In bf16, rounding exceeds GSPO's narrow clips:
+watch `clipped` in the log.)
 
     Dr. GRPO   norm "none", average "constant"
     DAPO       average "token", clip_high 0.28, beta 0, groups with equal rewards dropped, truncated
@@ -121,7 +122,8 @@ def grpo_loss(
 
     logp (N, R): log-probs under pi, with gradient.  old_logp (N, R): under pi_old, which sampled.
     ref_logp (N, R): under the frozen reference, when beta > 0.  advantages (N,).
-    mask (N, R): 1 on response tokens, the EOS included.
+    mask (N, R): 1 on tokens that are trained, the EOS included; 0 beyond a response's end, and on
+    a response that is left out.
     average, denominator: see `average_loss`.  how: keywords of `policy_objective`.
     sums: "tokens", and over these tokens "ratio", "clipped" (where a clip acts) and, when beta > 0,
     "kl"; detached.
@@ -167,7 +169,7 @@ def policy_objective(
                       times 4 p (1 - p), p = sigmoid(tau (rho - 1)): 1 at rho = 1, and less the
                       farther rho is from 1. tau -> 0: no clip at all (rho A, up to a constant);
                       tau -> infinity: no gradient but at rho = 1.
-             On pi_old (rho = 1, a first update) all four have the same gradient, GSPO only with
+             On pi_old (rho = 1 exactly) all four have the same gradient, GSPO only with
              average "sequence". They differ from a rollout's second update on. (The objective of
              "sapo" is 2 / tau A there, not A.)
     dual_clip: c > 1 bounds the loss of a token with A < 0 at -c A (arXiv 1912.09729, c = 3). It

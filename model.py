@@ -7,7 +7,8 @@ transformers' classes are the network. Around them, in the order of a training s
     Policy.encode     frames -> visual embeddings; those of a frozen tower serve the whole step
     Policy.forward    packed rows [prompt | o_1 ... o_G | prompt' ...] -> log-probs of the responses
 
-A loss needs only `forward`; DistributedDataParallel averages the gradients of that call only.
+A loss calls the wrapped policy (run.policy), not its methods: DistributedDataParallel averages the
+gradients of its own forward only.
 """
 
 from functools import partial
@@ -340,7 +341,8 @@ class Policy(nn.Module):
         return self.language_model.embed_tokens(ids.to(self.device))
 
     def run_layers(self, x, positions, plan, **deepstack):
-        """Embeddings x (N, S, D) at positions (3, N, S) -> last hidden states (N, S, D).
+        """Embeddings x (N, S, D) at positions (3, N, S) -> last hidden states (N, S, D): fp32 where
+        the last norm's weight is (full training without --fsdp), else in compute_dtype.
 
         deepstack: what transformers' Qwen3-VL adds after its first layers, and to which tokens.
         """
@@ -355,7 +357,8 @@ class Policy(nn.Module):
         return out.last_hidden_state
 
     def lm_head_weight(self):
-        """The matrix from hidden states to logits (vocabulary, D), in at least fp32."""
+        """The matrix from hidden states to logits (vocabulary, D), in at least fp32; with --fsdp on
+        a GPU, a copy of weights that were gathered in bf16."""
         weight = self.net.lm_head.weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -385,9 +388,9 @@ class Policy(nn.Module):
             plan = mrsp.ShardedRow(lengths, self.device, self.sp, cache, first_prompt)
         ids, positions, visual, following = [], [], [], []
         for prompt, group in zip(prompts, responses, strict=True):
-            of_prompt, first = self.positions(prompt)
+            prompt_positions, first = self.positions(prompt)
             ids.append(prompt.ids)
-            positions.append(of_prompt)
+            positions.append(prompt_positions)
             visual.append(self._is_visual(prompt.ids))
             for r in group:  # every response starts where the prompt ends
                 ids.append(r)
@@ -397,13 +400,13 @@ class Policy(nn.Module):
         ids = torch.cat(ids)[plan.held]  # (n,)
         positions = torch.cat(positions, dim=1)[:, plan.held]  # (3, n)
         visual = torch.cat(visual)  # (S,)
-        number = visual.cumsum(0) - 1  # of each visual token among all: (S,)
-        places = visual[plan.held].nonzero()[:, 0]  # of the visual tokens that are held
-        number = number[plan.held][places]
-        moved = to_device([ids, positions, places, number], self.device)
-        ids, positions, places, number = moved
+        embed_rows = visual.cumsum(0) - 1  # (S,): the row of visual_embeds for each visual token
+        places = visual[plan.held].nonzero()[:, 0]  # where visual tokens are among those held
+        embed_rows = embed_rows[plan.held][places]
+        moved = to_device([ids, positions, places, embed_rows], self.device)
+        ids, positions, places, embed_rows = moved
         x = self.embed(ids)  # (n, D)
-        embeds = torch.cat(visual_embeds)[number].to(x.dtype)  # (n visual, visual_width)
+        embeds = torch.cat(visual_embeds)[embed_rows].to(x.dtype)  # (n visual, visual_width)
         embeds, *again = embeds.split(x.shape[1], dim=1)  # (n visual, D) each
         x = x.index_put((places,), embeds)  # index_copy would keep embeds for its backward pass
         deepstack = {}

@@ -8,7 +8,7 @@ LongVILA-R1, arXiv 2507.07966, section 4.
 `sp.size` neighbouring ranks, a team, work on the same prompts; WORLD / sp.size teams work side by
 side.
 
-    load      each rank decodes some videos; the ranks of a team share the prompts
+    load      each rank reads some videos; the ranks of a team share the prompts
     stage 1   each rank encodes its share of all 2-frame grids (encode). The embeddings are
               gathered, and serve every rollout and (frozen tower) every log-prob pass of the step
     stage 2   each rank computes its share of the packed row's tokens (ShardedRow). Layer by layer,
@@ -120,7 +120,7 @@ ONE_RANK = SequenceParallel()
 
 @lru_cache
 def sequence_parallel(size, timeout=None):
-    """This rank's group of `size` neighbours. All ranks must ask for the same sizes in one order.
+    """This rank's team of `size` neighbours. All ranks must ask for the same sizes in one order.
 
     timeout: of each communication, a timedelta. Raises ValueError: a size that does not divide the
     number of ranks.
@@ -129,7 +129,7 @@ def sequence_parallel(size, timeout=None):
         return ONE_RANK
     world, me = dist.get_world_size(), dist.get_rank()
     if world % size:
-        raise ValueError(f"{world} ranks cannot be split into groups of {size}")
+        raise ValueError(f"{world} ranks cannot be split into teams of {size}")
     for first in range(0, world, size):
         ranks = list(range(first, first + size))
         tensors = dist.new_group(ranks, timeout)
@@ -354,11 +354,11 @@ class RowSharing:
         self.memory = min(gather(device_memory(policy.device, WORLD)))  # the same on all ranks
 
     def choose(self, prompts):
-        """Sets `sp`, this rank's group, from the lengths of all ranks' prompts."""
+        """Sets `sp`, this rank's team, from the lengths of all ranks' prompts."""
         lengths = sum(gather([len(p.ids) for _, p in prompts]), [])
         answers = max(gather(max([self.answers(p) for _, p in prompts], default=0)))
         about = (self.policy, self.reference, lengths, answers, self.memory, self.args, WORLD)
-        size, estimate = smallest_group(*about)
+        size, estimate = smallest_team(*about)
         self.sp = sequence_parallel(size, self.patience)
         gpu = self.policy.device.type == "cuda"
         if (WORLD > 1 or gpu) and lengths and size != self.shown:
@@ -380,14 +380,14 @@ class RowSharing:
 
 
 def turn(rank, world, sp):
-    """A rank's place in the order in which ranks load prompts: few prompts go to different groups.
+    """A rank's place in the order in which ranks load prompts: few prompts go to different teams.
 
-    sp: --sp. With auto the groups are not known yet: first a rank of each half, then of each
+    sp: --sp. With auto the teams are not known yet: first a rank of each half, then of each
     quarter, and so on (exact where world / size is a power of 2).
     """
     if sp != "auto":
-        groups = world // int(sp)
-        return rank // int(sp) + groups * (rank % int(sp))
+        teams = world // int(sp)
+        return rank // int(sp) + teams * (rank % int(sp))
     if world == 1:
         return 0
     parts = next(n for n in range(2, world + 1) if world % n == 0)
@@ -395,11 +395,11 @@ def turn(rank, world, sp):
     return rank // share + parts * turn(rank % share, share, sp)
 
 
-def smallest_group(policy, reference, lengths, answers, limit, args, world):
+def smallest_team(policy, reference, lengths, answers, limit, args, world):
     """The fewest ranks that can share a row -> (sp_size, the memory estimate as text).
 
-    The estimate must fit 90 % of `limit` bytes, and there are no more groups of ranks than prompts;
-    else all ranks. lengths: of the step's prompts.  answers: tokens of the responses to a prompt,
+    The estimate must fit 90 % of `limit` bytes, and no team may be without a prompt; else all ranks
+    share. lengths: of the step's prompts.  answers: tokens of the responses to a prompt,
     at most. All ranks must pass the same arguments.
 
     Sharing a row costs time where memory does not need it (LongVILA-R1: below 256 frames).
@@ -420,7 +420,7 @@ def smallest_group(policy, reference, lengths, answers, limit, args, world):
 
 
 def auto_sizes(world, prompts):
-    """The sizes that --sp auto tries: those that leave no group without a prompt, and `world`.
+    """The sizes that --sp auto tries: those that leave no team without a prompt, and `world`.
 
     >>> auto_sizes(8, 3)
     [4, 8]
@@ -441,9 +441,9 @@ class MostTokens(NamedTuple):
 
 
 def most_tokens(lengths, answers, size, args, world):
-    """MostTokens of groups of `size` ranks. lengths, answers: see smallest_group."""
+    """MostTokens of a team of `size` ranks. lengths, answers: see smallest_team."""
     longest, share = max(lengths, default=0), -(-len(lengths) * size // world)
-    prompts = sum(sorted(lengths, reverse=True)[:share])  # of a group of ranks
+    prompts = sum(sorted(lengths, reverse=True)[:share])  # of a team
     row = max(longest + answers, min(args.row_tokens, prompts + share * answers))
     most = (row, min(prompts, row - answers), min(share * answers, row), prompts)
     if args.algo == "sft":
@@ -460,12 +460,13 @@ def largest(phases):
 
 
 class Sizes:
-    """What `memory` counts with, in bytes: numbers are bf16 on a GPU, under autocast, else fp32."""
+    """What `memory` counts with: bytes, and where it says so numbers of patches or parameters. A
+    number is bf16 on a GPU, under autocast, else fp32."""
 
     def __init__(self, policy, shards):
         from model import PATCHES_PER_CALL  # here, because model.py imports this file
 
-        self.patches = PATCHES_PER_CALL
+        self.patches = PATCHES_PER_CALL  # a number
         c, visual = policy.config.text_config, policy.net.model.visual
         gpu, head = policy.device.type == "cuda", policy.net.lm_head.weight
         n = self.number = 2 if gpu else 4
@@ -480,7 +481,7 @@ class Sizes:
         self.head = 4 * head.numel()
         # Policy.lm_head_weight makes a copy
         self.head_copy = self.head * (gpu and (shards > 1 or head.element_size() < 4))
-        # parameters: of the layers; of what FSDP does not shard, a frozen tower; of the rest
+        # numbers of parameters: the layers'; a frozen tower's, which FSDP does not shard; the rest
         self.layers = count(policy.language_model.layers)
         self.whole = count(visual) - count(visual, trained=True)
         self.rest = count(policy) - self.layers - self.whole

@@ -331,7 +331,7 @@ def alarms(log):
     entropy, mismatch = mean("entropy"), mean("mismatch")
     found = {}
     if alone == 1:
-        found["no mixed groups"] = "no group had an advantage, so nothing is learned"
+        found["no group teaches"] = "no group had an advantage, so nothing is learned"
     if cut is not None and cut > 0.5:
         found["truncated"] = f"{cut:.0%} of the responses were cut off at --max_new"
     if entropy is not None and entropy < 0.005:

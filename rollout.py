@@ -37,7 +37,8 @@ class Group:
 
     prompt: Prompt
     responses: list[torch.Tensor] = field(default_factory=list)  # token ids (R_i,), EOS included
-    logps: list[torch.Tensor] = field(default_factory=list)  # (R_i,) under pi_old, without top-p
+    # (R_i,) log pi_old at the sampling temperature, of the whole distribution whatever top_p is
+    logps: list[torch.Tensor] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)  # stopped at max_new, before an EOS
     entropies: list[torch.Tensor] = field(default_factory=list)  # (R_i,) of pi_old at each token
 
@@ -77,9 +78,9 @@ def generate(
         part = shortest_first[first : first + together]
         batch = [prompts[i] for i in part]
         embeds = [visual_embeds[i] for i in part]
-        of_part = [seeds[i] for i in part]
-        decoded = decode(policy, batch, embeds, of_part, G, max_new, temperature, top_p)
-        decoded = policy.sp.all_gather_objects(decoded)  # three (B, G / ranks, max_new)
+        part_seeds = [seeds[i] for i in part]
+        decoded = decode(policy, batch, embeds, part_seeds, G, max_new, temperature, top_p)
+        decoded = policy.sp.all_gather_objects(decoded)  # of each rank of the team
         for b, i in enumerate(part):
             groups[i] = make_group(policy, prompts[i], decoded, b, G)
     policy.train(training)
@@ -124,15 +125,15 @@ def decode(policy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p
     """
     mine = slice(policy.sp.rank, None, policy.sp.size)
     uniform = uniform_draws(seeds, G, max_new)[:, mine]
-    B, G, _ = uniform.shape
+    B, G, _ = uniform.shape  # G: from here on, of this rank
     lengths = [len(p.ids) for p in prompts]
     where = dict(device=policy.device, dtype=policy.compute_dtype)
     cache = DecodeCache(policy.config.text_config, lengths, G, max_new, **where)
-    hidden, following = prefill(policy, prompts, visual_embeds, cache)  # (B, D), (B,)
+    hidden, next_positions = prefill(policy, prompts, visual_embeds, cache)  # (B, D), (B,)
     uniform = uniform.flatten(0, 1).to(policy.device)  # (N, max_new)
-    decoding = Decoding(policy, cache, following, uniform, temperature, top_p)
+    decoding = Decoding(policy, cache, next_positions, uniform, temperature, top_p)
     if G:  # the last prompt token predicts the first token of every response
-        decoding.sample(hidden.repeat_interleave(G, dim=0))
+        decoding.draw(hidden.repeat_interleave(G, dim=0))
         decoding.run(max_new)
     out = (decoding.tokens, decoding.logps, decoding.entropies)
     return tuple(x.cpu().view(B, G, max_new) for x in out)
@@ -141,7 +142,7 @@ def decode(policy, prompts, visual_embeds, seeds, G, max_new, temperature, top_p
 def prefill(policy, prompts, visual_embeds, cache):
     """Runs every prompt once, in packed rows, and fills the cache -> last hidden states (B, D),
     next positions (B,)."""
-    last, following = [], []
+    last, next_positions = [], []
     lengths = [len(p.ids) for p in prompts]
     for row in pack(range(len(prompts)), lengths, PREFILL_TOKENS):
         in_row = slice(row[0], row[-1] + 1)
@@ -152,8 +153,8 @@ def prefill(policy, prompts, visual_embeds, cache):
         ends = torch.tensor(lengths[in_row]).cumsum(0) - 1
         _, places = plan.find(ends)
         last.append(plan.from_all_ranks(hidden[places.to(policy.device)], ends))
-        following += nexts
-    return torch.cat(last), torch.tensor(following, device=policy.device)
+        next_positions += nexts
+    return torch.cat(last), torch.tensor(next_positions, device=policy.device)
 
 
 class Decoding:
@@ -165,7 +166,7 @@ class Decoding:
     tokens, then replayed.
     """
 
-    def __init__(self, policy, cache, following, uniform, temperature, top_p):
+    def __init__(self, policy, cache, next_positions, uniform, temperature, top_p):
         self.policy, self.cache, self.uniform = policy, cache, uniform
         self.temperature, self.top_p = temperature, top_p
         (N, max_new), device = uniform.shape, uniform.device
@@ -176,11 +177,11 @@ class Decoding:
         self.logps, self.entropies = figures
         # one entry for each of the n responses that still decode:
         self.alive = torch.arange(N, device=device)  # its number
-        self.position = following.repeat_interleave(cache.G)  # M-RoPE id of the first token
+        self.position = next_positions.repeat_interleave(cache.G)  # M-RoPE id of the first token
         self.done = torch.zeros(N, dtype=torch.bool, device=device)
         self.token = torch.zeros(N, dtype=torch.long, device=device)  # the last token drawn
 
-    def sample(self, hidden):
+    def draw(self, hidden):
         """Draws token t = cache.t of every response from hidden states (n, D)."""
         t = self.cache.t
         logits = self.policy.logits(hidden, self.head)
@@ -199,7 +200,7 @@ class Decoding:
         positions = (self.position + self.cache.t).expand(3, -1)[..., None]  # (3, N, 1)
         hidden = self.policy.run_layers(x, positions, self.cache)[:, 0]
         self.cache.t += 1
-        self.sample(hidden)
+        self.draw(hidden)
 
     def run(self, max_new):
         """Steps until every response has ended or has max_new tokens.
@@ -209,6 +210,8 @@ class Decoding:
         on_tokens = self.policy.on_tokens
         if on_tokens:
             on_tokens(self.tokens[:, 0])
+        # A CPU reads only the slots that are written. A GPU reads windows and masks, with and
+        # without CUDA graphs, so that both give the same bits.
         window = 1 if self.tokens.device.type == "cpu" and not self.policy.cuda_graph else WINDOW
         self.cache.masked = window > 1
         recorded = replay = None

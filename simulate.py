@@ -190,7 +190,7 @@ class Sharing(mrsp.RowSharing):
         answers = self.answers(prompts[0][1])
         about = (self.policy, self.reference, lengths, answers, self.memory, self.args, WORLD)
         mrsp.memory = kept
-        size, _ = mrsp.smallest_group(*about)
+        size, _ = mrsp.smallest_team(*about)
         mrsp.memory = memory
         self.sp = mrsp.sequence_parallel(size, self.patience)
 

@@ -6,10 +6,10 @@ every right response of the ordered group gets a bonus:
 
     p, p~ = share of right responses, ordered and shuffled; right: accuracy > 0.5 (release: > 0.1)
     r_t   = alpha if p >= mu * p~, else 0        (paper: mu = 1, alpha = 0.3; release: mu = 0.8)
-    R_i   = r_i + r_t for every right response o_i
+    R_i   = r_i + r_t for every right response o_i       (t: temporal, one number for the group)
 
-The shuffled responses are only counted; they never enter the loss. Text, images, and videos of one
-frame or (where grids are shuffled) of one grid, have no order, so the test does not apply to them.
+The shuffled responses are only counted; they never enter the loss. Text, images and, with
+`--shuffle grid`, videos of two frames have no order, so the test does not apply to them.
 
 **When the bonus cancels.** Advantages are (R - mean) / std of a response's own group, which sees no
 shift and no scale. So (up to the 1e-4 beside the std) the bonus changes no advantage of a group
@@ -19,16 +19,17 @@ shift and no scale. So (up to the 1e-4 beside the std) the bonus changes no adva
   - if r takes one value on right responses and a lower one on wrong ones: the bonus is a shift and
     a scale. This is the common case: accuracies are 0 or 1, and all else in the reward is constant.
 
-It acts where other parts of the reward (format, length, graded accuracy) vary among responses that
-are equally right. It also acts in mixed groups whose advantages are not divided by their own std
-(`--norm none`; `batch` and `ema`, where a bonus changes the std of all groups). The paper remarks
+It acts where r varies among the right responses or among the wrong ones (by format, length, graded
+accuracy), or where a right response gets no more than a wrong one. It also acts in groups with
+right and wrong responses if they are not divided by their own std: with `--norm none`, and with
+`batch` and `ema`, where it also changes the std that other groups are divided by. The paper remarks
 that the term could be added to the advantages directly; `--temporal advantage` does that: A_i + r_t
 for every right response. That never cancels.
 
 **A bonus per response.** The published test is about the group: within it, a right guess from one
 still frame gets the same bonus as a right answer from motion. `--temporal contrast`, ours and not
-the paper's, tells them apart. It samples no shuffled responses, but scores the ordered ones again
-with the frames shuffled, in one more packed forward pass:
+the paper's, tells them apart. It samples no shuffled responses, but scores the ordered ones twice,
+without a gradient, on the frames in order and on the shuffled ones:
 
     c_i   = max(0, 1 - pi(o_i | shuffled) / pi(o_i | ordered))      the probability drop of o_i
     R_i   = r_i + alpha * c_i for every right response o_i
@@ -149,6 +150,7 @@ def shuffle_prompts(prompts, visual_embeds, step, args):
         units = media.grid[0] if args.shuffle == "grid" else len(media.frames)
         if media.kind == "image" or units < 2:
             continue
+        # "0", here and below: earlier versions drew several orders; the draws stay the same
         order = permutation(units, seed(args.seed, step, position, "order 0"))
         frames = reorder(media.frames, order)
         # key=None keeps the shuffled video out of the embedding cache
@@ -167,7 +169,9 @@ def run_on_shuffled(policy, prompts, groups, visual_embeds, builder, step, args,
     """
     shuffled = shuffle_prompts(prompts, visual_embeds, step, args)
     if args.temporal == "contrast":
-        ordered = {position: group for (position, _), group in zip(prompts, groups)}
+        ordered = {}
+        for (position, _), group, embeds in zip(prompts, groups, visual_embeds):
+            ordered[position] = group, embeds
         return rescore(policy, shuffled, ordered, args)
     return respond_to_shuffled(policy, shuffled, builder, step, args, judge)
 
@@ -175,7 +179,7 @@ def run_on_shuffled(policy, prompts, groups, visual_embeds, builder, step, args,
 def respond_to_shuffled(policy, shuffled, builder, step, args, judge=None):
     """Samples G // 2 responses to each shuffled video, and judges them -> {position:
     ShuffleEffect}."""
-    groups = generate(
+    shuffled_groups = generate(
         policy,
         [s.prompt for s in shuffled],
         args.group // 2,
@@ -185,7 +189,7 @@ def respond_to_shuffled(policy, shuffled, builder, step, args, judge=None):
         seeds=[seed(args.seed, step, s.position, "shuffled 0") for s in shuffled],
         visual_embeds=known_embeds(shuffled),
     )
-    texts = [[builder.decode(r) for r in group.responses] for group in groups]
+    texts = [[builder.decode(r) for r in group.responses] for group in shuffled_groups]
     accuracy = accuracies(texts, [s.prompt.sample for s in shuffled], judge)  # (videos, G')
     found = {}
     for s, of_group in zip(shuffled, accuracy):
@@ -194,24 +198,36 @@ def respond_to_shuffled(policy, shuffled, builder, step, args, judge=None):
 
 
 @torch.no_grad()
-def rescore(policy, shuffled, groups, args):
-    """Scores the ordered responses again on the shuffled videos -> {position: ShuffleEffect}.
+def rescore(policy, shuffled, ordered, args):
+    """Scores the ordered responses on the ordered and on the shuffled videos -> {position:
+    ShuffleEffect}.
 
-    groups: {position: rollout.Group} of the ordered responses.
+    ordered: {position: (rollout.Group, visual embeddings (V, D))}.
+
+    The sampler's log-probs would not do for the ordered videos. In bf16 the sampler rounds
+    otherwise than the scorer, by 0.01 to 0.03 a token: summed over a response, that would look
+    like a drop.
     """
     found, lengths = {}, []
     for s in shuffled:
-        lengths.append(len(s.prompt.ids) + sum(map(len, groups[s.position].responses)))
+        group, _ = ordered[s.position]
+        lengths.append(len(s.prompt.ids) + sum(map(len, group.responses)))
     for row in pack(shuffled, lengths, args.row_tokens):
+        groups, embeds = zip(*[ordered[s.position] for s in row])
+        prompts, responses = [g.prompt for g in groups], [g.responses for g in groups]
+        logp = response_logps(policy, prompts, responses, embeds, args)
         prompts = [s.prompt for s in row]
-        responses = [groups[s.position].responses for s in row]
-        logp, _ = policy(prompts, responses, known_embeds(row), args.temperature)  # (N, R)
-        shuffled_logp = logp.double().sum(1).cpu().split(args.group)  # (G,) of each group
-        for s, of_group in zip(row, shuffled_logp):
-            ordered_logp = [x.double().sum() for x in groups[s.position].logps]
-            drops = probability_drop(torch.stack(ordered_logp), of_group).tolist()  # (G,)
+        shuffled_logp = response_logps(policy, prompts, responses, known_embeds(row), args)
+        for s, of_ordered, of_shuffled in zip(row, logp, shuffled_logp):
+            drops = probability_drop(of_ordered, of_shuffled).tolist()  # (G,)
             found[s.position] = ShuffleEffect(s.order, drops=drops)
     return found
+
+
+def response_logps(policy, prompts, responses, visual_embeds, args):
+    """Log-probs of whole responses, (G,) of each group, on the CPU."""
+    logp, _ = policy(prompts, responses, visual_embeds, args.temperature)  # (N, R)
+    return logp.double().sum(1).cpu().split(args.group)
 
 
 def known_embeds(shuffled):
@@ -226,14 +242,14 @@ def known_embeds(shuffled):
 def step_bonus(groups, args):
     """The bonus of every response of a step -> (B, G); 0 where nothing was shuffled.
 
-    groups: train.ScoredGroup of all ranks, with .accuracy (G,) and .shuffled (None where nothing
-    was shuffled).
+    groups: train.ScoredGroup of all ranks, with .accuracy (G,) and .shuffle_effect (None where
+    nothing was shuffled).
     """
     accuracy = torch.tensor([g.accuracy for g in groups], dtype=torch.float64)  # (B, G)
     bonus = torch.zeros_like(accuracy)
-    tested = [b for b, g in enumerate(groups) if g.shuffled]
+    tested = [b for b, g in enumerate(groups) if g.shuffle_effect]
     if tested and args.temporal == "contrast":
-        drop = torch.tensor([groups[b].shuffled.drops for b in tested], dtype=torch.float64)
+        drop = torch.tensor([groups[b].shuffle_effect.drops for b in tested], dtype=torch.float64)
         how = dict(alpha=args.alpha, correct=args.correct)
         bonus[tested] = contrast_bonus(accuracy[tested], drop, **how)
     elif tested:
@@ -245,13 +261,13 @@ def step_bonus(groups, args):
 
 def step_metrics(groups, bonus, args):
     """What a step logs of T-GRPO: shares of the step's groups, and means."""
-    tested = [g for g in groups if g.shuffled]
+    tested = [g for g in groups if g.shuffle_effect]
     metrics = {
         "temporal_not_applicable": 1 - len(tested) / len(groups),
         "temporal_bonus": float(bonus.mean()),
     }
     if args.temporal == "contrast":
-        drops = torch.tensor([g.shuffled.drops for g in tested], dtype=torch.float64)
+        drops = torch.tensor([g.shuffle_effect.drops for g in tested], dtype=torch.float64)
         return metrics | ({"probability_drop": float(drops.mean())} if tested else {})
     metrics |= {"temporal_passed": 0.0, "temporal_vacuous": 0.0}
     if tested:
@@ -266,5 +282,5 @@ def step_metrics(groups, bonus, args):
 
 def shuffled_accuracies(groups):
     """(videos, G') accuracies of the responses to the shuffled videos."""
-    found = [g.shuffled.accuracies for g in groups if g.shuffled]
+    found = [g.shuffle_effect.accuracies for g in groups if g.shuffle_effect]
     return torch.tensor(found, dtype=torch.float64)

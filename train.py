@@ -10,22 +10,23 @@ The algorithm, GRPO (arXiv 2402.03300) with Video-R1's temporal bonus (arXiv 250
     1. encode     the video, once for all responses                Policy.encode
     2. prefill    the prompt's keys and values, once               rollout.prefill
     3. sample     G responses o_1 ... o_G ~ pi_old(. | q)          rollout.generate
-                  tgrpo: G // 2 more, to shuffled frames           tgrpo.run_on_shuffled
+                  tgrpo: G // 2 more, to shuffled frames (*)       tgrpo.run_on_shuffled
     4. reward     rules judge each response: r_i                   rewards.py
     5. advantage  A_i = (R_i - mean R) / std R                     grpo.group_advantages
-                  R_i = r_i; tgrpo: R_i = r_i + bonus_i            tgrpo.step_bonus
-    6. log-probs  log pi(o_i | q) of all responses in one row      Policy.forward
+                  R_i = r_i; tgrpo: R_i = r_i + bonus_i (*)        tgrpo.step_bonus
+    6. log-probs  log pi(o_i | q), a group's responses in one row  Policy.forward
     7. update     -min(rho A, clip(rho) A) + beta KL(pi || ref)    grpo.grpo_loss
                   backward, clip the gradient, AdamW               infra/optimizer.py
 
-rho = pi / pi_old, of the tokens. Left out on purpose: a value network, a reward model, a trainer
-class, an inference server.
+rho = pi / pi_old of each token; sampling keeps log pi_old. (*) --temporal advantage adds the bonus
+to A_i, and contrast scores the o_i again instead of sampling more (tgrpo.py). Left out on purpose:
+a value network, a reward model, a trainer class, an inference server.
 
 Rewards are gathered from all ranks before advantages are taken, and every loss is divided by a
-count over the whole batch. So any split of a step over ranks and rows gives the same gradient. Each
-random choice is a function of (--seed, step, position in the step): any number of ranks draws the
-same samples and, up to rounding, the same responses, and a killed run resumes as if nothing had
-happened (--resume). What a run leaves behind: infra/run_folder.py.
+count over the whole minibatch. So any split of a step over ranks and rows gives the same gradient,
+up to rounding. Each random choice is a function of (--seed, step, position in the step): any number
+of ranks draws the same samples and, up to rounding, the same responses, and a killed run resumes as
+if nothing had happened (--resume). What a run leaves behind: infra/run_folder.py.
 """
 
 import json
@@ -120,13 +121,14 @@ def grpo_step(run, prompts, step):
     kept = torch.arange(len(groups))
     if args.drop_zero_std:  # DAPO
         kept = kept[teaching][: args.prompts]
-    trained = [groups[b] for b in kept.tolist()]
-    std = update_moving_std(run, trained, reward[kept], bonus[kept])  # None but for --norm ema
+    kept_groups = [groups[b] for b in kept.tolist()]
+    # (B,), and moves run.moments on; None unless --norm ema
+    std = update_moving_std(run, kept_groups, reward[kept], bonus[kept])
     # again, because --norm batch and ema divide by a std over the groups that are kept
     A = advantages(reward[kept], bonus[kept], args, std)  # (R - mean R) / std R
 
     totals, updates = [], []
-    for batch in minibatches(trained, A, args):  # one, unless --minibatches asks for more
+    for batch in minibatches(kept_groups, A, args):  # one, unless --minibatches asks for more
         with timed("train"):  # backward through -min(rho A, clip(rho) A) + beta KL
             total = policy_gradient(run, batch, local)
         with timed("optimizer"):  # no trained token: a step would only move by momentum
@@ -134,9 +136,9 @@ def grpo_step(run, prompts, step):
         totals.append(total)
 
     entry = step_metrics(run, groups, teaching, bonus, totals, updates)
-    entry |= {"trained_groups": len(trained), "refills": refills}
+    entry |= {"trained_groups": len(kept_groups), "refills": refills}
     if std is not None:
-        entry["reward_std"] = {g.kind: float(x) for g, x in zip(trained, std)}
+        entry["reward_std"] = {g.kind: float(x) for g, x in zip(kept_groups, std)}
     applied = torch.zeros_like(reward).index_copy(0, kept, A)  # 0 for groups that were dropped
     sp_size = unwrap(run.policy).sp.size
     lines = sample_lines(local, groups[:2], bonus, applied, step, sp_size)  # two groups a step
@@ -166,7 +168,7 @@ class ScoredGroup:
     frames: int  # that the prompt shows; 0 for text
     pixels: int  # of a frame
     kind: str  # the problem type
-    shuffled: tgrpo.ShuffleEffect | None = None  # T-GRPO; None where nothing can be shuffled
+    shuffle_effect: tgrpo.ShuffleEffect | None = None  # T-GRPO; None: nothing to shuffle
 
     @property
     def accuracy(self):
@@ -232,10 +234,10 @@ def rollout_and_reward(run, prompts, step):
                 seeds=[seed(args.seed, step, i) for i, _ in prompts],
                 visual_embeds=visual_embeds,
             )
-        compared = {}
+        effects = {}
         if args.algo == "tgrpo":
             with timed("shuffled"):
-                compared = tgrpo.run_on_shuffled(
+                effects = tgrpo.run_on_shuffled(
                     policy, prompts, groups, visual_embeds, builder, step, args, judge
                 )
     with timed("reward"):
@@ -245,16 +247,14 @@ def rollout_and_reward(run, prompts, step):
         extra = own_rewards(own, texts, samples)  # {name: (G,)} of each group
         local = {}
         for b, (position, _) in enumerate(prompts):
-            shuffled = compared.get(position)
-            scored = score_group(
-                position, groups[b], texts[b], accuracy[b], extra[b], shuffled, args
-            )
+            effect = effects.get(position)
+            scored = score_group(position, groups[b], texts[b], accuracy[b], extra[b], effect, args)
             local[position] = LocalGroup(groups[b], visual_embeds[b], texts[b], scored)
         everywhere = gather([x.scored for x in local.values()], every=policy.sp.size)
         return local, sorted(sum(everywhere, []), key=lambda g: g.position)
 
 
-def score_group(position, group, texts, accuracy, extra, shuffled, args):
+def score_group(position, group, texts, accuracy, extra, effect, args):
     """The rewards of a group's responses -> ScoredGroup.
 
     texts, accuracy: (G,) each.  extra: {name: (G,)}, the rewards of --reward.
@@ -284,7 +284,7 @@ def score_group(position, group, texts, accuracy, extra, shuffled, args):
         frames=frames,
         pixels=pixels,
         kind=group.prompt.sample.problem_type,
-        shuffled=shuffled,
+        shuffle_effect=effect,
     )
 
 
@@ -322,41 +322,41 @@ def count_teaching(groups, args):
     return int(advantages(column(groups, "reward"), bonus, args).any(dim=1).sum())
 
 
-def response_weights(group, args):
+def trained_responses(group, args):
     """(G,): 1 for the responses that are trained, 0 for those that --mask_truncated leaves out."""
-    kept = [not (args.mask_truncated and cut) for cut in group.truncated]
-    return torch.tensor(kept, dtype=torch.float64)
+    trained = [not (args.mask_truncated and cut) for cut in group.truncated]
+    return torch.tensor(trained, dtype=torch.float64)
 
 
 def has_gradient(group, A, args):
     """Whether a group has a gradient: from its advantages A (G,), or from the KL penalty."""
-    weights = response_weights(group, args)
-    return bool(weights.any()) and bool(args.beta or (weights * A).any())
+    trained = trained_responses(group, args)
+    return bool(trained.any()) and bool(args.beta or (trained * A).any())
 
 
 def minibatches(groups, A, args):
     """The groups of each optimizer step -> [[(ScoredGroup, advantages (G,)), ...], ...]."""
     pairs = list(zip(groups, A))
-    learnable = [has_gradient(group, a, args) for group, a in pairs]
-    return [[pairs[i] for i in part] for part in split_evenly(learnable, args.minibatches)]
+    with_gradient = [has_gradient(group, a, args) for group, a in pairs]
+    return [[pairs[i] for i in part] for part in split_evenly(with_gradient, args.minibatches)]
 
 
-def split_evenly(learnable, parts):
+def split_evenly(with_gradient, parts):
     """Splits groups into at most `parts` minibatches -> the indices of each, the same on all ranks.
 
-    learnable: whether each group has a gradient. Every minibatch gets about as many that have one,
-    and about as many that have none; none is without a gradient unless all are. Neighbours stay
-    together, because they are on different ranks.
+    with_gradient: whether each group has a gradient. Every minibatch gets about as many that have
+    one, and about as many that have none; none is without a gradient unless all are. Neighbours
+    stay together, because they are on different ranks.
 
     >>> split_evenly([True] * 8, 5)
     [[0, 1], [2, 3], [4], [5, 6], [7]]
     >>> split_evenly([False, False, True, True], 3)
     [[0, 2], [1, 3]]
     """
-    n = max(1, min(parts, sum(learnable)))
+    n = max(1, min(parts, sum(with_gradient)))
     split = [[] for _ in range(n)]
     for kind in (True, False):
-        of_kind = [i for i, x in enumerate(learnable) if x == kind]
+        of_kind = [i for i, x in enumerate(with_gradient) if x == kind]
         bounds = [-(-k * len(of_kind) // n) for k in range(n + 1)]  # rounded up
         for k, part in enumerate(split):
             part += of_kind[bounds[k] : bounds[k + 1]]
@@ -376,14 +376,14 @@ def policy_gradient(run, batch, local):
     args = run.args
     denominator = loss_denominator([group for group, _ in batch], args)
     mine = []
-    for group, A in batch:
-        if group.position in local and has_gradient(group, A, args):
-            mine.append((local[group.position], A))
+    for scored, A in batch:
+        if scored.position in local and has_gradient(scored, A, args):
+            mine.append((local[scored.position], A))
     sums = []  # of each row, on the device
-    lengths = [group.tokens for group, _ in mine]
+    lengths = [x.tokens for x, _ in mine]
     for row in passes(run.policy, pack(mine, lengths, args.row_tokens)):
-        loss, of_row = row_loss(run, row, denominator)
-        sums.append(of_row)
+        loss, row_sums = row_loss(run, row, denominator)
+        sums.append(row_sums)
         # The gradient is the sum over ranks, but DDP and FSDP take the mean. Without --sp each rank
         # has other groups. With --sp all have the same loss, but each rank's gradient is only the
         # part that flows through the tokens that it holds.
@@ -393,15 +393,19 @@ def policy_gradient(run, batch, local):
 
 
 def loss_denominator(groups, args):
-    """What the summed loss of a minibatch is divided by, over all ranks (grpo.grpo_loss)."""
+    """What the summed loss of a minibatch is divided by (grpo.average_loss), over all ranks.
+
+    The trained responses, their tokens, or groups * G * max_new. Groups without a gradient count
+    too.
+    """
     if args.average == "constant":
         return float(max(1, len(groups) * args.group * args.max_new))
     total = 0.0
     for group in groups:
-        weight = response_weights(group, args)
+        count = trained_responses(group, args)
         if args.average == "token":
-            weight = weight * torch.tensor(group.lengths)
-        total += float(weight.sum())
+            count = count * torch.tensor(group.lengths)
+        total += float(count.sum())
     return max(1.0, total)
 
 
@@ -429,8 +433,8 @@ def row_loss(run, row, denominator):
     old_logps, masks = [], []
     for x, _ in row:
         old_logps += x.group.logps
-        weights = response_weights(x.scored, args)
-        masks += [torch.ones(n) * w for n, w in zip(x.scored.lengths, weights)]
+        trained = trained_responses(x.scored, args)
+        masks += [torch.full((n,), float(on)) for n, on in zip(x.scored.lengths, trained)]
     old_logp = pad_sequence(old_logps, batch_first=True).to(logp)  # (N, R)
     mask = pad_sequence(masks, batch_first=True).to(logp)  # (N, R)
     loss, sums = grpo.grpo_loss(
@@ -477,8 +481,9 @@ def sft_step(run, prompts, step):
         for row in passes(run.policy, pack(items, lengths, args.row_tokens)):
             embeds = None if args.train_vision else [x for _, x in row]
             targets = [[p.target.numpy()] for p, _ in row]  # arrays: see row_loss
+            # (N, R), 0 beyond a response's end
             logp, _ = run.policy([p for p, _ in row], targets, embeds)
-            loss = -logp.sum() / tokens  # (N, R), 0 beyond a response's end
+            loss = -logp.sum() / tokens
             (loss * WORLD).backward()
             total += float(-logp.detach().sum()) / tokens
     with timed("optimizer"):
@@ -830,7 +835,9 @@ def parse_args(argv=None, embedded=False):
     g.value("temperature", 1.0, "of sampling and of the trained log-probs", within)
     g.value("top_p", 1.0, "nucleus; below 1 the gradient is biased", "above 0, at most 1")
     g.value("minibatches", 1, "optimizer steps on the groups of one rollout", "at least 1")
-    g.value("row_tokens", 16384, "tokens of a packed row; a longer group gets one", "at least 1")
+    g.value(
+        "row_tokens", 16384, "tokens of a packed row; a longer group gets its own", "at least 1"
+    )
     g.switch("cuda_graph", "on a GPU: replay the decode steps as CUDA graphs")
     reward_flags(p)
     temporal_flags(p)
@@ -876,7 +883,7 @@ def reward_flags(p):
     weight = "at least 0, at most 1e6"
     g.value("w_accuracy", 1.0, "weight of the accuracy reward", weight)
     g.value("w_format", 1.0, "weight of the format reward", weight)
-    bonus = "for a right answer of --len_lo to --len_hi tokens; 0.2 in Video-R1"
+    bonus = "for an accuracy above 0.1 in --len_lo to --len_hi tokens; 0.2 in Video-R1"
     g.value("len_bonus", 0.0, bonus, weight)
     g.value("len_lo", 320, "shortest response with the bonus")
     g.value("len_hi", 512, "longest response with the bonus")
@@ -912,8 +919,8 @@ def temporal_flags(p):
     g.value(
         "temporal",
         "reward",
-        "add the bonus to the reward (as published) or to the advantage; contrast (ours): to the "
-        "reward, for each response by its probability drop when the frames are shuffled",
+        "reward: add the bonus to the reward (as published); advantage: add it after the division; "
+        "contrast (ours): add alpha * a right response's probability drop on shuffled frames",
         choices=("reward", "advantage", "contrast"),
     )
     g.value(
@@ -924,7 +931,8 @@ def temporal_flags(p):
     )
     test = "the test passes if p(ordered) >= mu * p(shuffled); contrast has none"
     g.value("mu", 1.0, test, "at least 0, at most 1e6")
-    g.value("correct", 0.5, "a response is right above this accuracy", "at least 0, below 1")
+    right = "T-GRPO's test and bonus count a response as right above this accuracy"
+    g.value("correct", 0.5, right, "at least 0, below 1")
     g.value(
         "shuffle",
         "frame",
@@ -966,7 +974,7 @@ def loss_flags(p):
     g.value("tau_neg", 1.05, "sapo: the same where A <= 0", tau)
     dual = "bound the loss where A < 0 and rho is above this; usual: 3, off: 0"
     g.value("dual_clip", 0.0, dual, "at least 0, at most 1e6")
-    drop = "leave groups without an advantage out of the batch: its averages, and the std of --norm"
+    drop = "leave groups whose advantages are all 0 out of the batch, its averages and --norm's std"
     g.switch("drop_zero_std", drop)
     g.value("refill", 0, "with --drop_zero_std: extra draws, until --prompts groups are left")
     g.switch("mask_truncated", "leave truncated responses out of the loss")

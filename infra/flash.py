@@ -16,7 +16,7 @@ import torch
 
 
 class Blocks(NamedTuple):
-    """n spans that run in one kernel call, padded to a queries and b keys each.
+    """n spans that run in one kernel call, each padded to `a` queries and `b` keys.
 
     causal: all of them are causal spans (a = b), or all are full ones.  q (n, a), k (n, b): the
     tokens of each.  padding (n, a): True for a padded query.  unpadded (m,): indices into n * a of
@@ -61,8 +61,8 @@ def batch_spans(spans, causal):
 
     A query must be in one span only.
 
-    Spans run together if each has at least 3/4 as many queries as the longest: causal spans of any
-    length (only padded queries see padded keys), full spans of equally many keys.
+    Spans run together if each has at least 3/4 as many queries as the longest: causal spans with
+    any numbers of keys (only padded queries see padded keys), full spans with equally many.
     """
     out = []
     spans = [span for span in spans if span[1] and span[3]]
@@ -94,10 +94,10 @@ def merge(out_a, lse_a, out_b, lse_b):
 class BlockAttention(torch.autograd.Function):
     """Attention of queries that each see one or more blocks of keys.
 
-    Backward, each block's own flash kernel gets the output and the log-sum-exp of the WHOLE row,
-    and so recomputes the probabilities exp(score - lse) of the whole softmax: the gradients of the
-    blocks add up. There is no mask and no stored score; K and V are copied once for each block, not
-    for each response or query head.
+    Backward, each block's own flash kernel gets each query's output and log-sum-exp over ALL of its
+    blocks, and so recomputes the probabilities exp(score - lse) of the whole softmax: the gradients
+    of the blocks add up. There is no mask and no stored score; K and V are copied once for each
+    block, not for each response or query head.
 
     q (S, Hq, d), k and v (S', Hkv, d) -> (S, Hq, d); zeros for a query that no block has. Half
     precision on a GPU.
@@ -108,7 +108,7 @@ class BlockAttention(torch.autograd.Function):
         at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros_like(q, dtype=at_least_fp32)  # (S, Hq, d)
         # (S, Hq): log-sum-exp so far
-        row_lse = q.new_full(q.shape[:2], float("-inf"), dtype=at_least_fp32)
+        whole_lse = q.new_full(q.shape[:2], float("-inf"), dtype=at_least_fp32)
         ctx.states = []
         for b in blocks:
             q_b, k_b, v_b = (x.transpose(1, 2) for x in (q[b.q], k[b.k], v[b.k]))
@@ -117,21 +117,21 @@ class BlockAttention(torch.autograd.Function):
             o, lse = (x.transpose(1, 2).flatten(0, 1)[b.unpadded] for x in (o, lse))
             o, lse = o.to(at_least_fp32), lse.to(at_least_fp32)
             if not b.causal:  # causal blocks come first, so they have nothing to be merged with
-                o, lse = merge(o, lse, out[b.tokens], row_lse[b.tokens])
-            out[b.tokens], row_lse[b.tokens] = o, lse
+                o, lse = merge(o, lse, out[b.tokens], whole_lse[b.tokens])
+            out[b.tokens], whole_lse[b.tokens] = o, lse
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, row_lse)
+        ctx.save_for_backward(q, k, v, out, whole_lse)
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, row_lse = ctx.saved_tensors
+        q, k, v, out, whole_lse = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for b, state in zip(ctx.blocks, ctx.states):
             # a padded query has no gradient, and exp(score - inf) = 0
             g = grad[b.q].masked_fill(b.padding[..., None, None], 0)
-            lse = row_lse[b.q].masked_fill(b.padding[..., None], float("inf"))
+            lse = whole_lse[b.q].masked_fill(b.padding[..., None], float("inf"))
             parts = (g, q[b.q], k[b.k], v[b.k], out[b.q], lse)
             g, q_b, k_b, v_b, o, lse = (x.transpose(1, 2) for x in parts)
             gradients = flash_backward(

@@ -123,14 +123,14 @@ def sample_lines(local, groups, bonus, A, step, sp_size):
 
 def about_group(mine, step):
     """What the lines of a LocalGroup have in common."""
-    sample, shuffled = mine.group.prompt.sample, mine.scored.shuffled
+    sample, effect = mine.group.prompt.sample, mine.scored.shuffle_effect
     about = {"step": step + 1, "position": mine.scored.position}
     names = "id path data_type problem_type fps segment question options answer".split()
     about |= {name: getattr(sample, name) for name in names}
-    if shuffled:
-        about["orders"] = [shuffled.order]
-        if shuffled.drops is not None:
-            about["probability_drops"] = shuffled.drops
+    if effect:
+        about["orders"] = [effect.order]
+        if effect.drops is not None:
+            about["probability_drops"] = effect.drops
         else:
-            about["shuffled_accuracies"] = shuffled.accuracies
+            about["shuffled_accuracies"] = effect.accuracies
     return about

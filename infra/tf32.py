@@ -1,8 +1,9 @@
 """Matrix products of fp32 tensors in TF32, which keeps 10 of the 23 bits of a mantissa.
 
-A GPU computes them some 8 times faster. Numbers that came from bf16 have 7 bits, so that their
-products stay exact and are added up in fp32. torch's own switch is global: it would also round the
-angles of rotary positions.
+A GPU computes them some 8 times faster, and adds up in fp32. Of numbers that came from bf16 (7
+bits) the products are exact: those of hidden states and head with --lora or --fsdp. Weights and
+last hidden states in fp32, and gradients, are rounded. torch's own switch is global: it would also
+round the angles of rotary positions.
 """
 
 import contextlib
@@ -11,7 +12,8 @@ import torch
 
 
 class TF32Linear(torch.autograd.Function):
-    """x (n, D) and weight (V, D), both fp32 -> x @ weight.T (n, V), its gradients in TF32 too."""
+    """x (n, D) and weight (vocabulary, D), both fp32 -> x @ weight.T (n, vocabulary). Its gradients
+    are TF32 too."""
 
     @staticmethod
     def forward(ctx, x, weight):

@@ -338,7 +338,7 @@ def test_auto_takes_as_few_ranks_as_fit_and_leaves_none_idle(world):
     args = SimpleNamespace(algo="grpo", sp="auto", group=8, row_tokens=1000, fsdp=False)
 
     def choose(lengths):
-        return mrsp.smallest_group(policy, None, lengths, 128, 3e9, args, 8)
+        return mrsp.smallest_team(policy, None, lengths, 128, 3e9, args, 8)
 
     assert [choose([100] * n)[0] for n in (8, 2, 1, 0)] == [1, 4, 8, 8]
     sizes = [choose([int(2 ** (n / 4))] * 8)[0] for n in range(40, 120)]
@@ -373,14 +373,14 @@ def test_full_training_of_a_7b_fits_8_gpus_of_80_gb_when_it_is_sharded(monkeypat
     policy.set_grad_checkpointing(1)
     args = train.parse_args([f"@{ROOT}/configs/video_r1_7b.txt"])
     about = ([2500] * 8, 8 * 768, 80e9, args, 8)
-    size, text = mrsp.smallest_group(policy, policy, *about)
+    size, text = mrsp.smallest_team(policy, policy, *about)
     assert size == 1
     # 12 bytes / 8; 2 / 8, and a tower; all weights in bf16
     assert "weights, moments 12.44 + reference 3.26 + " in text
     assert "in decoding" in text and "gathered weights 16.58" in text
     assert 35 < float(text.split(" GB of ")[0].split()[-1]) < 36
     args.fsdp = False
-    _, text = mrsp.smallest_group(policy, None, *about)
+    _, text = mrsp.smallest_team(policy, None, *about)
     assert "weights, moments 99.51 + gradients 33.17 + copies in bf16 16.58 + " in text
 
 

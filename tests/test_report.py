@@ -596,7 +596,7 @@ def steps(n, **figures):
     "figures, expected",
     [
         ({}, []),
-        (dict(zero_std_groups=1), ["no mixed groups"]),
+        (dict(zero_std_groups=1), ["no group teaches"]),
         (dict(zero_std_groups=0.99), []),
         (dict(truncated=0.51), ["truncated"]),
         (dict(truncated=0.5), []),
@@ -604,7 +604,7 @@ def steps(n, **figures):
         (dict(entropy=0.006), []),
         (dict(mismatch=0.06), ["mismatch"]),
         (dict(mismatch=0.05), []),
-        (dict(zero_std_groups=1, truncated=1), ["no mixed groups", "truncated"]),
+        (dict(zero_std_groups=1, truncated=1), ["no group teaches", "truncated"]),
     ],
 )
 def test_alarms(figures, expected):
@@ -637,13 +637,13 @@ def test_a_run_is_watched_until_it_is_finished(tmp_path, capsys):
     report.watch(tmp_path, out, 0.05, go_on)
     (first,), last = pages, blob(out.read_text())
     assert (first["every"], first["training"]["figures"][0][:2]) == (0.05, ["steps", "3"])
-    assert list(first["training"]["alarms"]) == ["no mixed groups"]
+    assert list(first["training"]["alarms"]) == ["no group teaches"]
     assert (last["every"], last["training"]["figures"][0][:2]) == (None, ["steps", "13"])
     assert last["training"]["own"] == ["score", "short"] and last["training"]["alarms"] == {}
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"{out}: redrawn every 0.05 s while the run goes on; ctrl-C ends"
-    assert said[1].startswith("alarm: no mixed groups: no group had") and said[2:] == [
-        "over: no mixed groups"
+    assert said[1].startswith("alarm: no group teaches: no group had") and said[2:] == [
+        "over: no group teaches"
     ]
 
 
