@@ -325,7 +325,7 @@ def score(answer, sample):
 
 
 def constant_answer(samples):
-    """The accuracy of the best constant answer to each problem type, chosen with the gold answers
+    """The accuracy of the best constant answer to each problem type, chosen with the right answers
     known: what a policy without eyes could reach if it knew how often each answer is right."""
     right = 0.0
     for kind in {s.problem_type for s in samples}:

@@ -411,8 +411,11 @@ class Policy(nn.Module):
         x = x.index_put((places,), embeds)  # index_copy would keep embeds for its backward pass
         deepstack = {}
         if again:
-            mask = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, places, True)
-            deepstack = dict(visual_pos_masks=mask[None], deepstack_visual_embeds=again)
+            # transformers adds the features to hidden[mask]. Index 0 instead of a mask is the whole
+            # row: no shape depends on the numbers of a mask, so nobody waits for a GPU.
+            row = torch.zeros(1, dtype=torch.long, device=x.device)
+            again = [torch.zeros_like(x).index_put((places,), e)[None] for e in again]  # (1, n, D)
+            deepstack = dict(visual_pos_masks=row, deepstack_visual_embeds=again)
         hidden = self.run_layers(x[None], positions[:, None], plan, **deepstack)[0]
         return hidden, plan, following
 

@@ -14,13 +14,15 @@ Pure functions of strings, but for `accuracies` with a judge: every response get
 never an exception.
 
 A reward of your own, without a change here: --reward my_file.py:score (infra/reward_file.py).
-To add one here: write a function of the response, like format_reward (it may be negative). In
-train.py, add its value and its weight to score_group, a flag for the weight to parse_args, and the
-flag to `warn`. Logs and report then show it; add its name by hand to the chart "parts of the
-reward" in report.html and to the tables of docs/log.md.
+To add one here: write a function of the response, like format_reward (it may be negative), or of
+its accuracy too, like length_reward. In train.py, add its weight and values to score_group, a flag
+to reward_flags, and the flag to `warn`. Add its name to TAKEN in infra/reward_file.py, so that no
+function of --reward can have it. Logs and report then show it, and --resume compares the flag; add
+its name by hand to the chart "parts of the reward" in report.html and to the tables of docs/log.md.
 To add a problem type: name it in PROBLEM_TYPES, say how its answers are read (normalize_answer) and
 graded (grade; in evaluation, eval.score and constant_answer). In data.py, say what the prompt asks
-for (CLOSING) and which answers of records are refused (_answer).
+for (CLOSING) and which answers of records are refused (_answer). If it has options: _options in
+data.py, `kind` in ask.py, `answers` in report.html.
 
     >>> extract_answer("<think>It turns.</think><answer>(b)</answer>")
     '(b)'
@@ -122,7 +124,7 @@ def format_reward(response):
 
 
 def length_reward(num_tokens, accuracy, *, lo=320, hi=512, bonus=0.2):
-    """`bonus` for a right answer (accuracy > 0.1) of lo to hi tokens, else 0.
+    """`bonus` for an accuracy above 0.1 (whatever --correct says) in lo to hi tokens, else 0.
 
     As in Video-R1's paper; its released code also requires a second right answer in the group.
     """
@@ -172,7 +174,8 @@ def _exact(x):
 
 
 def normalize_answer(text, sample):
-    """What an answer says, in a form that compares with ==; None if it says nothing valid.
+    """What an answer says, as text or a number that compares with ==; None if it says nothing
+    valid. (It is counted as a vote, and written as JSON.)
 
     multiple choice: the option's letter. regression, numerical: a number. OCR, free-form: the text.
     grounding: "start to end" in seconds.

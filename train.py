@@ -262,25 +262,21 @@ def score_group(position, group, texts, accuracy, extra, effect, args):
     frames, pixels = group.prompt.frames_x_pixels
     lengths = [len(r) for r in group.responses]
     rule = dict(lo=args.len_lo, hi=args.len_hi, bonus=args.len_bonus)
-    parts = {
-        "accuracy": accuracy,
-        "format": [format_reward(text) for text in texts],
-        "length_bonus": [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)],
-        **extra,
+    parts = {  # {name: (weight, values (G,))}; the size of the length bonus is --len_bonus
+        "accuracy": (args.w_accuracy, accuracy),
+        "format": (args.w_format, [format_reward(text) for text in texts]),
+        "length_bonus": (1.0, [length_reward(n, a, **rule) for n, a in zip(lengths, accuracy)]),
     }
-    # the size of the length bonus is --len_bonus
-    weights = {"accuracy": args.w_accuracy, "format": args.w_format, "length_bonus": 1.0}
-    for spec in args.reward or []:
-        _, name, weight = split_spec(spec)
-        weights[name] = weight
-    reward = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(texts))]
+    own_weights = {name: weight for _, name, weight in map(split_spec, args.reward or [])}
+    parts |= {name: (own_weights[name], values) for name, values in extra.items()}
+    reward = [sum(w * values[i] for w, values in parts.values()) for i in range(len(texts))]
     return ScoredGroup(
         position=position,
         lengths=lengths,
         truncated=group.truncated,
         entropy=[float(x.double().sum()) for x in group.entropies],
         reward=reward,
-        parts=parts,
+        parts={name: values for name, (_, values) in parts.items()},
         frames=frames,
         pixels=pixels,
         kind=group.prompt.sample.problem_type,

@@ -271,8 +271,15 @@ def is_empty(value):
 
 
 def _named(record, keys):
-    """{key: value} of those of these fields that have a value."""
-    return {key: record[key] for key in keys if not is_empty(record.get(key))}
+    """{key: value} of those of these fields that have a value; of a list of one, its element."""
+    named = {}
+    for key in keys:
+        value = record.get(key)
+        if isinstance(value, list) and len(value) == 1:
+            (value,) = value
+        if not is_empty(value):
+            named[key] = value
+    return named
 
 
 def _listed(fields):

@@ -99,7 +99,7 @@ class RewardFile:
         if not isinstance(x, Real) or not 0 <= x <= 1:  # NaN is neither
             raise DataError(
                 f"{sample.name}: {self.file}:{self.name} returned {x!r:.80}, "
-                "expected a number from 0 to 1"
+                "expected a number from 0 to 1 (a penalty has a negative weight)"
             )
         return float(x)
 
@@ -137,7 +137,13 @@ def _parameters(function, spec, name):
             f"--reward {spec}: {name}{signature}: expected the parameters response, sample "
             "(or responses, samples)"
         ) from e
-    return list(signature.parameters)
+    names = list(signature.parameters)
+    if names[0] == "completions":  # TRL's form
+        raise DataError(
+            f"--reward {spec}: {name}{signature}: expected the parameters response, sample, or "
+            "responses, samples for all of a step at once"
+        )
+    return names
 
 
 def own_rewards(functions, texts, samples):

@@ -38,6 +38,7 @@ from infra.model_folder import (
     text_fingerprint,
 )
 from infra.ranks import RANK, WORLD, gather, say
+from infra.reward_file import split_spec
 
 # what a resumed run may change: paths, the number of steps, what it logs and keeps, what it costs
 MAY_CHANGE = (
@@ -131,8 +132,12 @@ def _open_run(args, defaults):
 
 
 def _config(args):
-    """The lines of config.txt: commit, records and reference model as comments, then the flags."""
+    """The lines of config.txt: commit, records, files of --reward and reference model as comments,
+    then the flags."""
     lines = [f"# commit {commit()}", f"# records {digest(args.data)}"]
+    if args.reward:
+        files = dict.fromkeys(split_spec(spec)[0] for spec in args.reward)
+        lines.append(f"# rewards {' '.join(map(digest, files))}")
     if args.lora:  # it is also what the adapters in checkpoints stand beside
         model = local_folder(args.model)
         lines.append(f"# reference {fingerprint(model)}, texts {text_fingerprint(model)}")
@@ -143,7 +148,7 @@ def _config(args):
 
 def _fixed(args):
     """The names of the flags and comments that a resumed run must not change."""
-    fixed = {*vars(args), "# records", "# reference"} - {*MAY_CHANGE}
+    fixed = {*vars(args), "# records", "# rewards", "# reference"} - {*MAY_CHANGE}
     if args.lora:  # the base may move: "# reference" tells whether it is the same
         fixed.remove("model")
     if args.schedule == "cosine":  # the learning rate depends on the number of steps

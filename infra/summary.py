@@ -54,9 +54,9 @@ def table(summary):
     """The summary of an evaluation, as in summary.json, as text; "-" where nothing was computed."""
     rows = summary["methods"]
     out = [
-        f"{summary['model']} on {summary['data']}: {rows[0]['questions']} questions. The best "
-        "constant answer of each problem type, chosen with the gold answers known: "
-        f"{summary['constant_answer']:.3f}.",
+        f"{summary['model']} on {summary['data']}: {rows[0]['questions']} questions. "
+        "Accuracy of the best constant answer to each problem type, if the right answers were "
+        f"known: {summary['constant_answer']:.3f}.",
         "",
         "method        accuracy  95 % interval   frames x pixels  visual tokens  rounds  failures  "
         "seconds",

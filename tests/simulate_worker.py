@@ -143,7 +143,7 @@ def lora():
 
 def qwen3_vl():
     gpu, run = begin("--algo", "grpo", "--fsdp", "--train_vision", "--beta", "0.04")
-    syncs = dict(encode=4, prefill=8, reference=7, forward=7, backward=10, optimizer=1)
+    syncs = dict(encode=4, prefill=4, reference=3, forward=3, backward=4, optimizer=1)
     check(gpu, run, syncs=syncs)
 
 

@@ -316,7 +316,7 @@ def test_solution_is_read_before_answer(tmp_path):
         ({"problem_type": ["OCR"]}, "unknown problem type .'OCR'.,"),
         ({"problem_type": {}}, "unknown problem type {}"),
         ({"problem": 7}, "'problem' is 7, expected text"),
-        ({"path": ["x.mp4"]}, "'path' is .'x.mp4'., expected text"),
+        ({"path": ["x.mp4", "y.mp4"]}, "'path' is .'x.mp4', 'y.mp4'., expected text"),
         ({"data_type": ["video"]}, "'data_type' is .'video'., expected text"),
         ({"data_source": 5}, "'data_source' is 5, expected text"),
         ({"solution": ["A"]}, "'solution' is .'A'., expected text or a number"),
@@ -396,6 +396,15 @@ def test_a_bad_record_is_named(tmp_path, change, message):
         load(tmp_path, RECORD, RECORD | change)
     skipped = {}
     assert len(load(tmp_path, RECORD, RECORD | change, skipped=skipped)) == 1 and len(skipped) == 1
+
+
+def test_a_list_of_one_medium_is_that_medium(tmp_path):
+    (named,) = load(tmp_path, RECORD | {"path": None, "videos": ["v/x.mp4"]})
+    assert named.path.endswith("v/x.mp4") and named.data_type == "video"
+    (named,) = load(tmp_path, RECORD | {"path": None, "data_type": None, "image": ["v/x.jpg"]})
+    assert named.path.endswith("v/x.jpg") and named.data_type == "image"
+    with pytest.raises(DataError, match="'videos' is .*, expected text"):
+        load(tmp_path, RECORD | {"path": None, "videos": ["x.mp4", "y.mp4"]})
 
 
 @pytest.mark.parametrize(

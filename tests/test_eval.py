@@ -221,7 +221,7 @@ def test_what_cannot_be_answered_is_a_line_with_its_reason_and_a_wrong_answer(br
     assert "nowhere.y4m: no such file" in answered[2]["failure"]
     assert (
         "multiple choice without options" in answered[6]["failure"]
-        and "record 7: a str" in answered[7]["failure"]
+        and "record 7: found" in answered[7]["failure"]
     )
     for i in (0, 3, 4, 5):
         assert answered[i]["rounds"] and answered[i]["failure"] in (None, "no valid answer")
@@ -488,8 +488,8 @@ def test_a_method_that_has_shown_nothing_has_no_means():
     )
     assert row in text
     assert (
-        "The best constant answer of each problem type, chosen with the gold answers known: 0.250."
-        in text
+        "Accuracy of the best constant answer to each problem type, if the right answers were "
+        "known: 0.250." in text
     )
 
 

@@ -49,6 +49,9 @@ def alone(response):
 def three(response, sample, weights):
     return 1
 
+def of_trl(completions, samples):
+    return [0.0 for _ in completions]
+
 from math import hypot
 
 five = 5
@@ -133,6 +136,7 @@ def test_what_is_no_reward_names_record_file_and_function(file, name, responses,
         ("five", "has no function five"),
         ("alone", "alone(response): expected the parameters response, sample"),
         ("three", "three(response, sample, weights): expected the parameters response, sample"),
+        ("of_trl", "of_trl(completions, samples): expected the parameters response, sample, or"),
         ("hypot", "my_file.py:hypot: hypot: its parameters are not known (no signature found for"),
         ("reward", "the logs have a reward already; rename the function"),
         ("reward_std", "the logs have a reward_std already; rename the function"),
@@ -195,7 +199,8 @@ def test_flags_that_are_refused(file, changed, message, capsys):
 def test_a_run_logs_rewards_by_name_and_resumes_with_the_same_ones_only(
     tmp_path, world, cold_start, file
 ):
-    """Two ranks load the file. The reward is the weighted sum of its parts, in every line."""
+    """Two ranks load the file. The reward is the weighted sum of its parts, in every line. A run
+    with other functions, or with other lines in the file, is another run."""
     out = tmp_path / "run"
     command = [*flags(world, out, "tgrpo", steps=1, prompts=2, group=2, model=cold_start)]
     own = ["--reward", f"{file}:score=0.5", f"{file}:short"]
@@ -217,3 +222,6 @@ def test_a_run_logs_rewards_by_name_and_resumes_with_the_same_ones_only(
     assert f"--reward {file}:score=0.5 now, --reward {file}:score=0.5 {file}:short when" in str(
         refused.value
     )
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(SystemExit, match="with other settings: # rewards"):
+        train.main([*map(str, command[1:]), *own, "--resume"])
