@@ -241,6 +241,6 @@ def cold_start(made_once, world):
     """
 
     def make(folder):
-        run(*flags(world, folder, "sft", steps=60, prompts=16))
+        run(*flags(world, folder, "sft", steps=60, lr=2e-3, grad_checkpointing=0))
 
     return made_once("cold_start", make)
