@@ -56,7 +56,7 @@ QUICK = {"shrink": 20, "clips": {"cot": 240, "train": 120, "test": 16}}  # of a 
 
 def study(name, seeds, root, results, pool, **size):
     """Runs a claim and writes results/NAME.json and NAME.svg -> what the JSON holds, and how many
-    commands ran now. size: shrink, clips and flags of the Labs."""
+    commands ran now. size: shrink, clips, flags and eval_flags of the Labs."""
     claim, labs = CLAIMS[name], []
     for seed in seeds:
         labs.append(Lab(seed, Path(root) / f"seed{seed}", pool, **size))

@@ -157,7 +157,7 @@ def watch(parent):
 @dataclass
 class Lab:
     """One seed: its worlds, runs and answers, in `root`. shrink: divides all steps; clips: of the
-    worlds; flags: added to every training run."""
+    worlds; flags: added to every training run; eval_flags: to every run of eval.py."""
 
     seed: int
     root: Path
@@ -165,6 +165,7 @@ class Lab:
     shrink: int = 1
     clips: dict = field(default_factory=lambda: toy.CLIPS)
     flags: tuple = ()
+    eval_flags: tuple = ()
     runs: list = field(default_factory=list)
 
     def world(self, name="world", write=toy.write):
@@ -220,7 +221,7 @@ class Lab:
         """A run of eval.py with the toy's flags -> {method: (its summary, its lines in the order
         of the records)}."""
         argv = [f"@{HERE}/configs/toy_eval.txt", "--model", model, "--data", data]
-        argv += [*flags, "--out", self.root / name]
+        argv += [*flags, *self.eval_flags, "--out", self.root / name]
         folder, out = self.call(name, answering, argv, model, data), {}
         for summary in json.loads((folder / "summary.json").read_text())["methods"]:
             lines = []

@@ -45,12 +45,12 @@ def times(lab):
 
 def ratios(lab, frames, group):
     """The times of bench.py -> {part of a step: plain time / ours}, both with the encoding that
-    they do. A shrunk claim times the toy's model."""
+    they do. A shrunk claim times the toy's model, on small frames."""
     out = lab.root / f"bench-{frames}-{group}.figures"
     new = max(4, 32 // lab.shrink)  # tokens of a response
     flags = ["--frames", frames, "--group", group, "--new", new, "--repeat", 1, "--json", out]
     if lab.shrink > 1:
-        flags += ["--model", lab.world() / "model"]
+        flags += ["--model", lab.world() / "model", "--height", 28, "--width", 28, "--text", 4]
     lab.call(out.stem, timing, flags)
     found = json.loads(out.read_text())["results"][0]
     step = {row["name"]: sum(row[phase] for phase in bench.PHASES) for row in found["rows"]}

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -215,6 +216,16 @@ def run(*command, expect=0, timeout=300, **how):
     return output
 
 
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory):
+    """For torchrun's PYTHON_EXEC: an executable that runs a rank in a fork, without its imports."""
+    file = tmp_path_factory.mktemp("forked") / "python"
+    words = shlex.join([sys.executable, f"{ROOT}/tests/forked_python.py", fork_server()])
+    file.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    file.chmod(0o755)
+    return file
+
+
 TINY = "--min_pixels 784 --max_new 16 --prompts 4 --group 4 --log_every 1 --train_vision".split()
 TINY += ["--workers", "1"]  # each is a process that imports NumPy and PyAV
 
@@ -241,6 +252,6 @@ def cold_start(made_once, world):
     """
 
     def make(folder):
-        run(*flags(world, folder, "sft", steps=60, prompts=16))
+        run(*flags(world, folder, "sft", steps=60, lr=2e-3, grad_checkpointing=0))
 
     return made_once("cold_start", make)

@@ -17,14 +17,18 @@ from rollout import generate
 
 
 @pytest.mark.slow
-def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path):
-    small = "--frames 4 8 --group 3 --new 4 --text 8 --height 56 --width 56 --repeat 1".split()
-    file = tmp_path / "two.json"
-    output = run("bench.py", *small, "--json", file, ranks=2)
+@pytest.mark.parametrize("ranks, shown", [(1, [4]), (2, [4, 8])])
+def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path, world, ranks, shown):
+    """On one rank the default model, on two a checkpoint."""
+    small = ["--frames", *shown, *"--group 3 --new 4 --text 8 --height 56 --width 56".split()]
+    small += ["--repeat", 1, *(["--model", world / "model"] if ranks > 1 else [])]
+    file = tmp_path / "figures.json"
+    output = run("bench.py", *small, "--json", file, ranks=ranks)
     figures = json.loads(file.read_text())
-    assert figures["ranks"] == 2 and figures["commit"] and figures["flags"]["group"] == 3
-    names = ["plain", *(name.format(2) for name, way, _ in bench.STEPS if way != "graph")]
-    for frames, result in zip((4, 8), figures["results"], strict=True):
+    assert figures["ranks"] == ranks and figures["commit"] and figures["flags"]["group"] == 3
+    absent = {"graph"} if ranks > 1 else {"graph", "ranks"}
+    names = ["plain", *(name.format(2) for name, way, _ in bench.STEPS if way not in absent)]
+    for frames, result in zip(shown, figures["results"], strict=True):
         assert result["frames"] == frames and result["prompt_tokens"] == 8 + frames // 2 * 4
         assert [row["name"] for row in result["rows"]] == names
         for phase in set(bench.PHASES) - {"decode"}:

@@ -28,13 +28,16 @@ TINY = dict(
     shrink=600,
     clips={"cot": 20, "train": 12, "test": 3},
     flags=("--prompts", 2, "--group", 2, "--max_new", 4, "--workers", 1),
+    eval_flags=("--max_new", 4, "--workers", 1),
 )
 
 
 @pytest.fixture(scope="module")
-def pool():
-    with lab.workers(1) as pool:  # pytest has a worker for each core already
-        yield pool
+def pool(forked_python):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHON_EXEC", str(forked_python))  # for the runs of torchrun
+        with lab.workers(1) as pool:  # pytest has a worker for each core already
+            yield pool
 
 
 @pytest.fixture(scope="module")

@@ -102,14 +102,30 @@ def test_the_command_prints_what_fits_and_what_would_help(tmp_path):
     config["vision_config"]["fullatt_block_indexes"] = [1]
     os.chmod(folder / "config.json", 0o644)
     (folder / "config.json").write_text(json.dumps(config))
-    words = [*SFT, "--config", folder, "--memory", "20", "--grad_checkpointing", "0"]
+    words = [*SFT, "--config", folder, "--memory", "20", "--train_vision"]
+    words += ["--grad_checkpointing", "0"]  # the one thing that would help
     output = run("simulate.py", *words, "--write", tmp_path / "x.json")
     found = json.loads((tmp_path / "x.json").read_text())
     for name in ("load", "encode", "forward", "backward", "optimizer"):
         assert found["phases"][name]["peak"] > 0 and f"\n{name} " in output
     assert "does not fit in 18 GB" in output and simulate.UNKNOWN in output
     assert "with --grad_checkpointing 1: peak " in output
-    assert "with --lora 16: peak " in output
-    other, _ = found["tried"]
+    (other,) = found["tried"]
     assert other["with"] == ["--grad_checkpointing", "1"]
     assert simulate.peak_of(other)[0] <= simulate.peak_of(found)[0]
+
+
+def test_what_may_make_a_step_fit():
+    """Each alone: nothing that the run has already, nor what it cannot have."""
+    flags = dict(fsdp=False, grad_checkpointing=0, lora=0, train_vision=False)
+    found = dict(flags=flags, gpus=4, sp=1, frames=16)
+    all_of_them = [["--fsdp"], ["--grad_checkpointing", "1"], ["--lora", "16"], ["--sp", "2"]]
+    assert simulate.remedies(found) == [*all_of_them, ["--frames", "8"]]
+    assert simulate.remedies(found | dict(sp=2, frames=18)) == [
+        *all_of_them[:3],
+        ["--sp", "4"],
+        ["--frames", "8"],
+    ]
+    flags |= dict(fsdp=True, grad_checkpointing=1, train_vision=True)
+    assert simulate.remedies(found | dict(sp=4, frames=6)) == []
+    assert simulate.remedies(dict(flags=flags | dict(lora=8), gpus=1, sp=1, frames=6)) == []

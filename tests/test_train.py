@@ -554,7 +554,7 @@ def test_a_policy_that_is_not_finite_ends_the_run_and_is_not_saved(
     ],
 )
 def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(
-    tmp_path, world, cold_start, number, ranks, code
+    tmp_path, world, cold_start, forked_python, number, ranks, code
 ):
     """The last line is the command that resumes, and there is no traceback.
 
@@ -563,7 +563,7 @@ def test_a_signal_ends_the_run_after_a_step_and_its_checkpoint(
     out = tmp_path / "a"
     often = 10**6
     command = flags(world, out, "sft", steps=often, save_every=often, model=cold_start, prompts=2)
-    script = Script(*command, ranks=ranks, torchrun=ranks > 1)
+    script = Script(*command, ranks=ranks, torchrun=ranks > 1, PYTHON_EXEC=str(forked_python))
     script.wait_until(lambda: lines_of(out / "log.jsonl") >= 2)
     if ranks > 1:
         os.kill(script.pids()[-1], number)
@@ -604,10 +604,12 @@ def test_a_second_signal_ends_the_process_at_once(second):
         (["--group", "1"], "--group 1", False),
     ],
 )
-def test_of_two_ranks_an_error_is_one_line_of_one(tmp_path, world, change, message, torchrun):
+def test_of_two_ranks_an_error_is_one_line_of_one(
+    tmp_path, world, forked_python, change, message, torchrun
+):
     """Nothing of the other rank, no usage, no traceback but torchrun's own."""
     command = [*flags(world, tmp_path / "a", steps=1), *change]
-    out = run(*command, ranks=2, torchrun=torchrun, expect=1)
+    out = run(*command, ranks=2, torchrun=torchrun, expect=1, PYTHON_EXEC=str(forked_python))
     errors = [line for line in out.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert "usage:" not in out and out.count("Traceback") <= 1 and 'train.py", line' not in out
