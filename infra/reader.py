@@ -309,8 +309,11 @@ def _upright(frame, pixel_ratio):
     pixel_ratio: width of a pixel / its height."""
     alpha = any(component.is_alpha for component in frame.format.components)
     transparent = frame.format.has_palette or alpha
-    # one thread, as of the decoder: PyAV would start one a core for every frame, 3 ms each
-    pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24", threads=1)
+    # One thread, as of the decoder: PyAV would start one a core for every frame, 3 ms each. argb,
+    # not rgba: FFmpeg leaves the last columns of yuva420p unwritten in rgba (50, 52, 98 wide).
+    pixels = frame.to_ndarray(format="argb" if transparent else "rgb24", threads=1)
+    if transparent:
+        pixels = np.roll(pixels, -1, axis=2)  # to rgba
     height, width = pixels.shape[0], max(1, round(pixels.shape[1] * float(pixel_ratio or 1)))
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:

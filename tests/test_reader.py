@@ -310,6 +310,19 @@ def test_a_codec_without_a_decoder_is_named_as_the_reason(tmp_path):
         shown(path)
 
 
+@pytest.mark.parametrize("width", [48, 50, 52, 98, 100])
+def test_every_column_of_a_transparent_frame_is_converted(width):
+    """Grey at half opacity, on white, in memory that held something else."""
+    frame = av.VideoFrame(width, 36, "yuva420p")
+    for plane, value in zip(frame.planes, (126, 128, 128, 128), strict=True):
+        plane.update(bytes([value]) * plane.buffer_size)
+    others = [np.full((36, width, 4), 7, np.uint8) for _ in range(50)]
+    del others
+    pixels = np.asarray(reader._upright(frame, None).image)
+    assert pixels.shape == (36, width, 3) and (pixels == pixels[0, 0]).all()
+    assert np.abs(pixels[0, 0] - 191.0).max() <= 2
+
+
 def test_what_is_no_video_is_refused(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(VideoError, match="folder.mp4: a folder, expected a file"):
