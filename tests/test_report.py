@@ -19,6 +19,7 @@ import data
 import report
 import rewards
 import toy
+from browser import Browser
 from conftest import SHARED, needs_shared, run
 
 HOSTILE = (
@@ -684,7 +685,7 @@ needs_chromium = pytest.mark.skipif(chromium is None, reason="needs chromium")
 def browse(tmp_path_factory):
     """browse(page, address, script) -> the DOM as text after the script, no console errors."""
     folder = tmp_path_factory.mktemp("browser")
-    quiet = "quic background-networking component-update sync gpu".split()
+    browser = Browser(chromium, folder / "profile")
 
     def dom(page, address="", script=""):
         copy = folder / "page.html"
@@ -692,29 +693,13 @@ def browse(tmp_path_factory):
         copy.write_text(
             text + (f"<script>setTimeout(() => {{ {script} }}, 100)</script>" if script else "")
         )
-        command = [
-            chromium,
-            "--headless",
-            "--no-sandbox",
-            "--no-first-run",
-            "--enable-logging=stderr",
-            "--v=0",
-        ]
-        command += [
-            f"--user-data-dir={folder}/profile",
-            "--virtual-time-budget=5000",
-            *(f"--disable-{x}" for x in quiet),
-        ]
-        done = subprocess.run(
-            [*command, "--dump-dom", f"file://{copy}#{address}"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert "CONSOLE" not in done.stderr and "Uncaught" not in done.stderr, done.stderr
-        return done.stdout.split('<script type="application/json">')[0]
+        found, said = browser.dom(f"file://{copy}#{address}")
+        if said:
+            raise AssertionError("\n".join(said))
+        return found.split('<script type="application/json">')[0]
 
-    return dom
+    yield dom
+    browser.close()
 
 
 def click(condition):
