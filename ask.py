@@ -15,7 +15,9 @@ On a terminal, every answer is followed by a prompt for the next question. Ctrl-
 do. An animated GIF is a video, a still one an image. All questions share its visual embeddings.
 """
 
+import os
 import re
+import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +77,9 @@ def make_sample(args, number, question, options, answer=""):
     )
 
 
+BROKEN = (OSError, ValueError, SyntaxError, IndexError, struct.error)  # of a damaged GIF, in Pillow
+
+
 def is_image(clip):
     """Whether a file is an image rather than a video: by its name, a GIF by its number of
     frames."""
@@ -83,8 +88,8 @@ def is_image(clip):
     try:
         with Image.open(clip) as gif:
             return gif.n_frames == 1
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False  # broken: the reader of videos says how
+    except (*BROKEN, Image.DecompressionBombError):
+        return False  # the reader of videos says what is wrong
 
 
 def questions(args, terminal):
@@ -290,7 +295,7 @@ def parse_args(argv):
     page = Path(args.page or "x.html")
     if page.suffix != ".html" or not page.absolute().parent.is_dir():
         p.error(f"--page {page}: expected NAME.html, in a folder that exists")
-    if page.is_dir() and args.page:
+    if os.path.isdir(page) and args.page:  # is_dir raises for a name that is too long
         p.error(f"--page {page}: is a folder, expected a file to write")
     return args
 

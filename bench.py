@@ -243,9 +243,8 @@ def limits(policy, G, dtype):
 
 
 def matrix_products(rows, weights):
-    """Each of the rows (G, inputs) times its matrix (outputs, inputs)."""
-    for x, weight in zip(rows, weights):
-        torch.nn.functional.linear(x, weight)
+    """Each of the rows (G, inputs) times its matrix (outputs, inputs) -> [(G, outputs), ...]."""
+    return [torch.nn.functional.linear(x, weight) for x, weight in zip(rows, weights)]
 
 
 def cost(policy, P, G, R, dtype):
@@ -358,7 +357,7 @@ def benchmark(args, device, checks):
     if args.model in SHAPES:
         policy = random_policy(args.model, device, torch.float32)
     else:
-        policy = Policy.load(args.model, device=device)
+        policy = Policy.load(args.model, device=device, merged=True)
     policy.set_grad_checkpointing(args.grad_checkpointing)
     policy.freeze_vision()
     policy.eos_ids = []

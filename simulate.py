@@ -94,7 +94,7 @@ def parse_args(argv):
     own, flags = p.parse_known_args(argv)
     if own.gpus < 1 or not 0 < own.memory < math.inf:
         p.error(f"--gpus {own.gpus} --memory {own.memory}: expected at least one GPU with memory")
-    if own.write and (Path(own.write).is_dir() or not Path(own.write).absolute().parent.is_dir()):
+    if own.write and (os.path.isdir(own.write) or not Path(own.write).absolute().parent.is_dir()):
         p.error(f"--write {own.write}: expected a file, in a folder that exists")
     return own, flags
 

@@ -23,7 +23,7 @@ from infra.errors import DataError
 
 FIELDS = "problem, options, problem_type, data_type, solution, path"
 DATA_TYPES = ("video", "image", "frame", "text")  # frame: a folder of frames; text: no medium
-MEDIA = ("path", "video", "videos", "image")  # fields that name a medium
+MEDIA = ("path", "video", "videos", "image", "images")  # fields that name a medium
 FORM = f"a list of objects with {FIELDS}"
 ABOUT = tuple(  # what evaluation counts by
     "data_source original_question_type task_type category duration domain sub_category".split()
@@ -197,7 +197,7 @@ def from_gsm8k(record):
     data type is then text; its problem type is numerical, unless it names one. The calculator's
     annotations are left out of the reasoning: "48/2 = <<48/2=24>>24" becomes "48/2 = 24".
     """
-    others = (*MEDIA, "images", "solution", "process", "reasoning")
+    others = (*MEDIA, "solution", "process", "reasoning")
     _, data_type = first(record, "data_type")
     answer = record.get("answer")
     if not isinstance(answer, str) or data_type not in (None, "text") or _named(record, others):
@@ -242,21 +242,21 @@ def medium(record, where):
     """
     data_type = text(record, where, "data_type")
     if data_type == "text":
-        named = _named(record, (*MEDIA, "images"))
+        named = _named(record, MEDIA)
         if named:
             raise DataError(f"{where}: data type text with {_listed(named)}, expected no medium")
         return "", "text"
     named = _named(record, MEDIA)
     key = next(iter(named), None)
     path = text(named, where, *MEDIA)
-    data_type = data_type or ("image" if key == "image" else "video")
-    both = "image" in named and data_type != "image"
+    data_type = data_type or ("image" if key in ("image", "images") else "video")
+    both = {"image", "images"} & {*named} and data_type != "image"
     if not both:
         named.pop("path", None)
     if any(value != next(iter(named.values())) for value in named.values()):
         raise DataError(f"{where}: several media, {_listed(named)}, expected one")
     if not path:
-        what = "medium ('path', 'video', 'videos' or 'image'), and no data_type: text"
+        what = f"medium ({', '.join(map(repr, MEDIA))}), and no data_type: text"
         raise _missing(what, record, where)
     if data_type not in DATA_TYPES:
         raise DataError(

@@ -11,6 +11,7 @@ The file may import modules that lie beside it; installed modules and this proje
 
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 import traceback
@@ -118,7 +119,21 @@ def load_rewards(specs):
             raise DataError(f"--reward {spec}: {file} has no function {name}")
         parameters = _parameters(function, spec, name)
         found.append(RewardFile(file, name, function, batched=parameters[0] == "responses"))
+    _refuse_namesakes({Path(file).resolve().parent for file in modules})
     return found
+
+
+def _refuse_namesakes(folders):
+    """Raises DataError if a module that was imported lies beside reward files in two folders: the
+    second file got the first one's."""
+    for a, b in itertools.combinations(sorted(folders), 2):
+        for name in {f.stem for f in a.glob("*.py")} & {f.stem for f in b.glob("*.py")}:
+            file = getattr(sys.modules.get(name), "__file__", None)
+            if file and Path(file).resolve().parent in (a, b):
+                raise DataError(
+                    f"--reward: {a / name}.py and {b / name}.py: Python imports one module of a "
+                    "name; rename one"
+                )
 
 
 def _parameters(function, spec, name):
@@ -138,7 +153,7 @@ def _parameters(function, spec, name):
             "(or responses, samples)"
         ) from e
     names = list(signature.parameters)
-    if names[0] == "completions":  # TRL's form
+    if {"completions", "prompts"} & {*names} or names[0].startswith("sample"):  # TRL's, or reversed
         raise DataError(
             f"--reward {spec}: {name}{signature}: expected the parameters response, sample, or "
             "responses, samples for all of a step at once"

@@ -10,6 +10,7 @@ reader.py reads the pictures of a file. frames.py chooses frames and sizes, by t
 never in memory at full size.
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,9 +126,12 @@ def read_folder(
 
 def _by_number(files, folder):
     """Files in the order of the numbers in their names: 9 before 10. Raises VideoError if it
-    matters whether 1.5 is one number or two."""
+    matters whether 1.5 is one number or two, or if two have the same numbers."""
     whole = sorted(files, key=lambda file: _numbers("([0-9]+)", file.stem))
     decimal = sorted(files, key=lambda file: _numbers(r"([0-9]+(?:\.[0-9]+)?)", file.stem))
+    for a, b in itertools.pairwise(whole):
+        if _numbers("([0-9]+)", a.stem) == _numbers("([0-9]+)", b.stem):
+            raise VideoError(f"{folder}: {a.name} or {b.name} first? They have the same number")
     for a, b in zip(whole, decimal):
         if a != b:
             raise VideoError(
@@ -136,9 +141,9 @@ def _by_number(files, folder):
 
 
 def _numbers(pattern, name):
-    """The parts of a name, its numbers as floats: "frame9" -> ["frame", 9.0, ""]."""
+    """The parts of a name, its numbers as such: "frame9" -> ["frame", Decimal(9), ""]."""
     parts = re.split(pattern, name)
-    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [Decimal(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _stack(frames, path):

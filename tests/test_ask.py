@@ -298,9 +298,10 @@ def test_an_animated_gif_is_a_video_and_a_still_one_an_image(call, tmp_path):
     for name in ("still.GIF", "moves.webp"):  # the first picture
         printed, end = call(tmp_path / name, "Which colour?")
         assert end is None and "\nan image of 56 x 56 pixels" in printed
-    (tmp_path / "broken.gif").write_bytes(b"GIF89a, and no more")
-    _, error = call(tmp_path / "broken.gif", "Which colour?")
-    assert "broken.gif: cannot be decoded" in error
+    for broken in (b"GIF89a, and no more", (tmp_path / "moves.gif").read_bytes()[:139]):
+        (tmp_path / "broken.gif").write_bytes(broken)
+        _, error = call(tmp_path / "broken.gif", "Which colour?")
+        assert "broken.gif: cannot be decoded" in error
 
 
 def test_the_toy_answers_if_nothing_is_given(world, call, tmp_path, monkeypatch):

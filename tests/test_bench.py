@@ -34,10 +34,28 @@ def test_every_way_is_timed_and_gives_the_same_log_probs(tmp_path, world, ranks,
         for phase in set(bench.PHASES) - {"decode"}:
             assert all(row[phase] > 0 for row in result["rows"])
         assert result["difference"] < 1e-5
+        share = result["decode_products_share"]  # None if the machine was busy
+        decode = result["rows"][-1]["decode"]
+        if share is not None and ranks == 1:
+            assert share == pytest.approx(3 * figures["products_seconds"] / decode)
         assert 1 < result["expected"]["train"] < 3  # at most G
         assert 1 < result["expected"]["decode"] < 3
     assert all(name in output for name in names)
     assert output.rstrip().endswith(f"{file} holds these figures; `cat {file}` shows them")
+
+
+def test_a_decode_step_multiplies_g_rows_by_every_weight(policy):
+    weights = [m.weight for m in policy.net.modules() if isinstance(m, torch.nn.Linear)]
+    rows = [torch.ones(3, w.shape[1], dtype=w.dtype) for w in weights]
+    found = bench.matrix_products(rows, weights)
+    assert len(found) == len(weights) > 20
+    for x, w in zip(found, weights):
+        torch.testing.assert_close(x, w.sum(1).expand(3, -1))
+    assert set(bench.limits(policy, 3, torch.float64)) == {
+        "matrix_flops",
+        "copy_bytes",
+        "products_seconds",
+    }
 
 
 def test_the_plain_way_gives_the_same_responses_and_gradients(world, policy, prompts):

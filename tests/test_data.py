@@ -224,7 +224,6 @@ def test_the_records_of_the_recipe(tmp_path):
         (GSM8K | {"answer": "so 72\n####"}, "'so 72.*' of a numerical question is not a number"),
         (GSM8K | {"answer": "so\n#### 72 clips"}, "the answer '72 clips' of a numerical question"),
         (GSM8K | {"data_type": "video"}, "no medium"),
-        (GSM8K | {"images": ["x.png"]}, "no medium"),
         (GSM8K | {"question": " "}, "no question"),
         (
             {"problem": "6 / 2?", "solution": "So it is 3.", "data_type": "text"},
@@ -401,8 +400,11 @@ def test_a_bad_record_is_named(tmp_path, change, message):
 def test_a_list_of_one_medium_is_that_medium(tmp_path):
     (named,) = load(tmp_path, RECORD | {"path": None, "videos": ["v/x.mp4"]})
     assert named.path.endswith("v/x.mp4") and named.data_type == "video"
-    (named,) = load(tmp_path, RECORD | {"path": None, "data_type": None, "image": ["v/x.jpg"]})
-    assert named.path.endswith("v/x.jpg") and named.data_type == "image"
+    for field in ("image", "images"):
+        (named,) = load(tmp_path, RECORD | {"path": None, "data_type": None, field: ["v/x.jpg"]})
+        assert named.path.endswith("v/x.jpg") and named.data_type == "image"
+    with pytest.raises(DataError, match="several media, 'videos' .*, 'images' "):
+        load(tmp_path, RECORD | {"path": None, "videos": ["x.mp4"], "images": ["x.jpg"]})
     with pytest.raises(DataError, match="'videos' is .*, expected text"):
         load(tmp_path, RECORD | {"path": None, "videos": ["x.mp4", "y.mp4"]})
 

@@ -422,6 +422,23 @@ def test_a_file_whose_size_changes_is_refused(tmp_path):
 # ---- few frames of a long file
 
 
+@pytest.mark.parametrize("names", [("1.png", "1.jpg"), ("7.png", "07.png")])
+def test_two_frames_of_one_number_are_refused(tmp_path, names):
+    for name in (*names, "2.png"):
+        Image.new("RGB", (28, 28)).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"first\? They have the same number"):
+        data.load_media(Sample("7", "?", [], "numerical", "frame", str(tmp_path), "1"))
+
+
+def test_long_numbers_keep_their_order(tmp_path):
+    """They differ in the last of 40 digits, which a float does not have."""
+    for n, colour in ((2, 20), (0, 0), (1, 10), (3, 30)):
+        Image.new("RGB", (28, 28), (colour,) * 3).save(tmp_path / f"{10**39 + n}.png")
+    sample = Sample("7", "?", [], "numerical", "frame", str(tmp_path), "1", fps=2.0)
+    media = data.load_media(sample, fps=2.0, min_pixels=784)
+    assert media.frames[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
+
+
 def test_frames_numbered_in_two_ways_are_refused(tmp_path):
     """1.5 is more than 1.25, and 5 is less than 25."""
     for name in ("0.5", "1.25", "1.5", "2.0"):

@@ -10,7 +10,9 @@ import pytest
 import data
 import train
 from conftest import flags, run
+from infra import run_folder
 from infra.errors import DataError
+from infra.files import digest
 from infra.reward_file import TAKEN, load_rewards, own_rewards, split_spec
 
 FILE = '''
@@ -51,6 +53,9 @@ def three(response, sample, weights):
 
 def of_trl(completions, samples):
     return [0.0 for _ in completions]
+
+def turned(sample, response):
+    return 1
 
 from math import hypot
 
@@ -137,6 +142,7 @@ def test_what_is_no_reward_names_record_file_and_function(file, name, responses,
         ("alone", "alone(response): expected the parameters response, sample"),
         ("three", "three(response, sample, weights): expected the parameters response, sample"),
         ("of_trl", "of_trl(completions, samples): expected the parameters response, sample, or"),
+        ("turned", "turned(sample, response): expected the parameters response, sample, or"),
         ("hypot", "my_file.py:hypot: hypot: its parameters are not known (no signature found for"),
         ("reward", "the logs have a reward already; rename the function"),
         ("reward_std", "the logs have a reward_std already; rename the function"),
@@ -180,6 +186,29 @@ def test_a_file_may_import_modules_that_lie_beside_it(tmp_path, monkeypatch):
     for _ in range(2):
         assert rewards(mine, "score", [["red"]], [sample(0)]) == [{"score": [0.75]}]
     assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_two_modules_of_one_name_beside_reward_files_are_refused(tmp_path, monkeypatch):
+    """Python would give the second file the first one's module."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    files = []
+    for folder, value in (("a", 0.25), ("b", 0.75)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "namesake.py").write_text(f"VALUE = {value}\n")
+        files.append(tmp_path / folder / f"of_{folder}.py")
+        files[-1].write_text("from namesake import VALUE\ndef " + folder + "(x, y): return VALUE\n")
+    assert rewards(files[0], "a", [["red"]], [sample(0)]) == [{"a": [0.25]}]
+    with pytest.raises(DataError, match="a/namesake.py and .*b/namesake.py: .* rename one"):
+        load_rewards([f"{files[0]}:a", f"{files[1]}:b"])
+
+
+def test_config_txt_has_a_digest_of_every_file(file, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("def brief(response, sample): return 1\n")
+    (tmp_path / "r.json").write_text("[]")
+    flags = ["--model", "m", "--data", str(tmp_path / "r.json"), "--reward"]
+    args = train.parse_args([*flags, f"{file}:score", f"{file}:short", f"{other}:brief"])
+    assert f"# rewards {digest(file)} {digest(other)}" in run_folder._config(args)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from infra.packing import pack
 from infra.progress import LoadErrors, advice
 from infra.run_folder import claimed, resumable, stop_signals
 from infra.step_log import LossTotals, trained_metrics, update_metrics
-from rollout import generate
+from rollout import Group, generate
 
 slow = pytest.mark.slow
 FILES = ["--model", "m", "--data", "d"]
@@ -1121,6 +1121,27 @@ def test_several_updates_on_one_rollout(tmp_path, world, cold_start, variant):
         two["ratio"] == pytest.approx(one["ratio"], abs=1e-4) and two["accuracy"] == one["accuracy"]
     )
     assert_same_steps(weights(tmp_path / "one", 1), weights(tmp_path / "two", 1))
+
+
+def test_the_reward_is_the_weighted_sum_of_its_parts(tmp_path, prompts):
+    """Two responses: right, 2 tokens, not in the format; wrong, 3 tokens, in the format."""
+    file = tmp_path / "own.py"
+    file.write_text("def brief(response, sample): return 0\nkind = brief\n")
+    own = ["--reward", f"{file}:brief=-3", f"{file}:kind"]
+    weights = "--w_accuracy 2 --w_format 0.5 --len_bonus 0.2 --len_lo 2 --len_hi 2".split()
+    args = train.parse_args(["--algo", "grpo", *FILES, *weights, *own])
+    responses = [torch.tensor([5, 6]), torch.tensor([5, 6, 7])]
+    group = Group(prompts[0], responses, truncated=[False, False], entropies=[torch.ones(2)] * 2)
+    texts = ["red", "<think>a</think><answer>red</answer>"]
+    extra = {"brief": [0.25, 0.5], "kind": [1.0, 0.0]}
+    scored = train.score_group(0, group, texts, [1.0, 0.0], extra, None, args)
+    assert scored.reward == pytest.approx([2 + 0 + 0.2 - 0.75 + 1, 0 + 0.5 + 0 - 1.5 + 0])
+    assert scored.parts == {
+        "accuracy": [1.0, 0.0],
+        "format": [0.0, 1.0],
+        "length_bonus": [0.2, 0.0],
+        **extra,
+    }
 
 
 @pytest.mark.parametrize(
