@@ -559,11 +559,15 @@ def training_phases(policy, s, most, size, shards, alone):
     scored = min(most.row_answers / size * s.logits, 4 * LOGITS_PER_CHUNK)
     head = s.head * policy.net.lm_head.weight.requires_grad
     gathered = {"gathered weights": (s.rest + 2 * s.layers / L) * s.number * sharded}
-    kept = gathered | {
-        "layer inputs": recomputed * held * s.hidden,
-        "kept activations": (L - recomputed) * (held * s.layer + row_kv),
+    kept_in_tower = gathered | {
         "tower inputs": recomputed_blocks * patches * s.patch,
         "kept in the tower": (len(blocks) - recomputed_blocks) * patches * s.block,
+        # of the embeddings and of each deepstack feature: an input in fp32, and three more
+        "mergers": (1 + policy.family.deepstack) * patches * 5 * s.patch,
+    }
+    kept = kept_in_tower | {
+        "layer inputs": recomputed * held * s.hidden,
+        "kept activations": (L - recomputed) * (held * s.layer + row_kv),
     }
     logits = {
         "head in fp32": s.head_copy,
@@ -586,7 +590,7 @@ def training_phases(policy, s, most, size, shards, alone):
     return {
         "the loss": kept | logits,
         "a layer's backward pass": kept | layer,
-        "the tower's backward pass": kept | tower,
+        "the tower's backward pass": kept_in_tower | tower,  # the layers' are gone by then
         "the gradients' average": averaging,
     }
 
