@@ -36,6 +36,10 @@ TAKEN = """
 """.split()
 
 
+# a function whose first parameter has one of these names takes others, as TRL's do, or in turn
+OTHER_ORDERS = ("completions", "prompts", "sample", "samples")
+
+
 def split_spec(spec):
     """Splits "my_file.py:score=0.5" -> ("my_file.py", "score", 0.5). The weight is 1 if none is
     given. Raises DataError."""
@@ -145,18 +149,16 @@ def _parameters(function, spec, name):
             f"--reward {spec}: {name}: its parameters are not known ({e}), expected a function "
             f"written in Python: def {name}(response, sample)"
         ) from e
+    names = list(signature.parameters)
     try:
         signature.bind("a response", "a sample")
-    except TypeError as e:
+        fits = names[0] not in OTHER_ORDERS
+    except TypeError:
+        fits = False
+    if not fits:
         raise DataError(
             f"--reward {spec}: {name}{signature}: expected the parameters response, sample "
             "(or responses, samples)"
-        ) from e
-    names = list(signature.parameters)
-    if {"completions", "prompts"} & {*names} or names[0].startswith("sample"):  # TRL's, or reversed
-        raise DataError(
-            f"--reward {spec}: {name}{signature}: expected the parameters response, sample, or "
-            "responses, samples for all of a step at once"
         )
     return names
 

@@ -227,6 +227,14 @@ def test_within_their_ranges_the_flags_of_the_loss_give_finite_numbers():
         assert logp.isfinite().all() and entropy.isfinite().all()
 
 
+def test_lora_alpha_has_an_upper_bound(capsys):
+    flags = [*REQUIRED, "--lora", "4", "--lora_alpha"]
+    assert train.parse_args([*flags, "1000000"]).lora_alpha == 10**6
+    with pytest.raises(SystemExit):
+        train.parse_args([*flags, "1000001"])
+    assert "--lora_alpha 1000001: expected at least 0, at most 1e6" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flag, value, expected",
     [

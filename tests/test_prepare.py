@@ -359,9 +359,10 @@ def test_published_files_without_a_question_are_named(tmp_path, run):
 
 
 def test_a_part_of_a_set_whose_media_are_there(tmp_path, capsys):
-    """From a file that is read as it is, with a record that cannot be read."""
+    """From a file that is read as it is, with a record that cannot be read, and a name that no
+    file can have."""
     one = PUBLISHED["video_r1_260k"].record
-    paths = ["./STAR/1.mp4", "./CLEVRER/2.mp4", "./CLEVRER/3.mp4"]
+    paths = [f"./STAR/{'n' * 300}.mp4", "./CLEVRER/2.mp4", "./CLEVRER/3.mp4"]
     records = [one | {"path": path, "problem_id": i} for i, path in enumerate(paths)]
     write(tmp_path, "Video-R1-260k.json", records[0], one | {"solution": ""}, *records[1:])
     medium(tmp_path, "CLEVRER/2.mp4")

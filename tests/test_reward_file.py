@@ -141,8 +141,8 @@ def test_what_is_no_reward_names_record_file_and_function(file, name, responses,
         ("five", "has no function five"),
         ("alone", "alone(response): expected the parameters response, sample"),
         ("three", "three(response, sample, weights): expected the parameters response, sample"),
-        ("of_trl", "of_trl(completions, samples): expected the parameters response, sample, or"),
-        ("turned", "turned(sample, response): expected the parameters response, sample, or"),
+        ("of_trl", "of_trl(completions, samples): expected the parameters response, sample"),
+        ("turned", "turned(sample, response): expected the parameters response, sample"),
         ("hypot", "my_file.py:hypot: hypot: its parameters are not known (no signature found for"),
         ("reward", "the logs have a reward already; rename the function"),
         ("reward_std", "the logs have a reward_std already; rename the function"),
@@ -186,6 +186,7 @@ def test_a_file_may_import_modules_that_lie_beside_it(tmp_path, monkeypatch):
     for _ in range(2):
         assert rewards(mine, "score", [["red"]], [sample(0)]) == [{"score": [0.75]}]
     assert sys.path.count(str(tmp_path)) == 1
+    assert sys.path[-1] == str(tmp_path)  # so this project's modules come first
 
 
 def test_two_modules_of_one_name_beside_reward_files_are_refused(tmp_path, monkeypatch):
